@@ -1,0 +1,65 @@
+"""Log-probabilities and entropy of response tokens: response-only, chunked, one temperature convention.
+
+The LM head runs on the positions that predict a response token and nowhere else, a chunk of tokens at a time: `[B, T, V]`
+logits never exist. Temperature divides the logits here exactly as in sampling (`rllr.rollout`), so the distribution
+sampled is the distribution scored.
+"""
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .layout import response_positions, response_tokens
+from .model import hidden_states, lm_logits
+
+CHUNK_TOKENS = 4096  # tokens whose logits exist at a time: 4096 x 150k vocabulary x 4 bytes = 2.5 GB
+
+
+def token_logprobs(model, sequences, prompt_lens, response_mask, temperature=1.0):
+    """log softmax(logits / temperature) of each response token.
+
+    sequences [B, T], prompt_lens [B], response_mask [B, R] -> [B, R] float32, 0 outside the mask. Differentiable.
+    """
+    (logprobs,) = _score(_chunk_logprobs, 1, model, sequences, prompt_lens, response_mask, temperature)
+    return logprobs
+
+
+@torch.no_grad()
+def token_logprobs_and_entropy(model, sequences, prompt_lens, response_mask, temperature=1.0):
+    """`token_logprobs` and the entropy [B, R] of the same distributions in nats, for the scoring pass (no gradient)."""
+    return _score(_chunk_logprobs_and_entropy, 2, model, sequences, prompt_lens, response_mask, temperature)
+
+
+def _score(chunk_function, outputs, model, sequences, prompt_lens, response_mask, temperature):
+    hidden = hidden_states(model, sequences)  # [B, T, H]
+    rows = torch.arange(len(sequences), device=sequences.device).unsqueeze(1).expand_as(response_mask)
+    positions = response_positions(prompt_lens, response_mask)
+    hidden = hidden[rows[response_mask], positions[response_mask]]  # [N, H], N real response tokens
+    tokens = response_tokens(sequences, prompt_lens, response_mask)[response_mask]  # [N]
+    pieces = []
+    for start in range(0, max(len(tokens), 1), CHUNK_TOKENS):
+        chunk = (model, hidden[start : start + CHUNK_TOKENS], tokens[start : start + CHUNK_TOKENS], temperature)
+        if len(tokens) > CHUNK_TOKENS and torch.is_grad_enabled():  # recompute a chunk's logits instead of keeping all
+            pieces.append(checkpoint(chunk_function, *chunk, use_reentrant=False))
+        else:
+            pieces.append(chunk_function(*chunk))
+    flat = [torch.cat([piece[i] for piece in pieces]) for i in range(outputs)]
+    return tuple(
+        torch.zeros(response_mask.shape, dtype=values.dtype, device=values.device).masked_scatter(response_mask, values)
+        for values in flat
+    )
+
+
+def _chunk_logprobs(model, hidden, tokens, temperature):
+    logits = _scale(lm_logits(model, hidden), temperature)  # [n, V], float32 or wider
+    return (-F.cross_entropy(logits, tokens, reduction="none"),)  # one fused pass over the logits, forward and backward
+
+
+def _chunk_logprobs_and_entropy(model, hidden, tokens, temperature):
+    logits = _scale(lm_logits(model, hidden), temperature)
+    logprobs = -F.cross_entropy(logits, tokens, reduction="none")  # the very numbers of `_chunk_logprobs`
+    return logprobs, torch.special.entr(logits.softmax(-1)).sum(-1)
+
+
+def _scale(logits, temperature):
+    return logits if temperature == 1.0 else logits / temperature

@@ -1,0 +1,338 @@
+"""Backbones, the scalar head of reward and value models, saving and loading.
+
+A backbone is a Hugging Face decoder without its head. `hidden_states` and `lm_logits` are the only two ways this project
+calls a model's insides, so an adapter that switches roles on a shared base has one place to stand.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+from .errors import InputError
+from .layout import response_positions
+
+HEAD_WEIGHT, HEAD_BIAS = "score.weight", "score.bias"  # the names transformers' sequence classifiers use
+
+
+def backbone_of(model):
+    """The decoder under a causal LM's head, or under our scalar head."""
+    return model.backbone if isinstance(model, ScalarHeadModel) else model.base_model
+
+
+def hidden_states(model, sequences):
+    """Final hidden states [B, T, H] of right-padded sequences [B, T]; no mask is needed (see `rllr.layout`)."""
+    return backbone_of(model)(input_ids=sequences, use_cache=False).last_hidden_state
+
+
+def lm_logits(model, hidden):
+    """Next-token logits [..., V] of hidden states [..., H], float32 at least, as the model's own forward gives them."""
+    logits = model.get_output_embeddings()(hidden)
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    config = model.config
+    if getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * config.logit_scale
+    if getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / config.logits_scaling
+    if getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+    return logits
+
+
+@torch.no_grad()
+def _check_logits(model, name):
+    """Refuse a model whose head does more than `lm_logits` knows, rather than train on slightly wrong numbers."""
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(1, 9, device=model.device).unsqueeze(0) % model.config.vocab_size
+    ours, theirs = lm_logits(model, hidden_states(model, ids)), model(input_ids=ids, use_cache=False).logits.float()
+    model.train(was_training)
+    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * max(1.0, float(theirs.abs().max()))):
+        raise InputError(f"{name}: the LM head of {type(model).__name__} does more than a linear map; rllr does not support it")
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_policy(name_or_path, *, dtype=torch.float32, device="cpu"):
+    """A causal LM by hub name or local directory, in eval mode (dropout off; training stages switch it on).
+
+    Raises InputError where there is no such model, no causal LM class for it, or a head we cannot reproduce.
+    """
+    _require_model_directory(name_or_path)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{name_or_path}: cannot be loaded as a causal LM: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise InputError(f"{name_or_path}: weights are missing ({missing}, ...): not a causal LM's directory")
+    model = model.to(device).eval()
+    _check_logits(model, name_or_path)
+    return model
+
+
+def load_tokenizer(name_or_path):
+    """The tokenizer saved with a model. Raises InputError where there is none."""
+    _require_model_directory(name_or_path)
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{name_or_path}: no tokenizer can be loaded: {_first_line(error)}") from error
+
+
+def _require_model_directory(name_or_path):
+    """A name that looks like a local path, but is none, must not be asked of the hub."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{path}: no config.json in it, so it is not a saved model")
+    elif path.is_file():
+        raise InputError(f"{path}: is a file; give the model's directory or a hub name")
+    elif path.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") != 1:
+        if "/" in str(name_or_path):
+            raise InputError(f"{name_or_path}: no such model directory")
+
+
+def _first_line(error):
+    return str(error).strip().split("\n")[0]
+
+
+def context_length(model_or_config):
+    """Tokens of prompt and answer together that the model takes; None where the architecture sets no limit (Bloom)."""
+    config = getattr(model_or_config, "config", model_or_config)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+def stop_token_ids(model, tokenizer):
+    """The ids that end an answer: those of the generation config, else the tokenizer's EOS. At least one, in order.
+
+    Ids outside the vocabulary (defaults of some configs) are dropped with a warning.
+    """
+    listed = getattr(model, "generation_config", None) and model.generation_config.eos_token_id
+    ids = listed if isinstance(listed, list) else [listed]
+    ids = [i for i in [*ids, tokenizer.eos_token_id] if i is not None] if listed is None else ids
+    size = model.get_input_embeddings().num_embeddings
+    kept = [i for i in dict.fromkeys(ids) if 0 <= i < size]
+    if len(kept) < len(set(ids)):
+        print(f"warning: stop ids {sorted(set(ids) - set(kept))} are outside the vocabulary of {size} and are dropped")
+    return kept
+
+
+def disable_dropout(model):
+    """Every dropout to 0, for passes that must agree with each other whatever the train/eval switch says."""
+    return set_dropout(model, 0.0)
+
+
+def set_dropout(model, p):
+    """Dropout probability of a model's own dropout modules and attention; returns the model.
+
+    Llama-like decoders have none outside attention; `residual_dropout` hooks give them that, too.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = p
+    _set_residual_dropout(model, p)
+    return model
+
+
+def _set_residual_dropout(model, p):
+    backbone = backbone_of(model)
+    for handle in getattr(backbone, "_rllr_dropout_hooks", []):
+        handle.remove()
+    backbone._rllr_dropout_hooks = []
+    if p == 0 or any(isinstance(module, nn.Dropout) for module in backbone.modules()):
+        return
+    targets = [backbone.get_input_embeddings()]
+    targets += [m for name, m in backbone.named_modules() if name.endswith(("o_proj", "down_proj"))]
+
+    def drop(module, inputs, output):
+        return nn.functional.dropout(output, p, module.training)
+
+    backbone._rllr_dropout_hooks = [module.register_forward_hook(drop) for module in targets]
+
+
+# ---- the scalar head -------------------------------------------------------------------------------------------------
+
+
+class ScalarHeadModel(nn.Module):
+    """A backbone and one linear map to a number. Subclasses say where the number is read and whether it has a bias."""
+
+    has_bias = False
+
+    def __init__(self, backbone, head=None):
+        super().__init__()
+        self.backbone, self.config = backbone, backbone.config
+        hidden_size = backbone.get_input_embeddings().embedding_dim if head is None else head.in_features
+        width = getattr(self.config, "hidden_size", hidden_size)
+        self.head = head or nn.Linear(width, 1, bias=self.has_bias, device=backbone.device, dtype=backbone.dtype)
+
+    def scores_at(self, hidden):
+        """The head's number for hidden states [..., H] -> [...], float32 at least (also under autocast)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            dtype = torch.promote_types(self.head.weight.dtype, torch.float32)
+            weight, bias = self.head.weight.to(dtype), self.head.bias
+            return nn.functional.linear(hidden.to(dtype), weight, None if bias is None else bias.to(dtype)).squeeze(-1)
+
+    @property
+    def device(self):
+        return self.head.weight.device
+
+    @classmethod
+    def from_pretrained(cls, path, *, dtype=torch.float32, device="cpu"):
+        """Backbone and head from a directory that `save_pretrained` wrote. A missing head is an InputError, never random."""
+        _require_model_directory(path)
+        weights = _read_head(Path(path))
+        if HEAD_WEIGHT not in weights:
+            raise InputError(f"{path}: no {HEAD_WEIGHT} among the weights, so it holds no reward or value model (train_rm.py makes one)")
+        backbone = load_backbone(path, dtype=dtype, device=device)
+        weight, bias = weights[HEAD_WEIGHT], weights.get(HEAD_BIAS)
+        head = nn.Linear(weight.shape[1], 1, bias=cls.has_bias, device=device, dtype=dtype)
+        with torch.no_grad():
+            head.weight.copy_(weight)
+            if cls.has_bias:
+                head.bias.copy_(bias if bias is not None else torch.zeros(1))
+        return cls(backbone, head).eval()
+
+    def save_pretrained(self, path, tokenizer=None, pad_token_id=None):
+        """Weights as safetensors, config and tokenizer.
+
+        The names are those of the family's sequence classifier, so where transformers has that class and the head has no
+        bias the directory loads as `AutoModelForSequenceClassification` with equal scores. That class reads the last token
+        that is not `pad_token_id`, which therefore must differ from every stop id (`reward_pad_token_id`).
+        """
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        prefix = AutoModelForCausalLM._model_mapping[type(self.config)].base_model_prefix
+        state = {f"{prefix}.{name}": tensor for name, tensor in self.backbone.state_dict().items()}
+        state |= {HEAD_WEIGHT: self.head.weight} | ({HEAD_BIAS: self.head.bias} if self.has_bias else {})
+        write_safetensors(state, path / "model.safetensors")
+        config = self.config.to_dict()
+        classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        config |= {"architectures": [classes.get(self.config.model_type, type(self).__name__)], "pad_token_id": pad_token_id}
+        config |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}, "dtype": "float32"}
+        (path / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
+
+
+class RewardModel(ScalarHeadModel):
+    """r(prompt, response): the head at the last response token.
+
+    The head has no bias (Bradley-Terry leaves the zero free) and starts at N(0, 1 / (H + 1)), as in Stiennon et al.
+    (arXiv:2009.01325).
+    """
+
+    @classmethod
+    def from_policy(cls, policy, seed=0):
+        """A new reward model on a policy's backbone (the same object, not a copy). The head is drawn from `seed`."""
+        model = cls(backbone_of(policy))
+        generator = torch.Generator().manual_seed(seed)
+        width = model.head.in_features
+        with torch.no_grad():
+            model.head.weight.copy_(torch.randn(1, width, generator=generator) / (width + 1) ** 0.5)
+        return model
+
+    def forward(self, sequences, prompt_lens, response_mask):
+        """sequences [B, T], prompt_lens [B], response_mask [B, R] -> scores [B], float32."""
+        last = prompt_lens + response_mask.sum(1) - 1  # the last response token itself: EOS, or where the answer was cut
+        hidden = hidden_states(self, sequences)
+        return self.scores_at(hidden[torch.arange(len(sequences), device=hidden.device), last])
+
+    def span_scores(self, sequences, prompt_lens, response_mask):
+        """The head at every response token [B, R], 0 outside the mask; only `--loss span` trains on these."""
+        positions = (response_positions(prompt_lens, response_mask) + 1).masked_fill(~response_mask, 0)
+        hidden = hidden_states(self, sequences)
+        rows = torch.arange(len(sequences), device=hidden.device).unsqueeze(1)
+        return self.scores_at(hidden[rows, positions]).masked_fill(~response_mask, 0.0)
+
+
+class ValueModel(ScalarHeadModel):
+    """V(s_t) for every response token, read at the position that predicts it. The head has a bias and starts at zero."""
+
+    has_bias = True
+
+    @classmethod
+    def from_policy(cls, policy):
+        """A new value model on a policy's backbone (the same object, not a copy), with a zero head."""
+        model = cls(backbone_of(policy))
+        nn.init.zeros_(model.head.weight)
+        nn.init.zeros_(model.head.bias)
+        return model
+
+    def rescale(self, mean, std):
+        """From raw to standardised units of the reward: w <- w / std, b <- (b - mean) / std."""
+        with torch.no_grad():
+            self.head.weight.div_(std)
+            self.head.bias.sub_(mean).div_(std)
+        return self
+
+    def forward(self, sequences, prompt_lens, response_mask):
+        """sequences [B, T], prompt_lens [B], response_mask [B, R] -> values [B, R], float32, 0 outside the mask."""
+        hidden = hidden_states(self, sequences)
+        rows = torch.arange(len(sequences), device=hidden.device).unsqueeze(1)
+        values = self.scores_at(hidden[rows, response_positions(prompt_lens, response_mask)])
+        return values.masked_fill(~response_mask, 0.0)
+
+
+def load_backbone(path, *, dtype=torch.float32, device="cpu"):
+    """The decoder of a saved causal LM, reward or value model, without its head. InputError on missing weights."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+        config.pad_token_id = None  # ours never pads by id; an embedding would otherwise zero that row's gradient
+        backbone, info = AutoModel.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{path}: cannot be loaded: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        raise InputError(f"{path}: weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}, ...")
+    return backbone.to(device).eval()
+
+
+def _read_head(path):
+    from safetensors import SafetensorError, safe_open
+
+    found = {}
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as weights:
+                found |= {name: weights.get_tensor(name) for name in (HEAD_WEIGHT, HEAD_BIAS) if name in weights.keys()}
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: not a whole safetensors file: {_first_line(error)}") from error
+    return found
+
+
+def write_safetensors(state, file):
+    """Tensors to one safetensors file, through a temporary name: a killed run leaves the old file or the new one."""
+    from safetensors.torch import save_file
+
+    temporary = file.with_name(file.name + ".part")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary, {"format": "pt"})
+    os.replace(temporary, file)
+
+
+def reward_pad_token_id(tokenizer, stop_ids, vocabulary_size):
+    """A pad id that is no stop id: the tokenizer's own, an unknown-token or other special id, else None.
+
+    None means a classifier that reads "the last token that is not padding" works on one row at a time only.
+    """
+    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids]
+    known = set(tokenizer.get_vocab().values())
+    candidates += [i for i in range(vocabulary_size) if i not in known][:1]  # an embedding row no text ever uses
+    good = [i for i in candidates if i is not None and i not in stop_ids and 0 <= i < vocabulary_size]
+    return next((i for i in good if i != tokenizer.bos_token_id), None)
+
+
+def fingerprint(model):
+    """SHA-256 of a model's weights (names, shapes, values in float32): the same model whatever file it came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,347 @@
+"""Who writes rationales. Behind one small interface: given in the data, evidence words, the demo's own, a language model.
+
+A writer splits a rationale into what it rests on (a *basis*: words of the text, a clause, a finished text) and how that is
+worded for a label. Pairs need the two apart: a label-sensitive pair may put the same basis under both labels.
+
+    python -m rllr.rationales --task sst2 --train_file train.jsonl --writer evidence --output with_rationales.jsonl
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import check_choice, parse_config
+from .data import load_examples, parse_mapping_flag
+from .demo import quote_of, word_rationale
+from .errors import InputError, command
+from .tasks import load_task
+
+WRITERS = ("given", "evidence", "demo", "model")
+WORD = re.compile(r"\w+(?:['’-]\w+)*")
+SMOOTHING = 0.5  # added to each count of the log-odds (half an occurrence: Jeffreys' prior)
+NAMED_WORDS = 2  # evidence words a rationale names
+
+
+class RationaleWriter:
+    """A rationale for any label of any row.
+
+    basis(example, label)   what best supports this label, right or wrong
+    draw(example, rng)      a basis chosen without looking at which label is right (`rllr.pairs`)
+    word(basis, label)      the rationale's text
+    """
+
+    def basis(self, example, label):
+        raise NotImplementedError
+
+    def draw(self, example, rng):
+        raise NotImplementedError
+
+    def word(self, basis, label) -> str:
+        raise NotImplementedError
+
+    def write(self, example, label) -> str:
+        """The rationale that argues for this label: what SFT learns for the gold label."""
+        return self.word(self.basis(example, label), label)
+
+    def argues_for_all(self, example) -> bool:
+        """Whether each label of this row has a rationale of its own, so that having one does not give the label away."""
+        return True
+
+
+class GivenWriter(RationaleWriter):
+    """Rationales from the columns `rationale` (for the gold label) and `rationales` ({label: text}).
+
+    Where a wrong label has none, both sides of a label-sensitive pair carry the same text.
+    """
+
+    def __init__(self, examples, task):
+        self.examples, self.task = list(examples), task
+        for example in self.examples:
+            if example.label is not None and not self._find(example, example.label):
+                raise InputError(
+                    f"row {example.id}: has no rationale for its label {example.label!r}; fill the column 'rationale' or "
+                    "'rationales', or choose --rationales evidence"
+                )
+
+    def _find(self, example, label):
+        return (example.rationales or {}).get(label) or example.rationale
+
+    def basis(self, example, label):
+        return self._find(example, label) or self._find(example, example.label) or ""
+
+    def draw(self, example, rng):
+        source = example if rng.random() < 2 / 3 else rng.choice(self.examples)
+        return self.basis(source, rng.choice(self.task.labels))
+
+    def word(self, basis, label):
+        return basis
+
+    def argues_for_all(self, example):
+        return all((example.rationales or {}).get(label) for label in self.task.labels)
+
+
+class DemoWriter(GivenWriter):
+    """The demo generator's rationales: the clause that decides, or for a wrong label the other clause."""
+
+    def basis(self, example, label):
+        return quote_of(super().basis(example, label))
+
+    def word(self, basis, label):
+        return word_rationale(basis, label)
+
+
+class EvidenceWriter(RationaleWriter):
+    """Names the words of a text that best support a label, by log-odds counted on the labelled rows.
+
+        score(w, L) = log p(w | L) - log p(w | other labels)        p from the rows that contain w, smoothed
+
+    A labelled row's own words are left out of the counts when it is written about: otherwise a word that occurs in one
+    row only would always be evidence for that row's label. For pair tasks the features are words that the two texts
+    share or that only one of them has, and how many of them there are.
+    """
+
+    def __init__(self, examples, task):
+        self.task = task
+        self.examples = [example for example in examples if example.label is not None]
+        if not self.examples:
+            raise InputError("--rationales evidence needs labelled rows to count words on, and there are none")
+        self.counts = defaultdict(Counter)  # feature -> {label: rows that have it}
+        self.rows = Counter(example.label for example in self.examples)
+        self.counted = {example.id: example.label for example in self.examples}
+        for example in self.examples:
+            for feature in self._features(example):
+                self.counts[feature][example.label] += 1
+
+    def _features(self, example):
+        """{feature: surface form}. Feature: (kind, lower-case word) or (kind, number of such words, 5 at most)."""
+        first = _words(example.text)
+        if not self.task.is_pair:
+            return {("has", word): surface for word, surface in first.items()}
+        second, features = _words(example.text_b or ""), {}
+        kinds = {
+            "both": {word: second[word] for word in second if word in first},
+            "first": {word: first[word] for word in first if word not in second},
+            "second": {word: second[word] for word in second if word not in first},
+        }
+        for kind, words in kinds.items():
+            features[kind, min(len(words), 5)] = None
+            features |= {(kind, word): surface for word, surface in words.items()}
+        return features
+
+    def _score(self, feature, label, own_label):
+        """Log-odds of a feature for a label; own_label is that of the row written about, if it was counted."""
+        having = self.counts.get(feature, {})
+        with_label = having.get(label, 0) - (own_label == label)
+        with_other = sum(having.values()) - having.get(label, 0) - (own_label not in (None, label))
+        rows = self.rows[label] - (own_label == label)
+        other_rows = len(self.examples) - self.rows[label] - (own_label not in (None, label))
+        return math.log((with_label + SMOOTHING) / (rows + 2 * SMOOTHING)) - math.log(
+            (with_other + SMOOTHING) / (other_rows + 2 * SMOOTHING)
+        )
+
+    def basis(self, example, label):
+        """(kind, words): the kind is "has" for single texts, else "both", "first" or "second"."""
+        own = self.counted.get(example.id)
+        features = self._features(example)
+        counts = {kind: self._score((kind, n), label, own) for kind, n in features if isinstance(n, int)}
+        scored = sorted(
+            (-self._score((kind, word), label, own) - counts.get(kind, 0.0), kind, word)
+            for kind, word in features
+            if isinstance(word, str)
+        )
+        if not scored:
+            return "has", ()
+        kind = scored[0][1]
+        return kind, tuple([features[kind, word] for _, k, word in scored if k == kind][:NAMED_WORDS])
+
+    def draw(self, example, rng):
+        """Evidence for any label, random words of the text, or words of another text, a third each."""
+        source = rng.randrange(3)
+        if source == 1:
+            features = self._features(example)
+            kinds = sorted({kind for kind, word in features if isinstance(word, str)})
+            if kinds:
+                kind = rng.choice(kinds)
+                words = [surface for (k, word), surface in features.items() if k == kind and isinstance(word, str)]
+                return kind, tuple(rng.sample(words, min(NAMED_WORDS, len(words))))
+        if source == 2:
+            example = rng.choice(self.examples)
+        return self.basis(example, rng.choice(self.task.labels))
+
+    def word(self, basis, label):
+        kind, words = basis
+        named = " and ".join(words)
+        several = len(words) > 1
+        if not words:
+            return f"no word stands out, which suggests {label}"
+        if kind == "has":
+            return f"the words {named} suggest {label}" if several else f"the word {named} suggests {label}"
+        who = {"both": "both say", "first": "only the first says", "second": "only the second says"}[kind]
+        return f"{who} {named}, which suggests {label}"
+
+
+def _words(text):
+    """{lower-case word: its first surface form}, in the order of the text."""
+    found = {}
+    for match in WORD.finditer(text):
+        found.setdefault(match.group().casefold(), match.group())
+    return found
+
+
+class ModelWriter(GivenWriter):
+    """Rationales by a local causal LM that is told the text and the label, also a wrong one, as in the paper.
+
+    Answers come from our own rollouts and are cached in a JSONL file, so an interrupted run goes on where it stopped.
+    """
+
+    INSTRUCTION = (
+        "{question}\n\nThe answer is {label}. In one sentence, name what in the text supports that answer. "
+        "Do not write anything else."
+    )
+
+    def __init__(self, examples, task, model, encoder, cache_file, *, max_new_tokens=64, batch_size=16, log=print):
+        wanted = [(example, label) for example in examples for label in task.labels]
+        written = read_cache(cache_file)
+        missing = [(example, label) for example, label in wanted if (example.id, label) not in written]
+        if missing:
+            log(f"writing {len(missing)} rationales ({len(wanted) - len(missing)} are in {cache_file})")
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            texts = self._ask(batch, task, model, encoder, max_new_tokens)
+            with open(cache_file, "a", encoding="utf-8") as file:
+                for (example, label), text in zip(batch, texts):
+                    written[example.id, label] = text
+                    file.write(json.dumps({"id": example.id, "label": label, "rationale": text}) + "\n")
+        filled = [
+            dataclasses.replace(
+                example,
+                rationales={label: written[example.id, label] for label in task.labels},
+                rationale=written.get((example.id, example.label)),
+            )
+            for example in examples
+        ]
+        self.by_id = {example.id: example for example in filled}
+        super().__init__(filled, task)
+
+    def _ask(self, batch, task, model, encoder, max_new_tokens):
+        from .rollout import generate
+
+        prompts = []
+        for example, label in batch:
+            question = task.render_prompt(example.text, example.text_b)
+            prompts.append(encoder.prompt_ids(self.INSTRUCTION.format(question=question, label=label)))
+        rollout = generate(
+            model, prompts, max_new_tokens=max_new_tokens, eos_token_id=encoder.stop_ids, greedy=True, batch_size=len(prompts)
+        )
+        # One line, so that the label line stays the last and only one of its kind.
+        return [" ".join(encoder.decode(response).split()) or "no reason given" for response in rollout.responses()]
+
+    def _find(self, example, label):
+        return super()._find(self.by_id.get(example.id, example), label)
+
+    def argues_for_all(self, example):
+        return example.id in self.by_id
+
+
+def read_cache(cache_file):
+    """{(id, label): rationale} of a cache written before; {} where there is none. InputError with the line."""
+    written = {}
+    try:
+        with open(cache_file, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                    written[row["id"], row["label"]] = row["rationale"]
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    raise InputError(f"{cache_file}:{number}: not a cached rationale; delete the line or the file") from None
+    except FileNotFoundError:
+        pass
+    return written
+
+
+def default_writer(task, examples):
+    """demo for the demo data, given where the rows carry rationales, else evidence."""
+    if task.name == "demo":
+        return "demo"
+    return "given" if examples and all(example.rationale or example.rationales for example in examples) else "evidence"
+
+
+def default_label_pairs(writer_name):
+    """How label-sensitive pairs draw rationales unless --label_pairs says: see `rllr.pairs`."""
+    return "independent" if writer_name in ("evidence", "demo") else "paper"
+
+
+def make_writer(name, examples, task, *, config=None, device="cpu", directory=".", log=print, also=()):
+    """The writer of that name over the labelled rows. InputError for an unknown name.
+
+    `also`: further rows it may be asked about, which must not count as evidence. For `model`, config.rationale_model names the causal LM; its rationales are cached in <directory>/rationales.jsonl.
+    """
+    if name == "model":
+        from .encoding import Encoder
+        from .model import load_policy, load_tokenizer
+
+        source = getattr(config, "rationale_model", None)
+        if not source:
+            raise InputError("--rationales model needs --rationale_model, the causal LM that writes them")
+        model = load_policy(source, device=device)
+        encoder = Encoder(load_tokenizer(source), model)
+        return ModelWriter([*examples, *also], task, model, encoder, f"{directory}/rationales.jsonl", log=log)
+    classes = {"given": GivenWriter, "evidence": EvidenceWriter, "demo": DemoWriter}
+    if name not in classes:
+        raise InputError(f"--rationales {name!r}: choose from {', '.join(WRITERS)}")
+    return classes[name](examples, task)
+
+
+# ---- python -m rllr.rationales ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    output: str  # JSONL: the rows with the columns rationale (gold label) and rationales (every label)
+    writer: str = "evidence"  # given, evidence, demo or model
+    task: str = "demo"  # a built-in task's name or a task file
+    train_file: str | None = None  # labelled rows; without it the demo data
+    columns: str | None = None  # other column names: text=sentence,label=gold
+    label_map: str | None = None  # other label words: Sci/Tech=technology
+    rationale_model: str | None = None  # the causal LM, for --writer model
+    overwrite: bool = False  # replace an output file that is already there
+
+
+@command
+def main(argv=None):
+    """Write a data file with a rationale for every label of every row."""
+    from .training import say, set_up
+
+    config = parse_config(Config, argv, __doc__)
+    check_choice(config, "writer", WRITERS)
+    output = Path(config.output)
+    if output.exists() and not config.overwrite:
+        raise InputError(f"--output {output}: exists; give another name or --overwrite")
+    if not output.parent.is_dir():
+        raise InputError(f"--output {output}: its directory is not there")
+    task = load_task(config.task)
+    if not config.train_file and task.name != "demo":
+        raise InputError("--train_file: give the labelled rows to write rationales for")
+    device, _ = set_up("fp32", seed=0)
+    examples = load_examples(
+        config.train_file or "demo:train", task,
+        columns=parse_mapping_flag(config.columns, "--columns"), label_map=parse_mapping_flag(config.label_map, "--label_map"), log=say,
+    )  # fmt: skip
+    writer = make_writer(config.writer, examples, task, config=config, device=device, directory=output.parent, log=say)
+    with open(output, "w", encoding="utf-8") as file:
+        for example in examples:
+            row = {"id": example.id, "text": example.text, "label": example.label}
+            row |= {"text_b": example.text_b} if task.is_pair else {}
+            row |= {"score": example.score} if example.score is not None else {}
+            row |= {"rationale": writer.write(example, example.label)}
+            row |= {"rationales": {label: writer.write(example, label) for label in task.labels}}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    say(f"{len(examples)} rows written to {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What a reward model is worth before PPO spends hours on it: pairs by kind, its own choice of label, its scores' spread."""
+
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+
+from .evaluate import accuracy, answer_rows
+from .judge import score_rows
+from .layout import pack_sequences
+from .rollout import generate
+from .tasks import split_answer
+from .training import pack, say
+
+MIN_PROMPTS = 512  # sampled answers wanted behind the stored statistics
+
+
+@dataclass
+class Sampled:
+    """Answers sampled by the SFT policy at PPO's temperature. batch: (sequences, prompt_lens, response_mask)."""
+
+    batch: tuple
+    truncated: int  # answers left out because the length limit cut them
+
+
+def sampled_scores(policy, encoder, task, examples, config, autocast) -> Sampled:
+    """Sample an answer for each of at most config.statistics_prompts rows that trained no stage."""
+    examples = random.Random(f"statistics/{config.seed}").sample(examples, min(len(examples), config.statistics_prompts))
+    if len(examples) < MIN_PROMPTS:
+        say(f"warning: score statistics rest on {len(examples)} prompts, fewer than {MIN_PROMPTS}; more unlabelled rows would help")
+    prompts = [encoder.prompt_ids(task.render_prompt(example.text, example.text_b)) for example in examples]
+    generator = torch.Generator(policy.device).manual_seed(config.seed)
+    with autocast():
+        rollout = generate(
+            policy, prompts, max_new_tokens=config.max_new_tokens, eos_token_id=encoder.stop_ids,
+            temperature=config.temperature, generator=generator, batch_size=config.eval_batch_size,
+        )  # fmt: skip
+    whole = [i for i, cut in enumerate(rollout.truncated.tolist()) if not cut]
+    responses = rollout.responses()
+    if len(whole) < len(prompts):
+        say(f"{len(prompts) - len(whole)} of {len(prompts)} sampled answers were cut at {config.max_new_tokens} tokens and left out")
+    if not whole:  # the statistics of nothing: ScoreStatistics.of says what is wrong
+        return Sampled((*pack_sequences(prompts[:1], responses[:1], encoder.pad_id, policy.device),), len(prompts))
+    rows = [(prompts[i], responses[i]) for i in whole]
+    return Sampled(pack(rows, encoder.pad_id, policy.device), len(prompts) - len(whole))
+
+
+def pair_report(pairs, chosen, rejected) -> dict:
+    """{kind or "all": {pairs, accuracy, interval, margin}}: ties one half, 95 % interval, mean score difference. Printed."""
+    margins, report = (chosen - rejected).double().cpu(), {}
+    kinds = sorted({pair.kind for pair in pairs})
+    for kind in [*(kinds if len(kinds) > 1 else []), "all"]:
+        margin = margins[[kind in ("all", pair.kind) for pair in pairs]]
+        share = float(((margin > 0).double() + 0.5 * (margin == 0).double()).mean())
+        low, high = wilson_interval(share, len(margin))
+        report[kind] = {"pairs": len(margin), "accuracy": share, "interval": [low, high], "margin": float(margin.mean())}
+        say(
+            f"held-out pairs  {kind:26}  n {len(margin):5}  accuracy {100 * share:5.1f} % ({100 * low:.1f} .. {100 * high:.1f})"
+            f"  margin {float(margin.mean()):+.3f}"
+        )
+    return report
+
+
+def wilson_interval(share, n, z=1.959964):
+    """95 % interval of a share (Wilson's score interval)."""
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def classifier_report(model, policy, encoder, task, parts, writer, config, autocast) -> dict:
+    """{part: {rows, reward_model, policy}}: accuracy of the best-scored label beside the policy's greedy accuracy.
+
+    Each label is scored with a rationale that argues for it, by the writer; where the writer has none for every label,
+    with the policy's own rationale. The gap between the two accuracies is what PPO can harvest. Printed.
+    """
+    report = {}
+    for part, examples in parts.items():
+        answers = answer_rows(policy, encoder, task, examples, config.max_new_tokens, config.eval_batch_size, autocast)
+        rows = []
+        for example, answer in zip(examples, answers):
+            prompt = encoder.prompt_ids(task.render_prompt(example.text, example.text_b))
+            own = split_answer(task, answer.text)[0]
+            for label in task.labels:
+                rationale = writer.write(example, label) if writer and writer.argues_for_all(example) else own
+                rows.append((prompt, encoder.answer_ids(task.render_answer(label, rationale))))
+        with torch.no_grad():
+            scores = score_rows(model, *pack(rows, encoder.pad_id, policy.device), config.eval_batch_size, autocast)
+        chosen = [task.labels[i] for i in scores.view(len(examples), len(task.labels)).argmax(1).tolist()]
+        gold = [example.label for example in examples]
+        judged, greedy = accuracy(gold, chosen), accuracy(gold, [answer.label for answer in answers])
+        report[part] = {"rows": len(examples), "reward_model": judged, "policy": greedy}
+        say(
+            f"as a classifier  {part:26}  n {len(examples):5}  reward model {100 * judged:.1f} %  policy {100 * greedy:.1f} %"
+            f"  to harvest {100 * (judged - greedy):+.1f} points"
+        )
+    return report

@@ -1,0 +1,85 @@
+"""The label-sensitive reward, its mixed form, and how a score becomes per-token rewards. Imports torch and our KL.
+
+This is the paper's idea (RLLR, Liao et al., ACL 2024, arXiv:2405.19763) in arithmetic on [B] tensors. What makes a score
+label-sensitive is the data its reward model was trained on: `rllr.pairs.label_sensitive_pairs`.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from .ppo import kl_estimate
+
+MODES = ("label", "rationale", "mixed")
+
+
+def label_sensitive_reward(label_scores, rationale_scores=None, threshold=None, mode="label"):
+    """One score per answer from the label-sensitive and the rationale-sensitive reward model.
+
+        label      label_scores                                         RLLR
+        rationale  rationale_scores                                     classic RLHF, for comparison
+        mixed      min(label_scores, threshold) + rationale_scores      RLLR-mixed (section 3.4 of the paper)
+
+    All [B] -> [B]. The threshold says "the label is right enough": above it only a better rationale still pays, below it
+    the label counts as well, so a fine rationale cannot buy a wrong label without limit.
+
+    >>> right, wrong, good, bad = 2.0, -2.0, 0.5, -0.5
+    >>> label = torch.tensor([right, right, wrong, wrong])
+    >>> rationale = torch.tensor([good, bad, good, bad])
+    >>> label_sensitive_reward(label, rationale, threshold=1.0, mode="mixed").tolist()
+    [1.5, 0.5, -1.5, -2.5]
+    """
+    if mode == "label":
+        return label_scores
+    if mode == "rationale":
+        return _required(rationale_scores, "rationale_scores", mode)
+    if mode == "mixed":
+        threshold = _required(threshold, "threshold", mode)
+        return label_scores.clamp(max=threshold) + _required(rationale_scores, "rationale_scores", mode)
+    raise ValueError(f"unknown reward mode {mode!r}; choose from {', '.join(MODES)}")
+
+
+def _required(value, name, mode):
+    if value is None:
+        raise ValueError(f"reward mode {mode!r} needs {name}")
+    return value
+
+
+def missing_eos_rule(scores, truncated, penalty, cap=None):
+    """The score of an answer that was cut by the length limit: at most `cap`, then minus `penalty`.
+
+    scores [B], truncated [B] bool. A reward model never saw an answer without its end, so what it says of one is not to
+    be trusted upwards: `cap` is the mean score of the SFT policy's answers (0 when standardised). cap None: no cap, for
+    rewards that do not come from a reward model.
+    """
+    capped = scores if cap is None else scores.clamp(max=cap)
+    return torch.where(truncated, capped - penalty, scores)
+
+
+def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, kind="k1"):
+    """Per-token rewards: -kl_coef * KL_t on every response token, plus the score on the last one.
+
+        r_t = -beta * KL_t + [t = last] * score        (Ziegler et al., arXiv:1909.08593, eq. 2; KL by `kl_estimate`)
+
+    scores [B]; logprobs, ref_logprobs, mask [B, R] -> [B, R], 0 outside the mask. The last token is EOS or, where the
+    length limit cut the answer, the last token there is. A row without any token gets no reward.
+    """
+    logprobs, ref_logprobs = logprobs.masked_fill(~mask, 0.0), ref_logprobs.masked_fill(~mask, 0.0)
+    rewards = -kl_coef * kl_estimate(logprobs, ref_logprobs, kind)
+    lengths = mask.sum(1)
+    last = torch.arange(mask.shape[1], device=mask.device) == (lengths - 1).unsqueeze(1)  # [B, R], all False if empty
+    return rewards.masked_fill(~mask, 0.0) + torch.where(last, scores.to(rewards.dtype).unsqueeze(1), 0.0)
+
+
+def pairwise_loss(chosen, rejected, margin=0.0, center_coef=0.0, reduction="mean"):
+    """Bradley-Terry loss of preference pairs: mean of -log sigmoid(chosen - rejected - margin).
+
+    chosen, rejected [B] scores. center_coef adds center_coef * mean((chosen + rejected)^2), which settles the zero that
+    Bradley-Terry leaves free (arXiv:2312.09244). reduction "none" gives the [B] terms.
+    """
+    losses = -F.logsigmoid(chosen - rejected - margin) + center_coef * (chosen + rejected).square()
+    return losses.mean() if reduction == "mean" else losses
+
+
+def pairwise_accuracy(chosen, rejected):
+    """Share of pairs whose chosen answer scores higher; a tie counts one half. [B], [B] -> scalar."""
+    return ((chosen > rejected).to(chosen.dtype) + 0.5 * (chosen == rejected).to(chosen.dtype)).mean()

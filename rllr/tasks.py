@@ -1,0 +1,243 @@
+"""What a task is: its labels, its prompt, its answer format, its metric. The paper's eight tasks are data here.
+
+A task turns a labelled text into the two strings everything else works on:
+
+    prompt   "Sentence: a dull and overlong mess\\nNegative or positive? Reason, then label:"
+    answer   "the words dull and overlong suggest negative\\nLabel: negative"
+
+and it reads an answer back: `parse_answer` is the only judge of what a generated text says.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import yaml
+
+from .errors import InputError
+
+LABEL_PREFIX = "Label:"
+ANSWER_FORMATS = ("rationale", "label")  # rationale then label line (default); label line alone (the paper's plain SFT)
+INSTRUCTIONS = {"rationale": "Reason, then label:", "label": "Label:"}  # fills {instruction}
+METRICS = ("accuracy", "macro_f1", "pearson", "spearman")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of data: a text (or pair), its label where it is known, and what rationales come with it.
+
+    `rationale` is the one for the gold label; `rationales` maps labels, wrong ones too, to a rationale for each.
+    `score` is the float gold of an ordinal task (stsb's similarity).
+    """
+
+    id: str
+    text: str
+    text_b: str | None = None
+    label: str | None = None
+    score: float | None = None
+    rationale: str | None = None
+    rationales: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One text-understanding task.
+
+    `prompt` holds `{text}`, for pair tasks `{text_b}`, and `{instruction}` where the wording that goes with the answer
+    format belongs ("Reason, then label:"). `metric` names the figure that chooses
+    epochs and checkpoints (higher is better); `metrics` the ones that are reported. An `ordinal` task has integer labels
+    that lie on a scale, so Pearson and Spearman apply; they compare with the float `score` of a row where it has one.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    prompt: str
+    metric: str = "accuracy"
+    metrics: tuple[str, ...] = ("accuracy", "macro_f1")
+    ordinal: bool = False
+    answer_format: str = "rationale"
+
+    def __post_init__(self):
+        where = f"task {self.name!r}"
+        labels = [label.strip() for label in self.labels]
+        object.__setattr__(self, "labels", tuple(labels))  # frozen: the stripped spelling is the one in use
+        if len(labels) < 2:
+            raise InputError(f"{where}: field 'labels' needs at least two labels, got {list(self.labels)}")
+        if any(not label or "\n" in label for label in labels):
+            raise InputError(f"{where}: field 'labels' has an empty or many-line label: {list(self.labels)}")
+        if len({label.casefold() for label in labels}) < len(labels):
+            raise InputError(f"{where}: field 'labels' has two labels that differ only in case or space: {list(self.labels)}")
+        if "{text}" not in self.prompt:
+            raise InputError(f"{where}: field 'prompt' must contain {{text}} (and {{text_b}} for a pair task)")
+        for name in (self.metric, *self.metrics):
+            if name not in METRICS:
+                raise InputError(f"{where}: unknown metric {name!r}; choose from {', '.join(METRICS)}")
+        if self.metric not in self.metrics:
+            raise InputError(f"{where}: field 'metric' is {self.metric!r}, which is not among 'metrics' {list(self.metrics)}")
+        if self.ordinal or {"pearson", "spearman"} & set(self.metrics):
+            for label in labels:
+                if not label.lstrip("-").isdigit():
+                    raise InputError(f"{where}: Pearson and Spearman need integer labels, got {label!r}")
+        if self.answer_format not in ANSWER_FORMATS:
+            raise InputError(f"{where}: answer_format {self.answer_format!r}; choose from {', '.join(ANSWER_FORMATS)}")
+
+    @property
+    def is_pair(self) -> bool:
+        return "{text_b}" in self.prompt
+
+    def render_prompt(self, text: str, text_b: str | None = None) -> str:
+        """The prompt of one text (or pair), before any chat template. Braces inside the texts are left alone."""
+        values = {"{text}": text, "{text_b}": text_b or "", "{instruction}": INSTRUCTIONS[self.answer_format]}
+        return re.sub(r"\{(text|text_b|instruction)\}", lambda match: values[match.group()], self.prompt)
+
+    def render_answer(self, label: str, rationale: str | None = None) -> str:
+        """The answer with this label: rationale, newline, `Label: <label>`; the label line alone for format 'label'."""
+        line = f"{LABEL_PREFIX} {label}"
+        if self.answer_format == "label" or not rationale:
+            return line
+        return f"{rationale}\n{line}"
+
+    def canonical_label(self, text: str) -> str | None:
+        """The task's own spelling of a label given with other case or outer space; None if it is not one of them."""
+        wanted = text.strip().casefold()
+        return next((label for label in self.labels if label.casefold() == wanted), None)
+
+    def wrong_labels(self, label: str) -> list[str]:
+        return [other for other in self.labels if other != label]
+
+
+def parse_answer(task: Task, text: str) -> str | None:
+    """The label an answer gives, or None: a *parse failure*, counted and wrong.
+
+    The last non-empty line must be exactly `Label: <label>` with one of the task's labels; case and outer space are
+    ignored. Nothing is guessed: a label inside a sentence, two labels on the line, or text after it is a failure.
+    """
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if not lines or not lines[-1].casefold().startswith(LABEL_PREFIX.casefold()):
+        return None
+    return task.canonical_label(lines[-1][len(LABEL_PREFIX):])
+
+
+def split_answer(task: Task, text: str) -> tuple[str, str | None]:
+    """An answer as (rationale, label); label None on a parse failure, with the whole text as the rationale."""
+    label = parse_answer(task, text)
+    if label is None:
+        return text.strip(), None
+    return "\n".join(text.rstrip().split("\n")[:-1]).strip(), label
+
+
+_SENTIMENT = "{kind}: {{text}}\nNegative or positive? {{instruction}}"
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("demo", ("negative", "positive"), _SENTIMENT.format(kind="Product review")),
+        Task("mr", ("negative", "positive"), _SENTIMENT.format(kind="Movie review")),
+        Task("sst2", ("negative", "positive"), _SENTIMENT.format(kind="Sentence")),
+        Task(
+            "app_reviews",
+            ("1", "2", "3", "4", "5"),
+            "App review: {text}\nHow many stars, 1 to 5? {instruction}",
+            metrics=("accuracy", "macro_f1", "pearson"),
+            ordinal=True,
+        ),
+        Task(
+            "stsb",
+            ("0", "1", "2", "3", "4", "5"),
+            "First sentence: {text}\nSecond sentence: {text_b}\n"
+            "How similar in meaning, 0 to 5? {instruction}",
+            metric="pearson",
+            metrics=("pearson", "spearman", "accuracy"),
+            ordinal=True,
+        ),
+        Task(
+            "mrpc",
+            ("equivalent", "not_equivalent"),
+            "First sentence: {text}\nSecond sentence: {text_b}\n"
+            "Equivalent or not_equivalent in meaning? {instruction}",
+        ),
+        Task(
+            "qqp",
+            ("duplicate", "not_duplicate"),
+            "First question: {text}\nSecond question: {text_b}\n"
+            "Duplicate or not_duplicate? {instruction}",
+        ),
+        Task(
+            "mnli",
+            ("contradiction", "entailment", "neutral"),
+            "Premise: {text}\nHypothesis: {text_b}\n"
+            "Contradiction, entailment or neutral? {instruction}",
+        ),
+        Task(
+            "agnews",
+            ("business", "sports", "technology", "world"),
+            "News: {text}\nBusiness, sports, technology or world? {instruction}",
+        ),
+    )
+}
+
+
+def load_task(name_or_path: str, answer_format: str | None = None) -> Task:
+    """A built-in task by name, or the user's own from a YAML or JSON file with the fields of `Task`.
+
+    Raises InputError for an unknown name, an unreadable file, an unknown or missing field, or a field of the wrong kind.
+    """
+    path = Path(name_or_path)
+    if name_or_path in TASKS:
+        task = TASKS[name_or_path]
+    elif path.suffix.lower() in (".yaml", ".yml", ".json"):
+        task = _task_from_file(path)
+    else:
+        raise InputError(
+            f"--task {name_or_path!r} is not a built-in task ({', '.join(TASKS)}) nor a .yaml or .json task file"
+        )
+    return replace(task, answer_format=answer_format) if answer_format else task
+
+
+def read_mapping(path: Path) -> dict:
+    """A YAML or JSON file that holds one mapping. Raises InputError with file, line and fix."""
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    try:
+        mapping = json.loads(content) if path.suffix.lower() == ".json" else yaml.safe_load(content)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(mapping, dict):
+        raise InputError(f"{path}: must hold a mapping of field names to values, got {type(mapping).__name__}")
+    return mapping
+
+
+def _task_from_file(path: Path) -> Task:
+    mapping = read_mapping(path)
+    mapping.setdefault("name", path.stem)
+    known = {f.name for f in fields(Task)}
+    for key in mapping:
+        if key not in known:
+            raise InputError(f"{path}: unknown field {key!r}; a task has {', '.join(sorted(known))}")
+    for key in ("labels", "prompt"):
+        if key not in mapping:
+            raise InputError(f"{path}: field {key!r} is missing")
+    for key in ("labels", "metrics"):
+        if key in mapping:
+            if not isinstance(mapping[key], list) or any(isinstance(v, (list, dict, bool, type(None))) for v in mapping[key]):
+                raise InputError(f"{path}: field {key!r} must be a list of words (quote yes, no, on and off in YAML)")
+            mapping[key] = tuple(str(value) for value in mapping[key])
+    for key in ("name", "prompt", "metric", "answer_format"):
+        if key in mapping and not isinstance(mapping[key], str):
+            raise InputError(f"{path}: field {key!r} must be text, got {mapping[key]!r}")
+    if not isinstance(mapping.get("ordinal", False), bool):
+        raise InputError(f"{path}: field 'ordinal' must be true or false")
+    if mapping.get("ordinal") and "metrics" not in mapping:
+        mapping["metrics"] = ("accuracy", "macro_f1", "pearson")
+    if "metric" in mapping and "metrics" not in mapping:
+        mapping["metrics"] = tuple(dict.fromkeys((mapping["metric"], "accuracy", "macro_f1")))
+    return Task(**mapping)

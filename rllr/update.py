@@ -1,0 +1,192 @@
+"""Acts 2 and 6 of the PPO loop on batches: scoring passes, minibatches, the two updates."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from .errors import RunError
+from .judge import Samples
+from .layout import trim
+from .logprobs import token_logprobs, token_logprobs_and_entropy
+from .model import write_safetensors
+from .ppo import policy_loss, value_loss
+from .tasks import parse_answer
+from .training import optimizer_step, split_rows
+
+# |ratio - 1| on the first minibatch, where it must be 1: (mean, max) to warn at and to stop at.
+RATIO_WARN = {"fp32": (2e-5, 1e-3), "bf16": (2e-2, 0.5)}
+RATIO_STOP = {"fp32": (1e-4, 1e-2), "bf16": (2e-1, 5.0)}
+
+
+class PromptStream:
+    """Prompts in epochs of fresh random order, and the minibatch permutations: random streams of their own."""
+
+    def __init__(self, examples, batch_size, seed):
+        self.examples, self.batch_size = examples, batch_size
+        self.order_rng, self.minibatch_rng = random.Random(f"prompts/{seed}"), random.Random(f"minibatches/{seed}")
+        self.queue = []
+
+    def next(self):
+        """The next `batch_size` examples; an epoch's end runs into the next one."""
+        while len(self.queue) < self.batch_size:
+            self.queue += self.order_rng.sample(range(len(self.examples)), len(self.examples))
+        taken, self.queue = self.queue[: self.batch_size], self.queue[self.batch_size :]
+        return [self.examples[i] for i in taken]
+
+    def minibatch_plan(self, epochs, minibatches):
+        """[epoch][minibatch] -> row indices of the rollout. Settled before scoring, so that old log-probabilities are
+        computed in the very rows, order and shapes that the first epoch trains on."""
+        size = self.batch_size // minibatches
+        plan = []
+        for _ in range(epochs):
+            order = self.minibatch_rng.sample(range(self.batch_size), self.batch_size)
+            plan.append([order[i : i + size] for i in range(0, self.batch_size, size)])
+        return plan
+
+
+@dataclass
+class Batch:
+    """A rollout, scored. [B, T] sequences; [B, R] everything per token, 0 outside the mask."""
+
+    sequences: torch.Tensor
+    prompt_lens: torch.Tensor  # [B]
+    mask: torch.Tensor
+    logprobs: torch.Tensor  # of the policy that sampled: pi_old, from its own forward pass
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    entropy: torch.Tensor
+    advantages: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+
+    def rows(self, rows):
+        """(sequences, prompt_lens, mask) of some rows, trimmed to their own width."""
+        return trim(self.sequences[rows], self.prompt_lens[rows], self.mask[rows])
+
+
+@torch.no_grad()
+def analyse(policy, reference, value_model, rollout, plan, config, autocast) -> Batch:
+    """Act 2: log-probabilities under policy and reference, values, entropy. All models in eval mode: no dropout."""
+    mask = rollout.response_mask
+    zeros = lambda: torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)  # noqa: E731
+    batch = Batch(rollout.sequences, rollout.prompt_lens, mask, zeros(), zeros(), zeros(), zeros())
+    for minibatch in plan[0]:
+        for rows in split_rows(minibatch, config.micro_batch_size):
+            packed = batch.rows(rows)
+            width = packed[2].shape[1]
+            with autocast():
+                logprobs, entropy = token_logprobs_and_entropy(policy, *packed, config.temperature)
+                batch.logprobs[rows, :width], batch.entropy[rows, :width] = logprobs, entropy
+                batch.ref_logprobs[rows, :width] = token_logprobs(reference, *packed, config.temperature)
+                batch.values[rows, :width] = value_model(*packed)
+    return batch
+
+
+def samples_of(rollout, examples, task, encoder, gold) -> Samples:
+    """The rollout as text beside its ids. `gold`: {row id: label}, empty where PPO must not know."""
+    answers = [encoder.decode(response) for response in rollout.responses()]
+    return Samples(
+        prompts=[task.render_prompt(example.text, example.text_b) for example in examples],
+        answers=answers,
+        labels=[parse_answer(task, answer) for answer in answers],
+        gold_labels=[gold.get(example.id) for example in examples],
+        sequences=rollout.sequences,
+        prompt_lens=rollout.prompt_lens,
+        response_mask=rollout.response_mask,
+        truncated=rollout.truncated,
+        ids=[example.id for example in examples],
+    )
+
+
+def improve(policy, value_model, policy_optimizer, value_optimizer, batch, plan, config, autocast) -> dict:
+    """Act 6: PPO epochs over minibatches; policy and value model each have their optimiser and gradient clip.
+
+    A minibatch's loss is normalised by its token count, so micro-batches add up to the same gradient. Returns the means
+    of the statistics over the updates. Raises RunError before a step whose loss is not finite, and where the first
+    minibatch's ratio is not 1.
+    """
+    totals, updates, skip = {}, 0, False
+    for epoch, minibatches in enumerate(plan):
+        for position, minibatch in enumerate(minibatches):
+            token_count = batch.mask[minibatch].sum()
+            stats = {}
+            for rows in split_rows(minibatch, config.micro_batch_size):
+                part = _losses(policy, value_model, batch, rows, token_count, config, autocast)
+                for name, value in part.items():
+                    stats[name] = torch.maximum(stats[name], value) if name.endswith("max") and name in stats else (
+                        stats.get(name, 0.0) + value if not name.endswith("max") else value
+                    )
+            if epoch == 0 and position == 0:
+                totals["first_ratio_error"] = check_first_ratio(stats, config.precision)
+            if config.max_update_kl and stats["approx_kl"] > config.max_update_kl:
+                policy_optimizer[0].zero_grad(set_to_none=True)
+                value_optimizer[0].zero_grad(set_to_none=True)
+                skip = True
+                break
+            stats["grad_norm_policy"] = optimizer_step(policy, *policy_optimizer, config.max_grad_norm)
+            stats["grad_norm_value"] = optimizer_step(value_model, *value_optimizer, config.max_grad_norm)
+            updates += 1
+            for name, value in stats.items():
+                totals[name] = totals.get(name, 0.0) + value
+        if skip:
+            break
+    first = totals.pop("first_ratio_error")
+    means = {name: total / max(1, updates) for name, total in totals.items() if not name.startswith("ratio_error")}
+    return {**means, "first_ratio_error": first, "lr": policy_optimizer[1].get_last_lr()[0]}
+
+
+def _losses(policy, value_model, batch, rows, token_count, config, autocast):
+    """Backward of one micro-batch's share of both losses. Returns detached statistics that add up over the minibatch."""
+    sequences, prompt_lens, mask = batch.rows(rows)
+    width = mask.shape[1]
+    old = {name: getattr(batch, name)[rows, :width] for name in ("logprobs", "advantages", "values", "returns")}
+
+    def share(x, mask):  # the minibatch's token mean, of which this micro-batch is a part
+        return x.masked_fill(~mask, 0.0).sum() / token_count
+
+    with autocast():
+        new_logprobs = token_logprobs(policy, sequences, prompt_lens, mask, config.temperature)
+    loss, stats = policy_loss(new_logprobs, old["logprobs"], old["advantages"], mask, config.clip, reduce=share)
+    _require_finite(loss, "policy loss")
+    loss.backward()
+    with autocast():
+        new_values = value_model(sequences, prompt_lens, mask)
+    critic_loss, critic_stats = value_loss(new_values, old["values"], old["returns"], mask, config.value_clip, reduce=share)
+    _require_finite(critic_loss, "value loss")
+    critic_loss.backward()
+    with torch.no_grad():
+        error = ((new_logprobs - old["logprobs"]).masked_fill(~mask, 0.0).exp() - 1).abs()
+    return {
+        "policy_loss": loss.detach(), "value_loss": critic_loss.detach(), **stats,
+        "value_clipfrac": critic_stats["clipfrac"],
+        "ratio_error_mean": share(error, mask), "ratio_error_max": error.masked_fill(~mask, 0.0).max(),
+    }  # fmt: skip
+
+
+def _require_finite(loss, name):
+    if not torch.isfinite(loss):
+        raise RunError(f"the {name} is {loss.item()}; stopped before the update.")
+
+
+def check_first_ratio(stats, precision):
+    """|ratio - 1| on the first minibatch, before any update (mean). Warns, or raises RunError, where it is not near 0."""
+    mean, largest = float(stats["ratio_error_mean"]), float(stats["ratio_error_max"])
+    if mean > RATIO_STOP[precision][0] or largest > RATIO_STOP[precision][1]:
+        raise RunError(
+            f"the ratio new / old on the first minibatch is off 1 by {mean:.2g} (mean), {largest:.2g} (max): look for dropout "
+            "left on, another temperature, or positions that differ between scoring and training."
+        )
+    if mean > RATIO_WARN[precision][0] or largest > RATIO_WARN[precision][1]:
+        print(f"warning: the first minibatch's ratio is off 1 by {mean:.2g} (mean), {largest:.2g} (max)")
+    return mean
+
+
+def write_batch(path, rollout, batch, scores):
+    """The tensors of a failed step, for whoever looks into it."""
+    tensors = {
+        "sequences": batch.sequences, "prompt_lens": batch.prompt_lens, "response_mask": batch.mask.to(torch.uint8),
+        "logprobs": batch.logprobs, "ref_logprobs": batch.ref_logprobs, "values": batch.values, "scores": scores,
+        "rollout_logprobs": rollout.rollout_logprobs,
+    }  # fmt: skip
+    tensors |= {name: getattr(batch, name) for name in ("advantages", "returns") if getattr(batch, name) is not None}
+    write_safetensors(tensors, path)

@@ -1,0 +1,54 @@
+"""Shared fixtures. One thread and fixed hypothesis examples: every run of the suite computes the same numbers."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from families import FAMILIES, tiny_model, toy_tokenizer  # noqa: E402
+from hypothesis import HealthCheck, Phase, settings  # noqa: E402
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+_FAST = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("rllr", max_examples=40, **_FAST)
+settings.register_profile("mutate", max_examples=15, phases=[Phase.explicit, Phase.generate], **_FAST)
+settings.load_profile(os.environ.get("RLLR_HYPOTHESIS", "rllr"))
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    """The name of each model family in turn."""
+    return request.param
+
+
+@pytest.fixture
+def model(family):
+    """A fresh tiny causal LM of each family in turn."""
+    return tiny_model(family)
+
+
+@pytest.fixture
+def llama():
+    """A fresh tiny Llama, for what does not depend on the family."""
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The toy tokenizer without a pad token, like Llama's and GPT-2's. Do not change it in a test."""
+    return toy_tokenizer()
+
+
+@pytest.fixture
+def rng():
+    """A seeded torch generator."""
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,287 @@
+"""Sampling with a cache, per family: against full forwards, a scripted model and an exact distribution."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import EOS, VOCAB, tiny_model
+
+import rllr.rollout
+from rllr.logprobs import token_logprobs
+from rllr.rollout import _Sampler, check_cache_support, generate
+
+PROMPTS = [[5, 6, 7], [3], [11, 12, 13, 14, 15, 16], [9, 8], [40, 41, 42, 43]]
+
+
+def sample(model, prompts=PROMPTS, seed=0, **arguments):
+    defaults = {"max_new_tokens": 12, "eos_token_id": EOS, "generator": torch.Generator().manual_seed(seed)}
+    return generate(model, prompts, **{**defaults, **arguments})
+
+
+@torch.no_grad()
+def naive_greedy(model, prompt, stops, max_new_tokens):
+    """A full forward of the unpadded row for every token, no cache."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + max_new_tokens:
+        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] in stops:
+            break
+    return ids[len(prompt) :]
+
+
+# ---- per family ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_recorded_logprobs_are_those_of_a_full_forward(model, temperature):
+    """A cache, mask or position that is off by one, and a temperature forgotten on one side. Rows end at any time."""
+    rollout = sample(model, eos_token_id=list(range(2, 12)), temperature=temperature)
+    assert len(set(rollout.response_lens.tolist())) > 1
+    scored = token_logprobs(model, rollout.sequences, rollout.prompt_lens, rollout.response_mask, temperature)
+    torch.testing.assert_close(rollout.rollout_logprobs, scored.detach(), rtol=0, atol=1e-5)
+    assert rollout.rollout_logprobs[~rollout.response_mask].eq(0).all()
+
+
+def test_greedy_equals_a_naive_loop(model):
+    """Independent of the cache, in the order of the prompts."""
+    stops = set(range(2, 12))
+    rollout = sample(model, greedy=True, eos_token_id=sorted(stops))
+    assert rollout.responses() == [naive_greedy(model, prompt, stops, 12) for prompt in PROMPTS]
+
+
+def test_compaction_and_batch_size_change_nothing_under_greedy(model, monkeypatch):
+    """Finished rows that are dropped with the wrong index, and neighbours that are seen."""
+    stops = list(range(2, 12))
+    expected = sample(model, greedy=True, eos_token_id=stops)
+    for share, batch_size in [(0.0, 5), (2.0, 5), (0.25, 1), (0.25, 2), (0.5, 3)]:
+        monkeypatch.setattr(rllr.rollout, "COMPACT_SHARE", share)
+        other = sample(model, greedy=True, eos_token_id=stops, batch_size=batch_size)
+        assert torch.equal(other.sequences, expected.sequences)
+        torch.testing.assert_close(other.rollout_logprobs, expected.rollout_logprobs, rtol=0, atol=1e-5)
+
+
+# ---- what a rollout is -----------------------------------------------------------------------------------------------
+
+
+class Scripted(torch.nn.Module):
+    """A causal LM without weights: after token i comes i + 1, with near certainty. It records how it is called."""
+
+    def __init__(self, vocab=VOCAB, sure=100.0):
+        super().__init__()
+        self.vocab, self.sure, self.device, self.calls = vocab, sure, torch.device("cpu"), []
+        self.config = SimpleNamespace()
+
+    @property
+    def base_model(self):
+        return self.backbone
+
+    def backbone(self, input_ids, **arguments):
+        self.calls.append({"input_ids": input_ids, "training": self.training, **arguments})
+        following = torch.nn.functional.one_hot((input_ids + 1) % self.vocab, self.vocab).float()
+        return SimpleNamespace(last_hidden_state=self.sure * following)
+
+    def get_output_embeddings(self):
+        return torch.nn.Identity()
+
+
+def test_scripted_model():
+    """Stop ids end a row and belong to it; a row without one is cut and flagged; padding takes the pad id."""
+    rollout = sample(Scripted(), [[10], [3, 20, 4], [30, 31]], eos_token_id=[6, 13], max_new_tokens=4, pad_token_id=60)
+    assert rollout.responses() == [[11, 12, 13], [5, 6], [32, 33, 34, 35]]
+    assert rollout.sequences.tolist() == [
+        [10, 11, 12, 13, 60, 60],
+        [3, 20, 4, 5, 6, 60],
+        [30, 31, 32, 33, 34, 35],
+    ]
+    assert rollout.truncated.tolist() == [False, False, True]
+    assert rollout.prompt_lens.tolist() == [1, 3, 2] and rollout.response_lens.tolist() == [3, 2, 4]
+    assert rollout.response_mask.sum(1).tolist() == [3, 2, 4]
+    assert rollout.sequences.dtype == torch.long
+    assert rollout.response_mask.dtype == rollout.truncated.dtype == torch.bool
+    assert rollout.rollout_logprobs.dtype == torch.float32
+
+
+def test_a_stop_id_in_the_prompt_ends_nothing():
+    assert sample(Scripted(), [[2, 2, 20]], eos_token_id=2, max_new_tokens=2).responses() == [[21, 22]]
+
+
+def test_a_stop_id_as_the_very_last_token_is_no_truncation():
+    rollout = sample(Scripted(), [[10], [11]], eos_token_id=13, max_new_tokens=3)
+    assert rollout.responses() == [[11, 12, 13], [12, 13]] and rollout.truncated.tolist() == [False, False]
+
+
+def test_a_sampled_pad_id_is_an_ordinary_token():
+    """An end re-derived from ids would stop at 12."""
+    rollout = sample(Scripted(), [[10]], eos_token_id=14, max_new_tokens=9, pad_token_id=12)
+    assert rollout.responses() == [[11, 12, 13, 14]] and rollout.response_mask.tolist() == [[True] * 4]
+
+
+def test_pad_may_be_eos():
+    rollout = sample(Scripted(), [[10], [5]], eos_token_id=12, pad_token_id=12, max_new_tokens=4)
+    assert rollout.responses() == [[11, 12], [6, 7, 8, 9]] and rollout.truncated.tolist() == [False, True]
+
+
+def test_one_new_token():
+    rollout = sample(Scripted(), [[10], [12, 20]], eos_token_id=11, max_new_tokens=1)
+    assert rollout.responses() == [[11], [21]] and rollout.truncated.tolist() == [False, True]
+
+
+def test_positions_and_mask_given_to_the_model(monkeypatch):
+    """A row's positions go on from its own prompt; the mask hides its padding in the middle."""
+    monkeypatch.setattr(rllr.rollout, "COMPACT_SHARE", 2.0)
+    model = Scripted()
+    sample(model, [[10], [3, 20, 40]], eos_token_id=60, max_new_tokens=3)
+    first, second, third = model.calls
+    assert first["input_ids"].tolist() == [[3, 20, 40], [10, 0, 0]]  # longest first
+    assert second["position_ids"].tolist() == [[3], [1]] and third["position_ids"].tolist() == [[4], [2]]
+    assert second["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 0, 0, 1]]
+    assert third["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 0, 0, 1, 1]]
+
+
+def test_no_work_after_the_last_token():
+    """max_new_tokens=3 takes the prompt's pass and two more; a finished batch takes none."""
+    model = Scripted()
+    sample(model, [[10]], eos_token_id=60, max_new_tokens=3)
+    assert len(model.calls) == 3
+    model.calls.clear()
+    sample(model, [[10]], eos_token_id=11, max_new_tokens=50)
+    assert len(model.calls) == 1
+
+
+def test_finished_rows_leave_the_batch():
+    """Four rows end after 1, 2, 3 and 9 tokens: the batch shrinks as they do."""
+    model = Scripted()
+    rollout = sample(model, [[18], [17], [16], [10]], eos_token_id=19, max_new_tokens=20)
+    assert rollout.response_lens.tolist() == [1, 2, 3, 9]
+    assert [len(call["input_ids"]) for call in model.calls] == [4, 3, 2] + [1] * 6
+
+
+def test_batch_size_is_a_limit():
+    model = Scripted()
+    sample(model, [[10]] * 5, eos_token_id=11, batch_size=2)
+    assert [len(call["input_ids"]) for call in model.calls] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("arguments", [{"max_new_tokens": 0}, {"temperature": 0.0}, {"temperature": float("nan")}])
+def test_bad_arguments(arguments):
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        sample(Scripted(), **arguments)
+
+
+def test_dropout_is_off_while_sampling_and_the_mode_comes_back():
+    """Also when the model raises in the middle."""
+    model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    expected = sample(model, greedy=True)
+    assert not model.training
+    rollout = sample(model.train(), greedy=True)
+    assert model.training and rollout.responses() == expected.responses()
+    scripted = Scripted().train()
+    sample(scripted, max_new_tokens=2)
+    assert scripted.training and not any(call["training"] for call in scripted.calls)
+    scripted.get_output_embeddings = None
+    with pytest.raises(TypeError):
+        sample(scripted)
+    assert scripted.training
+
+
+def test_no_gradient_and_no_change_of_the_global_random_state(llama):
+    """Prompt order, sampling and minibatches are separate streams."""
+    before = torch.get_rng_state()
+    rollout = sample(llama)
+    assert not rollout.rollout_logprobs.requires_grad
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_same_seed_same_answers(llama):
+    """And another seed, others."""
+    first, again, other = sample(llama), sample(llama), sample(llama, seed=1)
+    assert torch.equal(first.sequences, again.sequences)
+    assert torch.equal(first.rollout_logprobs, again.rollout_logprobs)
+    assert first.responses() != other.responses()
+
+
+# ---- the sampler -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_draws_follow_the_exact_distribution(temperature):
+    """Chi-square of 20,000 draws against softmax(logits / temperature); impossible tokens never come."""
+    logits = torch.tensor([-torch.inf, 0.5, -1.0, -torch.inf, 1.5, 0.0, -2.0, 1.0, -torch.inf])
+    p = (logits.double() / temperature).softmax(-1)
+    draws = 20_000
+    sampler = _Sampler(temperature, False, torch.Generator().manual_seed(3))
+    tokens, logprobs = sampler(logits.expand(draws, -1))
+    counts = torch.bincount(tokens, minlength=len(p)).double()
+    possible = p > 0
+    assert counts[~possible].sum() == 0
+    statistic = ((counts - draws * p).square() / (draws * p))[possible].sum().item()
+    assert statistic < 22.5  # 99.9 % quantile with 5 degrees of freedom is 20.5
+    torch.testing.assert_close(logprobs.double(), p.log()[tokens], rtol=0, atol=1e-6)
+
+
+def test_first_tokens_follow_the_models_distribution(llama):
+    """The same through `generate`: one step, 4,000 copies of one prompt."""
+    logits = llama(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1].detach()
+    p = (logits.double() / 0.6).softmax(-1)
+    rollout = sample(llama, [[5, 6, 7]] * 4000, max_new_tokens=1, temperature=0.6, batch_size=4000)
+    counts = torch.bincount(rollout.sequences[:, 3], minlength=VOCAB).double()
+    common = 4000 * p >= 5
+    statistic = ((counts - 4000 * p).square() / (4000 * p))[common].sum().item()
+    degrees = int(common.sum())
+    assert degrees > 10 and statistic < degrees + 4 * (2 * degrees) ** 0.5
+
+
+@pytest.mark.parametrize("uniform, expected", [(0.0, 1), (0.4999, 1), (0.5, 3), (1 - 2**-53, 3)])
+def test_the_ends_of_the_uniform_draw(monkeypatch, uniform, expected):
+    """0 must not give the impossible first token, nor the largest draw one past the last possible token."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, **rest: torch.full(shape, uniform, dtype=torch.float64))
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    assert _Sampler(1.0, False, None)(logits)[0].item() == expected
+
+
+def test_greedy_records_the_logprob_at_temperature():
+    token, logprob = _Sampler(0.5, True, None)(torch.tensor([[0.0, 1.0]]))
+    assert token.item() == 1
+    assert logprob.item() == pytest.approx(torch.tensor([0.0, 2.0]).log_softmax(0)[1].item(), abs=1e-6)
+
+
+# ---- what the cache cannot do ----------------------------------------------------------------------------------------
+
+
+def test_a_sliding_window_shorter_than_the_sequence_is_refused():
+    """Mistral's window of 8; exactly as long is fine."""
+    model = tiny_model("mistral", sliding_window=8)
+    with pytest.raises(ValueError, match="sliding window of 8"):
+        sample(model, [[5, 6, 7]], max_new_tokens=6)
+    sample(model, [[5, 6, 7]], max_new_tokens=5)
+
+
+def fake(**config):
+    return SimpleNamespace(config=SimpleNamespace(**config))
+
+
+@pytest.mark.parametrize("kinds", [["full_attention", "linear_attention"], ["mamba"]])
+def test_recurrent_layers_are_refused(kinds):
+    with pytest.raises(ValueError, match="attention layers only"):
+        check_cache_support(fake(layer_types=kinds), 4)
+
+
+@pytest.mark.parametrize(
+    "config, refused",
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}, True),
+        ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 9}, False),
+        ({"layer_types": ["full_attention"], "sliding_window": 8}, False),
+        ({"layer_types": None, "sliding_window": 8}, True),
+        ({"layer_types": None, "sliding_window": 8, "use_sliding_window": False}, False),
+        ({"layer_types": None, "sliding_window": None}, False),
+        ({}, False),
+    ],
+)
+def test_which_windows_count(config, refused):
+    """Nine tokens in all."""
+    if refused:
+        with pytest.raises(ValueError, match="sliding window"):
+            check_cache_support(fake(**config), 9)
+    else:
+        check_cache_support(fake(**config), 9)

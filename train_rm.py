@@ -1,0 +1,251 @@
+"""Stage 2: a reward model from preference pairs.
+
+    python train_rm.py --pairs label                 # label-sensitive: RLLR's reward
+    python train_rm.py --pairs rationale             # rationale-sensitive: classic RLHF's reward
+    python train_rm.py --pairs my_pairs.jsonl        # {prompt, chosen, rejected, kind} per line
+
+Starts from the SFT policy with a new scalar head and learns by Bradley-Terry which of two answers is preferred. Held-out
+pairs stop it. At the end its scores on answers sampled by the policy are measured and stored: PPO reads scores in these
+units. Writes runs/<task>/rm-label (or rm-rationale): a model directory that also loads as a sequence classifier.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from rllr.config import check_choice, check_divisible, check_positive, check_range, parse_config
+from rllr.data import load_pairs
+from rllr.encoding import Encoder
+from rllr.errors import InputError, command
+from rllr.judge import ScoreStatistics, score_rows
+from rllr.model import RewardModel, fingerprint, load_policy, load_tokenizer, reward_pad_token_id, set_dropout
+from rllr.pairs import LABEL_PAIRS, Pair, describe, label_sensitive_pairs, rationale_sensitive_pairs
+from rllr.rationales import WRITERS, default_label_pairs, default_writer, make_writer
+from rllr.reward_report import classifier_report, pair_report, sampled_scores
+from rllr.rewards import pairwise_accuracy, pairwise_loss
+from rllr.splits import DataConfig, inherit, load_splits
+from rllr.training import (
+    RECORD, MetricsLog, check_same_task, make_optimizer, make_record, open_run_directory, optimizer_step, pack,
+    read_record, require_finite, resolve_task, say, set_up, show_config, shuffled_batches, split_rows, write_json,
+)  # fmt: skip
+
+
+@dataclass
+class Config(DataConfig):
+    policy: str | None = None  # the SFT policy's directory (runs/<task>/sft)
+    pairs: str = "label"  # label, rationale, or a JSONL file of pairs
+    output_dir: str | None = None  # where the reward model goes (runs/<task>/rm-<pairs>)
+    overwrite: bool = False  # replace a run that is already there
+    rationales: str | None = None  # who writes them: given, evidence, demo, model (as the policy's)
+    rationale_model: str | None = None  # the causal LM that writes them, for --rationales model
+    label_pairs: str | None = None  # independent or paper: see rllr/pairs.py (independent for evidence and demo)
+    negatives: str = "one"  # one wrong label per pair, drawn uniformly, or all of them
+    pairs_per_row: int = 4  # pairs drawn of each row (label pairs; drawings that coincide count once)
+    loss: str = "eos"  # eos: score at the last response token; span: mean from the first token that differs
+    margin: float = 0.0  # by which the chosen answer must win, in raw score
+    center_coef: float = 0.01  # weight of mean((chosen + rejected)^2), which settles the zero
+    epochs: int = 3  # passes over the pairs, at most
+    patience: int = 2  # checks without a better held-out loss before stopping
+    checks_per_epoch: int = 2  # evaluations on the held-out pairs
+    batch_size: int = 32  # pairs per optimiser step
+    micro_batch_size: int = 0  # pairs per forward; 0: the whole batch. Does not change the gradient
+    learning_rate: float | None = None  # AdamW peak (tiny 5e-4, any other model 5e-6)
+    warmup: float = 0.05  # share of the steps
+    weight_decay: float = 0.01  # not on biases and norms
+    dropout: float | None = None  # while training (tiny 0.2, any other model 0)
+    max_grad_norm: float = 1.0  # clipping
+    max_new_tokens: int = 48  # of the sampled answers
+    temperature: float = 1.0  # of the sampled answers: PPO's
+    statistics_prompts: int = 1024  # sampled answers behind the stored statistics (at least 512)
+    eval_batch_size: int = 128  # rows per forward without gradient
+    precision: str = "fp32"  # fp32, or bf16 for autocast (GPU)
+    seed: int = 0  # head, order and drawing of the pairs, dropout, sampled answers
+
+    def validate(self):
+        check_positive(self, "epochs", "batch_size", "learning_rate", "max_grad_norm", "max_new_tokens", "temperature",
+                       "patience", "checks_per_epoch", "pairs_per_row", "eval_batch_size", "statistics_prompts")  # fmt: skip
+        check_positive(self, "micro_batch_size", "weight_decay", "margin", "center_coef", zero=True)
+        check_range(self, "warmup", 0, 1)
+        check_range(self, "dropout", 0, 0.9)
+        check_choice(self, "loss", ("eos", "span"))
+        check_choice(self, "negatives", ("one", "all"))
+        check_choice(self, "label_pairs", (None, *LABEL_PAIRS))
+        check_choice(self, "rationales", (None, *WRITERS))
+        check_choice(self, "precision", ("fp32", "bf16"))
+        check_divisible(self, "batch_size", "micro_batch_size")
+
+
+def draw_pairs(config, examples, task, writer, seed):
+    """The pairs of some rows, as --pairs asks: label-sensitive ones `pairs_per_row` times over, without repetitions."""
+    if config.pairs == "rationale":
+        return rationale_sensitive_pairs(examples, task, writer, seed=seed, log=say)
+    drawn = {}
+    for copy in range(config.pairs_per_row):
+        for pair in label_sensitive_pairs(
+            examples, task, writer, rationales=config.label_pairs, negatives=config.negatives, seed=seed + copy, log=say
+        ):
+            drawn[pair] = None
+    return list(drawn)
+
+
+def encode_pairs(pairs, encoder):
+    """[(prompt ids, chosen ids, rejected ids)]; pairs longer than the context are dropped, counted and named."""
+    rows, kept, dropped = [], [], []
+    for pair in pairs:
+        prompt, chosen, rejected = encoder.prompt_ids(pair.prompt), encoder.answer_ids(pair.chosen), encoder.answer_ids(pair.rejected)
+        if len(prompt) + max(len(chosen), len(rejected)) > encoder.context:
+            dropped.append(pair)
+        else:
+            rows.append((prompt, chosen, rejected))
+            kept.append(pair)
+    if dropped:
+        say(f"{len(dropped)} of {len(pairs)} pairs are longer than the context and dropped, e.g. {dropped[0].prompt[:60]!r}")
+    if not rows:
+        raise InputError(f"no pair fits the model's context of {encoder.context} tokens")
+    return rows, kept
+
+
+def rm_loss(model, rows, pair_count, encoder, config):
+    """Sum of the pairs' Bradley-Terry losses / pair_count, the whole batch's, so that any split gives the same gradient."""
+    both = [(prompt, chosen) for prompt, chosen, _ in rows] + [(prompt, rejected) for prompt, _, rejected in rows]
+    sequences, prompt_lens, mask = pack(both, encoder.pad_id, model.device)
+    if config.loss == "eos":
+        chosen, rejected = model(sequences, prompt_lens, mask).chunk(2)
+        return pairwise_loss(chosen, rejected, config.margin, config.center_coef, reduction="none").sum() / pair_count
+    # The reference's span loss: every position from the first token that differs; here without the padding.
+    chosen, rejected = model.span_scores(sequences, prompt_lens, mask).chunk(2)
+    losses = 0.0
+    for i, (_, a, b) in enumerate(rows):
+        first = next((t for t, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+        span = slice(min(first, len(a) - 1, len(b) - 1), min(len(a), len(b)))
+        losses = losses + pairwise_loss(chosen[i, span], rejected[i, span], config.margin, config.center_coef)
+    return losses / pair_count
+
+
+@torch.no_grad()
+def score_pairs(model, rows, encoder, config, autocast):
+    """Raw scores (chosen [N], rejected [N]) of encoded pairs."""
+    both = [(prompt, chosen) for prompt, chosen, _ in rows] + [(prompt, rejected) for prompt, _, rejected in rows]
+    return score_rows(model, *pack(both, encoder.pad_id, model.device), config.eval_batch_size, autocast).chunk(2)
+
+
+@command
+def main(argv=None):
+    config = parse_config(Config, argv, __doc__)
+    config.validate()
+    config.policy = config.policy or f"runs/{config.task or 'demo'}/sft"
+    if not Path(config.policy).is_dir() and not config.policy.count("/") == 1:
+        raise InputError(f"--policy {config.policy}: no such directory; train_sft.py makes one")
+    record = read_record(config.policy)
+    task = resolve_task(config, record)
+    contradictions = inherit(config, record)
+    check_same_task(record, task, f"--policy {config.policy}")
+    for line in contradictions:
+        say(f"warning: {line}: rows that evaluate here may have trained the policy")
+    tiny, kind = record.get("tiny", False), config.pairs if config.pairs in ("label", "rationale") else "file"
+    config.learning_rate = config.learning_rate or (5e-4 if tiny else 5e-6)
+    config.dropout = (0.2 if tiny else 0.0) if config.dropout is None else config.dropout
+    device, autocast = set_up(config.precision, config.seed)
+
+    splits = load_splits(config, task, say)
+    policy, tokenizer = load_policy(config.policy, device=device), load_tokenizer(config.policy)
+    encoder, policy_fingerprint = Encoder(tokenizer, policy), fingerprint(policy)
+    labelled, held_out, unlabelled, evaluation = (
+        encoder.fit(rows, task, config.max_new_tokens, say)
+        for rows in (splits.labelled, splits.held_out, splits.unlabelled, splits.eval)
+    )
+    config.rationales = config.rationales or record.get("config", {}).get("rationales") or default_writer(task, labelled)
+    config.label_pairs = config.label_pairs or default_label_pairs(config.rationales)
+    writer = None
+    if kind == "file":
+        file_pairs = [Pair(**pair) for pair in load_pairs(config.pairs, say)]
+        held_count = max(1, len(file_pairs) // 10)
+        train_pairs, held_pairs = file_pairs[held_count:], file_pairs[:held_count]
+    directory = open_run_directory(config.output_dir or f"runs/{task.name}/rm-{kind}", config.overwrite)
+    show_config(config, "train_rm")
+    if kind != "file":
+        writer = make_writer(
+            config.rationales, labelled, task, config=config, device=device, directory=directory, log=say, also=held_out
+        )
+        train_pairs = draw_pairs(config, labelled, task, writer, config.seed)
+        held_pairs = draw_pairs(config, held_out, task, writer, 10_000 + config.seed)
+    train_rows, train_pairs = encode_pairs(train_pairs, encoder)
+    held_rows, held_pairs = encode_pairs(held_pairs, encoder)
+    say(f"train: {describe(train_pairs)}\nheld out: {describe(held_pairs)}")
+
+    sampled = sampled_scores(policy, encoder, task, unlabelled or held_out, config, autocast)
+    model = RewardModel.from_policy(load_policy(config.policy, device=device), seed=config.seed)
+    batches_per_epoch = math.ceil(len(train_rows) / config.batch_size)
+    steps = config.epochs * batches_per_epoch
+    optimizer, scheduler = make_optimizer(
+        model, config.learning_rate, steps, warmup_share=config.warmup, weight_decay=config.weight_decay
+    )
+    set_dropout(model, config.dropout)
+    metrics, progress, step, best, since_best = MetricsLog(directory), tqdm(total=steps, desc="rm", mininterval=2), 0, None, 0
+    check_every = max(1, batches_per_epoch // config.checks_per_epoch)
+    pad_id = reward_pad_token_id(tokenizer, encoder.stop_ids, model.config.vocab_size)
+
+    def save():
+        model.save_pretrained(directory, tokenizer, pad_id)
+        return f"The best state so far is in {directory}."
+
+    stopped = False
+    for epoch in range(config.epochs):
+        for batch in shuffled_batches(train_rows, config.batch_size, config.seed, epoch):
+            model.train()
+            batch_loss = 0.0
+            for micro_batch in split_rows(batch, config.micro_batch_size):
+                with autocast():
+                    loss = rm_loss(model, micro_batch, len(batch), encoder, config)
+                require_finite(loss, "the reward model's loss", step, lambda: f"The best state so far is in {directory}.")
+                loss.backward()
+                batch_loss += loss.item()
+            learning_rate = scheduler.get_last_lr()[0]
+            grad_norm = optimizer_step(model, optimizer, scheduler, config.max_grad_norm)
+            step += 1
+            progress.update()
+            metrics.write({"step": step, "epoch": epoch, "loss": batch_loss, "grad_norm": grad_norm, "lr": learning_rate})
+            if step % check_every and step != steps:
+                continue
+            model.eval()
+            chosen, rejected = score_pairs(model, held_rows, encoder, config, autocast)
+            held_loss, held_accuracy = pairwise_loss(chosen, rejected).item(), pairwise_accuracy(chosen, rejected).item()
+            metrics.write(
+                {"step": step, "eval/loss": held_loss, "eval/accuracy": held_accuracy},
+                f"step {step}/{steps}  loss {batch_loss:.3f}  held-out loss {held_loss:.3f}  accuracy {100 * held_accuracy:.1f} %",
+            )
+            since_best = 0 if best is None or held_loss < best else since_best + 1
+            if since_best == 0:
+                best = held_loss
+                save()
+            if since_best >= config.patience:
+                stopped = True
+                break
+        if stopped:
+            say(f"stopped at step {step}: {config.patience} checks without a better held-out loss")
+            break
+    progress.close()
+
+    model = RewardModel.from_pretrained(directory, device=device)  # the best state
+    report = {"pairs": pair_report(held_pairs, *score_pairs(model, held_rows, encoder, config, autocast))}
+    if kind != "rationale":
+        report["classifier"] = classifier_report(
+            model, policy, encoder, task, {"held_out": held_out, "eval": evaluation}, writer, config, autocast
+        )
+    statistics = ScoreStatistics.of(
+        score_rows(model, *sampled.batch, config.eval_batch_size, autocast), truncated=sampled.truncated,
+        temperature=config.temperature, policy_fingerprint=policy_fingerprint,
+    )  # fmt: skip
+    statistics.save(directory)
+    say(f"scores on {statistics.count} answers sampled by the policy: mean {statistics.mean:.3f}, standard deviation {statistics.std:.3f}")
+    write_json(directory / RECORD, make_record(
+        f"rm-{kind}", task, config, tiny=tiny, report=report, policy_fingerprint=policy_fingerprint))  # fmt: skip
+    metrics.write({"step": step, **{f"final/{k}": v for k, v in report["pairs"]["all"].items() if not isinstance(v, list)}})
+    say(f"saved {directory}")
+
+
+if __name__ == "__main__":
+    main()

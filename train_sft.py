@@ -1,0 +1,149 @@
+"""Stage 1: supervised fine-tuning. The policy learns to answer with a rationale, then the label.
+
+    python train_sft.py                                                   # the built-in demo data, a tiny model, CPU
+    python train_sft.py --task sst2 --train_file train.jsonl --eval_file dev.jsonl --model Qwen/Qwen3-0.6B
+
+The loss is the mean negative log-likelihood of the answer's tokens, the end token included; prompts are not learnt. After
+each epoch the policy answers the dev rows greedily, and the epoch with the best dev metric is the one that is kept.
+Writes runs/<task>/sft: a Hugging Face model directory, metrics.jsonl, rllr.json.
+"""
+
+import os
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from rllr.config import check_choice, check_divisible, check_positive, check_range, parse_config
+from rllr.encoding import Encoder
+from rllr.errors import command
+from rllr.evaluate import answer_rows, metric_line, score_answers, show_samples
+from rllr.logprobs import token_logprobs
+from rllr.model import fingerprint, load_policy, load_tokenizer, set_dropout
+from rllr.rationales import WRITERS, default_writer, make_writer
+from rllr.splits import DataConfig, inherit, load_splits
+from rllr.tiny import TinyConfig, build_tiny
+from rllr.training import (
+    MetricsLog, check_same_task, make_optimizer, make_record, open_run_directory, optimizer_step, pack, read_record,
+    require_finite, resolve_task, save_policy, say, set_up, show_config, shuffled_batches, split_rows,
+)  # fmt: skip
+
+
+@dataclass
+class Config(DataConfig):
+    model: str = "tiny"  # hub name or directory of a causal LM; tiny: build one from scratch
+    output_dir: str | None = None  # where the policy goes (runs/<task>/sft)
+    overwrite: bool = False  # replace a run that is already there
+    rationales: str | None = None  # who writes them: given, evidence, demo, model (by the data: see README)
+    rationale_model: str | None = None  # the causal LM that writes them, for --rationales model
+    tiny_epochs: int = 3  # passes over all texts when --model tiny is built
+    epochs: int = 6  # passes over the labelled rows
+    batch_size: int = 32  # answers per optimiser step
+    micro_batch_size: int = 0  # answers per forward; 0: the whole batch. Does not change the gradient
+    learning_rate: float | None = None  # AdamW peak (tiny 1e-3, any other model 1e-5)
+    warmup: float = 0.05  # share of the steps
+    schedule: str = "linear"  # linear, cosine or constant, after the warm-up
+    weight_decay: float = 0.01  # not on biases and norms
+    dropout: float | None = None  # while training (tiny 0.2, any other model 0); off in every later pass
+    max_grad_norm: float = 1.0  # clipping
+    max_new_tokens: int = 48  # of an answer (256 in the paper)
+    eval_batch_size: int = 256  # prompts decoded together
+    show: int = 3  # sample answers printed after each epoch
+    precision: str = "fp32"  # fp32, or bf16 for autocast (GPU)
+    seed: int = 0  # order of the rows, dropout, and the labelled rows unless --data_seed is given
+
+    def validate(self):
+        check_positive(self, "epochs", "batch_size", "learning_rate", "max_grad_norm", "max_new_tokens", "eval_batch_size")
+        check_positive(self, "micro_batch_size", "weight_decay", "show", "labelled", zero=True)
+        check_range(self, "warmup", 0, 1)
+        check_range(self, "dropout", 0, 0.9)
+        check_range(self, "held_out", 0.001, 0.9)
+        check_choice(self, "schedule", ("linear", "cosine", "constant"))
+        check_choice(self, "precision", ("fp32", "bf16"))
+        check_choice(self, "rationales", (None, *WRITERS))
+        check_divisible(self, "batch_size", "micro_batch_size")
+
+
+def sft_loss(model, rows, answer_tokens, encoder):
+    """-sum log pi(answer | prompt) / answer_tokens. `answer_tokens` counts the whole batch, so that the micro-batches'
+    losses add up to the exact token mean whatever the split."""
+    return -token_logprobs(model, *pack(rows, encoder.pad_id, model.device)).sum() / answer_tokens
+
+
+@command
+def main(argv=None):
+    config = parse_config(Config, argv, __doc__)
+    config.validate()
+    record = read_record(config.model)
+    task = resolve_task(config, record)
+    inherit(config, record)  # a tiny model built beforehand knows its data
+    config.answer_format = task.answer_format
+    check_same_task(record, task, f"--model {config.model}")
+    tiny = config.model == "tiny" or record.get("tiny", False)
+    config.task, config.data_seed = config.task or task.name, config.seed if config.data_seed is None else config.data_seed
+    config.learning_rate = config.learning_rate or (1e-3 if tiny else 1e-5)
+    config.dropout = (0.2 if tiny else 0.0) if config.dropout is None else config.dropout
+    device, autocast = set_up(config.precision, config.seed)
+
+    splits = load_splits(config, task, say)
+    if config.model != "tiny":
+        model, tokenizer = load_policy(config.model, device=device), load_tokenizer(config.model)
+    directory = open_run_directory(config.output_dir or f"runs/{task.name}/sft", config.overwrite)
+    show_config(config, "train_sft")
+    if config.model == "tiny":
+        model, tokenizer = build_tiny(splits, task, TinyConfig(epochs=config.tiny_epochs), config.seed, device, autocast)
+    encoder = Encoder(tokenizer, model)
+
+    labelled = encoder.fit(splits.labelled, task, config.max_new_tokens, say)
+    evaluation = encoder.fit(splits.eval, task, config.max_new_tokens, say)
+    config.rationales = config.rationales or default_writer(task, labelled)
+    if task.answer_format == "rationale":
+        writer = make_writer(config.rationales, labelled, task, config=config, device=device, directory=directory, log=say)
+    rows = []
+    for example in labelled:
+        rationale = writer.write(example, example.label) if task.answer_format == "rationale" else None
+        prompt = encoder.prompt_ids(task.render_prompt(example.text, example.text_b))
+        rows.append((prompt, encoder.answer_ids(task.render_answer(example.label, rationale))))
+
+    steps = config.epochs * len(shuffled_batches(rows, config.batch_size, config.seed, 0))
+    optimizer, scheduler = make_optimizer(
+        model, config.learning_rate, steps,
+        warmup_share=config.warmup, schedule=config.schedule, weight_decay=config.weight_decay,
+    )  # fmt: skip
+    set_dropout(model, config.dropout)
+    metrics, progress, step, best = MetricsLog(directory), tqdm(total=steps, desc="sft", mininterval=2), 0, None
+    for epoch in range(config.epochs):
+        model.train()
+        epoch_loss, epoch_tokens = 0.0, 0
+        for batch in shuffled_batches(rows, config.batch_size, config.seed, epoch):
+            answer_tokens, batch_loss = sum(len(answer) for _, answer in batch), 0.0
+            for micro_batch in split_rows(batch, config.micro_batch_size):
+                with autocast():
+                    loss = sft_loss(model, micro_batch, answer_tokens, encoder)
+                require_finite(loss, "the SFT loss", step, lambda: f"The best epoch so far is in {directory}.")
+                loss.backward()
+                batch_loss += loss.item()
+            learning_rate = scheduler.get_last_lr()[0]
+            grad_norm = optimizer_step(model, optimizer, scheduler, config.max_grad_norm)
+            step += 1
+            epoch_loss, epoch_tokens = epoch_loss + batch_loss * answer_tokens, epoch_tokens + answer_tokens
+            metrics.write({"step": step, "epoch": epoch, "loss": batch_loss, "grad_norm": grad_norm, "lr": learning_rate})
+            progress.update()
+
+        model.eval()
+        answers = answer_rows(model, encoder, task, evaluation, config.max_new_tokens, config.eval_batch_size, autocast)
+        scores = score_answers(task, evaluation, answers)
+        metrics.write(
+            {"step": step, "epoch": epoch, **{f"eval/{name}": value for name, value in scores.items()}},
+            f"epoch {epoch + 1}/{config.epochs}  loss {epoch_loss / epoch_tokens:.3f}  dev {metric_line(scores)}",
+        )
+        show_samples(task, evaluation, answers, config.show)
+        if best is None or scores[task.metric] > best[task.metric]:
+            best = scores | {"epoch": epoch + 1}
+            save_policy(model, encoder, directory, make_record(
+                "sft", task, config, tiny=tiny, eval=best, fingerprint=fingerprint(model)))  # fmt: skip
+    progress.close()
+    say(f"best epoch {best['epoch']}: dev {metric_line(best)}; saved {os.fspath(directory)}")
+
+
+if __name__ == "__main__":
+    main()
