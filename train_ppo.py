@@ -226,7 +226,7 @@ def main(argv=None):
     scores_before, _ = evaluate(0, eval_subset)
     metrics.write({"step": 0, **{f"eval/{name}": value for name, value in scores_before.items()}})
 
-    for step in tqdm(range(1, config.steps + 1), desc="ppo", mininterval=2):
+    for step in tqdm(range(1, config.steps + 1), desc="ppo", mininterval=2, disable=None):
         examples = stream.next()
 
         # 1 act: the policy answers ------------------------------------------------------------------------------------

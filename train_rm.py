@@ -184,7 +184,7 @@ def main(argv=None):
         model, config.learning_rate, steps, warmup_share=config.warmup, weight_decay=config.weight_decay
     )
     set_dropout(model, config.dropout)
-    metrics, progress, step, best, since_best = MetricsLog(directory), tqdm(total=steps, desc="rm", mininterval=2), 0, None, 0
+    metrics, progress, step, best, since_best = MetricsLog(directory), tqdm(total=steps, desc="rm", mininterval=2, disable=None), 0, None, 0
     check_every = max(1, batches_per_epoch // config.checks_per_epoch)
     pad_id = reward_pad_token_id(tokenizer, encoder.stop_ids, model.config.vocab_size)
 

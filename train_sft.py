@@ -110,7 +110,7 @@ def main(argv=None):
         warmup_share=config.warmup, schedule=config.schedule, weight_decay=config.weight_decay,
     )  # fmt: skip
     set_dropout(model, config.dropout)
-    metrics, progress, step, best = MetricsLog(directory), tqdm(total=steps, desc="sft", mininterval=2), 0, None
+    metrics, progress, step, best = MetricsLog(directory), tqdm(total=steps, desc="sft", mininterval=2, disable=None), 0, None
     for epoch in range(config.epochs):
         model.train()
         epoch_loss, epoch_tokens = 0.0, 0

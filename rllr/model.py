@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -17,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from .errors import InputError
 from .layout import response_positions
 
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what transformers lets through
 HEAD_WEIGHT, HEAD_BIAS = "score.weight", "score.bias"  # the names transformers' sequence classifiers use
 
 
@@ -67,7 +70,7 @@ def load_policy(name_or_path, *, dtype=torch.float32, device="cpu"):
     _require_model_directory(name_or_path)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except LOADING_ERRORS as error:
         raise InputError(f"{name_or_path}: cannot be loaded as a causal LM: {_first_line(error)}") from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
@@ -110,18 +113,20 @@ def context_length(model_or_config):
 
 
 def stop_token_ids(model, tokenizer):
-    """The ids that end an answer: those of the generation config, else the tokenizer's EOS. At least one, in order.
+    """The ids that end an answer: those of the generation config, else the tokenizer's EOS, in order; empty where
+    neither names one inside the vocabulary.
 
     Ids outside the vocabulary (defaults of some configs) are dropped with a warning.
     """
-    listed = getattr(model, "generation_config", None) and model.generation_config.eos_token_id
-    ids = listed if isinstance(listed, list) else [listed]
-    ids = [i for i in [*ids, tokenizer.eos_token_id] if i is not None] if listed is None else ids
+    config = getattr(model, "generation_config", None)
+    listed = config.eos_token_id if config else None
+    ids = [] if listed is None else listed if isinstance(listed, list) else [listed]
     size = model.get_input_embeddings().num_embeddings
     kept = [i for i in dict.fromkeys(ids) if 0 <= i < size]
     if len(kept) < len(set(ids)):
         print(f"warning: stop ids {sorted(set(ids) - set(kept))} are outside the vocabulary of {size} and are dropped")
-    return kept
+    eos = tokenizer.eos_token_id
+    return kept or ([eos] if eos is not None and 0 <= eos < size else [])
 
 
 def disable_dropout(model):
@@ -137,8 +142,9 @@ def set_dropout(model, p):
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = p
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = p
+        for name in ("attention_dropout", "hidden_dropout"):  # plain numbers that a forward reads (Llama, Bloom)
+            if isinstance(getattr(module, name, None), (int, float)):
+                setattr(module, name, p)
     _set_residual_dropout(model, p)
     return model
 
@@ -288,7 +294,7 @@ def load_backbone(path, *, dtype=torch.float32, device="cpu"):
         config = AutoConfig.from_pretrained(path)
         config.pad_token_id = None  # ours never pads by id; an embedding would otherwise zero that row's gradient
         backbone, info = AutoModel.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except LOADING_ERRORS as error:
         raise InputError(f"{path}: cannot be loaded: {_first_line(error)}") from error
     if info["missing_keys"]:
         raise InputError(f"{path}: weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}, ...")
@@ -296,8 +302,6 @@ def load_backbone(path, *, dtype=torch.float32, device="cpu"):
 
 
 def _read_head(path):
-    from safetensors import SafetensorError, safe_open
-
     found = {}
     for file in sorted(path.glob("*.safetensors")):
         try:
@@ -310,8 +314,6 @@ def _read_head(path):
 
 def write_safetensors(state, file):
     """Tensors to one safetensors file, through a temporary name: a killed run leaves the old file or the new one."""
-    from safetensors.torch import save_file
-
     temporary = file.with_name(file.name + ".part")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary, {"format": "pt"})
     os.replace(temporary, file)

@@ -151,7 +151,7 @@ class AdaptiveKL:
 
 def explained_variance(values, returns, mask):
     """1 - Var(returns - values) / Var(returns) over the mask: 1 is a perfect critic, 0 one that knows the mean only."""
-    spread = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
+    spread = masked_mean(_fill(returns - masked_mean(returns, mask), mask).square(), mask)
     error = _fill(returns - values, mask)
-    unexplained = masked_mean((error - masked_mean(error, mask)).square(), mask)
+    unexplained = masked_mean(_fill(error - masked_mean(error, mask), mask).square(), mask)
     return torch.where(spread > 0, 1 - unexplained / spread.clamp(min=1e-12), torch.zeros_like(spread))

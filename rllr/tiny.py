@@ -103,7 +103,7 @@ def _warm_up(model, encoder, examples, task, config, seed, device, autocast):
         model, config.learning_rate, steps, warmup_share=0.05, schedule="cosine", weight_decay=0.1
     )
     set_dropout(model, config.dropout).train()
-    start, progress = time.monotonic(), tqdm(total=steps, desc="tiny: language modelling", mininterval=2)
+    start, progress = time.monotonic(), tqdm(total=steps, desc="tiny: language modelling", mininterval=2, disable=None)
     for epoch in range(config.epochs):
         total, count = 0.0, 0
         for batch in shuffled_batches(rows, config.batch_size, seed, epoch):

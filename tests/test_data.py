@@ -475,7 +475,7 @@ def test_pairs_in_the_authors_ranking_format(tmp_path):
 @pytest.mark.parametrize("row, problem", [
     ({"prompt": "p", "chosen": ["c"], "rejected": "r"}, ":1: field 'chosen' must be text, got list"),
     ({"prompt": "p", "chosen": "c"}, ": no column 'rejected'; a pair has prompt, chosen and rejected"),
-    ({"instruction": "p", "output": "c"}, ":1: field 'output' must be the list [chosen, rejected], got 'c'"),
+    ({"instruction": "p", "output": "ab"}, ":1: field 'output' must be the list [chosen, rejected], got 'ab'"),
     ({"instruction": "p", "output": ["c"]}, ":1: field 'output' must be the list [chosen, rejected], got ['c']"),
     ({"instruction": "p", "output": ["c", 3]}, ":1: field 'rejected' must be text, got int 3"),
     ({"prompt": "p", "chosen": "c", "rejected": "c"}, ": no usable row: 1 rows read, 1 dropped (chosen equals"),

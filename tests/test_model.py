@@ -267,7 +267,6 @@ def test_a_truncated_file(tmp_path, llama):
         RewardModel.from_pretrained(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="load_policy lets SafetensorError through, a plain Exception")
 def test_a_truncated_policy_file(tmp_path, llama):
     llama.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -351,7 +350,6 @@ def test_set_dropout_and_back(model, batch):
         pytest.param(
             "bloom",
             {"hidden_dropout": 0.1},
-            marks=pytest.mark.xfail(strict=True, reason="Bloom keeps hidden_dropout as a plain number: it stays on"),
         ),
     ],
 )
@@ -362,7 +360,6 @@ def test_dropout_of_the_config_is_switched_off(family, config, batch):
     assert not varies(disable_dropout(model), batch)
 
 
-@pytest.mark.xfail(strict=True, reason="set_dropout passes over an attention_dropout that is an int")
 def test_dropout_of_a_whole_number():
     """`attention_dropout: 0` in a config.json, or a 0 that was set before."""
     model = set_dropout(set_dropout(tiny_model("llama"), 0), 0.1)
@@ -407,7 +404,6 @@ def test_stop_token_ids_without_a_generation_config(llama):
     assert stop_token_ids(llama, toy_tokenizer()) == [EOS]
 
 
-@pytest.mark.xfail(strict=True, reason="returns [] where every listed id is outside the vocabulary")
 def test_stop_token_ids_is_never_empty(llama):
     """The default of GPT-2's config in a small vocabulary: the tokenizer's EOS is left."""
     llama.generation_config.eos_token_id = 50256
