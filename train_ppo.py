@@ -18,14 +18,15 @@ from rllr.config import check_choice, check_divisible, check_positive, check_ran
 from rllr.encoding import Encoder
 from rllr.errors import InputError, RunError, command
 from rllr.evaluate import answer_rows, metric_line, score_answers, show_samples
-from rllr.judge import ScoreStatistics, gold_reward, load_function, load_scorer
-from rllr.model import ValueModel, backbone_of, fingerprint, load_policy, load_tokenizer
-from rllr.ppo import AdaptiveKL, FixedKL, explained_variance, gae, kl_estimate, masked_mean, masked_whiten
+from rllr.model import backbone_of, fingerprint, load_policy, load_tokenizer
+from rllr.monitor import show_rollout, step_line, step_metrics
+from rllr.ppo import AdaptiveKL, FixedKL, gae, masked_whiten
 from rllr.rewards import label_sensitive_reward, missing_eos_rule, shape_rewards
+from rllr.roles import eos_cap, load_judges, load_value_model
 from rllr.rollout import generate
 from rllr.splits import DataConfig, gold_labels, inherit, load_splits
 from rllr.training import (
-    RECORD, Clock, MetricsLog, check_same_task, make_optimizer, make_record, open_run_directory, read_record,
+    Clock, MetricsLog, check_same_task, make_optimizer, make_record, open_run_directory, read_record,
     resolve_task, save_policy, say, set_up, show_config,
 )  # fmt: skip
 from rllr.update import PromptStream, analyse, improve, samples_of, write_batch
@@ -66,7 +67,7 @@ class Config(DataConfig):
     temperature: float = 1.0  # of sampling and of every log-probability
     max_new_tokens: int = 48  # of an answer (256 in the paper)
     eval_every: int = 20  # steps between evaluations on dev
-    eval_rows: int = 0  # dev rows per evaluation on the way; 0: all
+    eval_rows: int = 0  # dev rows per evaluation; 0: all
     eval_batch_size: int = 256  # prompts decoded together
     show_every: int = 20  # steps between printed samples
     precision: str = "fp32"  # fp32, or bf16 for autocast (GPU)
@@ -98,58 +99,6 @@ class Config(DataConfig):
             raise InputError(f"--threshold {self.threshold!r}: give a number, or a quantile like q0.9") from None
 
 
-def load_judges(config, tokenizer, device, autocast):
-    """(mode, {"label": reward_fn, "rationale": reward_fn}): what `label_sensitive_reward` puts together.
-
-    `gold` and a user's function stand where the label reward stands.
-    """
-    if config.reward == "gold":
-        return "label", {"label": gold_reward}
-    if ":" in config.reward:
-        return "label", {"label": load_function(config.reward)}
-    judges = {}
-    for part in ("label", "rationale"):
-        if config.reward in (part, "mixed"):
-            directory = getattr(config, f"{part}_rm") or f"runs/{config.task}/rm-{part}"
-            if config.reward == "mixed" and not Path(directory).is_dir():
-                raise InputError(f"--reward mixed needs a {part} reward model: --{part}_rm {directory} is not there")
-            judges[part] = load_scorer(
-                directory, tokenizer, config.score_norm, config.score_clip, config.eval_batch_size, device, autocast, f"--{part}_rm"
-            )
-            setattr(config, f"{part}_rm", str(directory))
-    return config.reward, judges
-
-
-def load_value_model(config, device):
-    """The value model: from the reward model, in the units of the reward; else --value_init; else SFT with a zero head."""
-    own_reward = config.reward == "gold" or ":" in config.reward
-    source = config.value_init or (None if own_reward else config.rationale_rm if config.reward == "rationale" else config.label_rm)
-    if source is None:
-        say("value model: SFT backbone with a zero head")
-        return ValueModel.from_policy(load_policy(config.policy, device=device))
-    value_model = ValueModel.from_pretrained(source, device=device)
-    if config.score_norm != "none" and not own_reward:
-        statistics = ScoreStatistics.load(source)
-        value_model.rescale(statistics.mean, statistics.std)
-    say(f"value model: from {source}")
-    return value_model
-
-
-def eos_cap(config, judges, mode, threshold):
-    """(cap, penalty unit) of the missing-EOS rule, in the units of the reward: the SFT policy's mean score and spread."""
-    statistics = [judge.statistics for judge in judges.values() if hasattr(judge, "statistics")]
-    if not statistics:
-        return None, 1.0  # gold and own functions: no cap
-    if config.score_norm != "none":
-        return 0.0, 1.0
-    if None in statistics:
-        raise InputError("--score_norm none still needs score_statistics.json for the missing-EOS rule; run train_rm.py again")
-    means = {name: judge.statistics.mean for name, judge in judges.items()}
-    if mode == "mixed":
-        means["label"] = min(means["label"], threshold)
-    return sum(means.values()), sum(s.std**2 for s in statistics) ** 0.5
-
-
 @command
 def main(argv=None):
     config = parse_config(Config, argv, __doc__)
@@ -172,14 +121,7 @@ def main(argv=None):
     policy, tokenizer = load_policy(config.policy, device=device), load_tokenizer(config.policy)
     reference = load_policy(config.policy, device=device).requires_grad_(False)
     encoder, policy_fingerprint = Encoder(tokenizer, policy), fingerprint(policy)
-    mode, judges = load_judges(config, tokenizer, device, autocast)
-    for name, judge in judges.items():
-        stored = getattr(judge, "statistics", None)
-        if stored and stored.policy_fingerprint != policy_fingerprint:
-            say(f"warning: the {name} reward model was measured on answers of another policy than {config.policy}")
-        directory_record = read_record(getattr(config, f"{name}_rm") or ".")
-        if stored:
-            check_same_task(directory_record, task, f"--{name}_rm")
+    mode, judges = load_judges(config, task, tokenizer, policy_fingerprint, device, autocast)
     value_model = load_value_model(config, device)
     if config.freeze_embeddings:
         backbone_of(policy).get_input_embeddings().requires_grad_(False)
@@ -189,7 +131,7 @@ def main(argv=None):
     prompts = splits.unlabelled or splits.labelled
     say(f"prompts: {len(prompts)} " + ("unlabelled rows" if splits.unlabelled else "labelled rows, the same that trained SFT and reward model"))
     prompts = encoder.fit(prompts, task, config.max_new_tokens, say)
-    evaluation = encoder.fit(splits.eval, task, config.max_new_tokens, say)
+    evaluation = encoder.fit(splits.eval[: config.eval_rows or None], task, config.max_new_tokens, say)
     gold = gold_labels(config, task) if config.reward == "gold" else {e.id: e.label for e in prompts if e.label}
     config.steps = config.steps or (120 if task.name == "demo" else max(1, len(prompts) // config.rollout_prompts))
     directory = open_run_directory(
@@ -211,19 +153,17 @@ def main(argv=None):
         save_policy(policy, encoder, directory / name, make_record("ppo", task, config, tiny=tiny, **more))
         return f"The last good policy is in {directory / name}."
 
-    def evaluate(step, rows):
+    def evaluate(step):
         nonlocal best
-        answers = answer_rows(policy, encoder, task, rows, config.max_new_tokens, config.eval_batch_size, autocast)
-        scores = score_answers(task, rows, answers)
+        answers = answer_rows(policy, encoder, task, evaluation, config.max_new_tokens, config.eval_batch_size, autocast)
+        scores = score_answers(task, evaluation, answers)
         say(f"step {step}/{config.steps}  dev {metric_line(scores)}")
-        if len(rows) == len(evaluation) or config.eval_rows:
-            if best is None or scores[task.metric] > best:
-                best = scores[task.metric]
-                save("best", step=step, eval=scores)
+        if best is None or scores[task.metric] > best:
+            best = scores[task.metric]
+            save("best", step=step, eval=scores)
         return scores, answers
 
-    eval_subset = evaluation[: config.eval_rows or None]
-    scores_before, _ = evaluate(0, eval_subset)
+    scores_before, _ = evaluate(0)
     metrics.write({"step": 0, **{f"eval/{name}": value for name, value in scores_before.items()}})
 
     for step in tqdm(range(1, config.steps + 1), desc="ppo", mininterval=2, disable=None):
@@ -266,73 +206,26 @@ def main(argv=None):
             except RunError as error:
                 write_batch(directory / "failed_batch.safetensors", rollout, batch, scores)
                 raise RunError(f"step {step}: {error} {save('last', step=step - 1)} The batch is in {directory}.") from None
-        sequence_kl = kl_estimate(batch.logprobs, batch.ref_logprobs).masked_fill(~batch.mask, 0.0).sum(1)
-        line = {
-            "step": step, "episodes": step * config.rollout_prompts,
-            "act/response_len": rollout.response_lens.float().mean(), "act/truncated": rollout.truncated.float().mean(),
-            "act/parse_failures": sum(label is None for label in samples.labels) / len(samples.labels),
-            "analyse/kl_sequence": sequence_kl.mean(), "analyse/entropy": masked_mean(batch.entropy, batch.mask),
-            "analyse/kl_token": masked_mean(kl_estimate(batch.logprobs, batch.ref_logprobs), batch.mask),
-            "analyse/logprob_gap": masked_mean((batch.logprobs - rollout.rollout_logprobs).abs(), batch.mask),
-            **judge_metrics(judges, judged, samples, scores, threshold, gold),
-            "shape/kl_coef": kl.value, "shape/reward": rewards.sum(1).mean(),
-            "credit/advantage_std": masked_mean(
-                (raw_advantages - masked_mean(raw_advantages, batch.mask)).square(), batch.mask).sqrt(),
-            "credit/explained_variance": explained_variance(batch.values, batch.returns, batch.mask),
-            **{f"improve/{name}": value for name, value in stats.items()},
-        }  # fmt: skip
-        kl.update(sequence_kl.mean().item(), len(examples))
+        line = step_metrics(
+            step, config, rollout, batch, samples, judges, judged, scores, rewards, raw_advantages, stats, threshold, kl.value
+        )
+        kl.update(line["analyse/kl_sequence"].item(), len(examples))
         if step % config.eval_every == 0 and step < config.steps:
             with clock("eval"):
-                line |= {f"eval/{name}": value for name, value in evaluate(step, eval_subset)[0].items()}
+                line |= {f"eval/{name}": value for name, value in evaluate(step)[0].items()}
         times = clock.take()
         line["act/tokens_per_second"] = rollout.response_lens.sum() / max(times["time/rollout"], 1e-9)
         metrics.write(line | times, step_line(step, config, line))
         if step % config.show_every == 0:
             show_rollout(samples, judged, scores)
 
-    scores_after, answers = evaluate(config.steps, evaluation)
+    scores_after, answers = evaluate(config.steps)
     save("last", step=config.steps, eval=scores_after)
     metrics.write({"step": config.steps, **{f"eval/{name}": value for name, value in scores_after.items()}})
     if fingerprint(reference) != policy_fingerprint:
         raise RunError("the reference policy changed during training; this is a bug, do not trust the run")
     show_samples(task, evaluation, answers, 2)
     say(f"before  dev {metric_line(scores_before)}\nafter   dev {metric_line(scores_after)}\nsaved {directory}/last and {directory}/best")
-
-
-def judge_metrics(judges, judged, samples, scores, threshold, gold):
-    """Act 3 in numbers; accuracy only where PPO may know gold labels. Parse failures' mean score beside the others'."""
-    found = {f"judge/{name}_score": values.mean() for name, values in judged.items()}
-    found |= {
-        f"judge/{name}_clipped": judge.clipped_share for name, judge in judges.items() if hasattr(judge, "clipped_share")
-    }
-    failed = torch.tensor([label is None for label in samples.labels], device=scores.device)
-    found |= {"judge/score": scores.mean()}
-    if failed.any() and not failed.all():
-        found |= {"judge/score_parse_failures": scores[failed].mean(), "judge/score_parsed": scores[~failed].mean()}
-    if threshold is not None:
-        found["judge/at_threshold"] = (judged["label"] >= threshold).float().mean()
-    if gold and all(label is not None for label in samples.gold_labels):
-        found["judge/accuracy"] = sum(a == b for a, b in zip(samples.labels, samples.gold_labels)) / len(samples.labels)
-    return found
-
-
-def step_line(step, config, line):
-    """What a person wants to see of a step."""
-    shown = {
-        "score": "judge/score", "label": "judge/label_score", "rationale": "judge/rationale_score",
-        "kl": "analyse/kl_sequence", "entropy": "analyse/entropy", "len": "act/response_len",
-        "clipfrac": "improve/clipfrac", "ev": "credit/explained_variance",
-    }  # fmt: skip
-    numbers = "  ".join(f"{name} {float(line[key]):.3g}" for name, key in shown.items() if key in line)
-    return f"step {step}/{config.steps}  {numbers}  parse failures {100 * line['act/parse_failures']:.1f} %"
-
-
-def show_rollout(samples, judged, scores, count=2):
-    for i in range(min(count, len(samples.answers))):
-        parts = "  ".join(f"{name} {values[i].item():+.2f}" for name, values in judged.items())
-        say(f"  prompt  {samples.prompts[i]!r}\n  answer  {samples.answers[i]!r}")
-        say(f"  label   {samples.labels[i] or 'parse failure'} (gold: {samples.gold_labels[i] or 'not known here'})  {parts}  score {scores[i].item():+.2f}\n")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _convert(field, value, where):
         if kind is int and isinstance(value, float) and value != int(value):
             raise ValueError
         converted = kind(value)
-    except (ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{where}: must be a number of type {kind.__name__}, got {value!r}") from None
     if kind is float and converted != converted or converted in (float("inf"), float("-inf")):
         raise InputError(f"{where}: must be finite, got {value!r}")

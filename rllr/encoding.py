@@ -25,12 +25,14 @@ class Encoder:
     def __init__(self, tokenizer, model):
         self.tokenizer = tokenizer
         self.stop_ids = stop_token_ids(model, tokenizer)
-        self.end_id = self._end_id(model.get_input_embeddings().num_embeddings)
+        vocabulary_size = model.get_input_embeddings().num_embeddings
+        self.end_id = self._end_id(vocabulary_size)
         if self.end_id not in self.stop_ids:
             self.stop_ids.append(self.end_id)
         limits = [context_length(model), getattr(tokenizer, "model_max_length", None)]
         self.context = min([limit for limit in limits if limit and limit < 10**9], default=DEFAULT_CONTEXT)
-        self.pad_id = tokenizer.pad_token_id
+        pad_id = tokenizer.pad_token_id
+        self.pad_id = pad_id if pad_id is not None and pad_id < vocabulary_size else None  # None: any id fills padding
 
     def _end_id(self, vocabulary_size):
         candidates = [self._end_of_turn(), self.tokenizer.eos_token_id, *self.stop_ids]
@@ -50,7 +52,8 @@ class Encoder:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
         rendered = self.tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False)
         after = self.tokenizer.encode(rendered.rpartition(marker)[2].strip(), add_special_tokens=False)
-        return after[0] if after and after[0] in self.tokenizer.all_special_ids else None
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return after[0] if after and after[0] in special.union(self.tokenizer.all_special_ids) else None
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Ids of a prompt as the model is asked it."""
@@ -100,11 +103,18 @@ class Encoder:
             if excess <= 0:
                 return example
             longer = "text_b" if task.is_pair and len(example.text_b or "") > len(example.text) else "text"
-            ids = self.tokenizer(getattr(example, longer), add_special_tokens=False, return_offsets_mapping=True)
+            example = dataclasses.replace(example, **{longer: self._shorten(getattr(example, longer), excess)})
+
+    def _shorten(self, text, excess):
+        """The text without its last `excess` tokens, and by one character at least."""
+        if self.tokenizer.is_fast:
+            ids = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             starts = [start for start, end in ids["offset_mapping"] if end > start]
             keep = starts[max(0, len(starts) - excess)] if starts else 0
-            shorter = getattr(example, longer)[: min(keep, len(getattr(example, longer)) - 1)].rstrip()
-            example = dataclasses.replace(example, **{longer: shorter})
+        else:  # no offsets: in proportion
+            count = len(self.tokenizer.encode(text, add_special_tokens=False))
+            keep = len(text) * max(0, count - excess) // max(1, count)
+        return text[: min(keep, len(text) - 1)].rstrip()
 
 
 def _name(ids, shown=3):

@@ -77,7 +77,7 @@ class Task:
             raise InputError(f"{where}: field 'metric' is {self.metric!r}, which is not among 'metrics' {list(self.metrics)}")
         if self.ordinal or {"pearson", "spearman"} & set(self.metrics):
             for label in labels:
-                if not label.lstrip("-").isdigit():
+                if not re.fullmatch(r"-?[0-9]+", label):
                     raise InputError(f"{where}: Pearson and Spearman need integer labels, got {label!r}")
         if self.answer_format not in ANSWER_FORMATS:
             raise InputError(f"{where}: answer_format {self.answer_format!r}; choose from {', '.join(ANSWER_FORMATS)}")

@@ -1,0 +1,219 @@
+"""Flags and settings files: every value typed by its field, flags over file, every mistake an InputError that names it."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from rllr.config import check_choice, check_divisible, check_positive, check_range, parse_config
+from rllr.errors import InputError, RunError, command
+
+
+@dataclass
+class Base:
+    task: str | None = None  # which task, 100 % of it
+
+
+@dataclass
+class Config(Base):
+    steps: int = 10  # how many steps
+    rate: float = 0.5  # learning rate
+    limit: float | None = None  # an upper bound
+    rows: int | None = 7  # at most
+    name: str = "x"  # of the run
+    models: list | None = None  # directories
+    fast: bool = False  # skip the checks
+    maybe: bool | None = None  # decided later
+
+
+@dataclass
+class Needy:
+    output: str  # where it goes
+    other: int  # and another
+    extra: int = 1
+
+
+def error(*argv, cls=Config) -> str:
+    with pytest.raises(InputError) as caught:
+        parse_config(cls, list(argv))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(content, suffix=".yaml"):
+        path = tmp_path / f"settings{suffix}"
+        path.write_text(content)
+        return str(path)
+
+    return write
+
+
+def test_defaults():
+    assert parse_config(Config, []) == Config()
+
+
+def test_flags_are_typed_by_their_field():
+    argv = "--steps 3 --rate 1e-4 --limit 2 --name 5 --models a b --fast --no-maybe --task sst2".split()
+    config = parse_config(Config, argv)
+    assert config == Config("sst2", 3, 1e-4, 2.0, 7, "5", ["a", "b"], True, False)
+    assert [type(v) for v in (config.steps, config.rate, config.limit, config.name)] == [int, float, float, str]
+
+
+@pytest.mark.parametrize("argv, fast", [(["--fast"], True), (["--no-fast"], False), ([], False), (["--no-fast", "--fast"], True)])
+def test_boolean_flags(argv, fast):
+    assert parse_config(Config, argv).fast is fast
+
+
+@pytest.mark.parametrize("word", ["none", "None", "NONE"])
+def test_none_where_the_field_allows_it(word):
+    assert parse_config(Config, ["--rows", word, "--limit", word]).rows is None
+    assert "--steps" in error("--steps", word)
+    assert parse_config(Config, ["--name", word]).name == word  # a text field that is not optional
+
+
+def test_a_settings_file(file):
+    path = file("rate: 1e-4\nsteps: 20\nmodels: [a, 3]\nfast: true\nrows: null\nlimit: 3\ntask: 7\n")
+    config = parse_config(Config, ["--config", path])  # YAML reads 1e-4, without a point, as text
+    assert config == Config("7", 20, 1e-4, 3.0, None, "x", ["a", "3"], True, None)
+    assert type(config.rate) is float and type(config.limit) is float and type(config.task) is str
+    assert parse_config(Config, ["--config", file('{"steps": 4, "models": "one"}', ".json")]) == Config(
+        steps=4, models=["one"]
+    )
+
+
+def test_flags_override_the_file(file):
+    path = file("steps: 20\nfast: true\nrate: 0.25\n")
+    config = parse_config(Config, ["--steps", "3", "--config", path, "--no-fast"])
+    assert (config.steps, config.fast, config.rate) == (3, False, 0.25)
+
+
+def test_a_float_without_fraction_may_stand_for_an_integer(file):
+    assert parse_config(Config, ["--config", file("steps: 20.0")]).steps == 20
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("step: 20", "unknown setting 'step'"),
+        ("2: 20", "unknown setting 2"),
+        ("config: x", "unknown setting 'config'"),
+        ("steps: 2.5", "steps: must be a number of type int, got 2.5"),
+        ("steps: many", "steps: must be a number of type int, got 'many'"),
+        ("steps: true", "steps: must be a int, got True"),
+        ("steps: [1]", "steps: must be a int, got [1]"),
+        ("steps: null", "steps: needs a value of type int"),
+        ("steps: .inf", "steps: must be"),
+        ("steps: 2024-01-02", "steps: must be a number of type int"),
+        ("rate: .nan", "rate: must be finite"),
+        ("rate: fast", "rate: must be a number of type float"),
+        ("fast: 1", "fast: must be true or false, got 1"),
+        ("fast: 'yes'", "fast: must be true or false, got 'yes'"),
+        ("name: {a: 1}", "name: must be a str"),
+        ("steps: [1", "not valid YAML"),
+        ("- steps", "must hold a mapping"),
+    ],
+)
+def test_what_is_wrong_in_a_file_names_the_file(file, content, words):
+    path = file(content)
+    message = error("--config", path)
+    assert message.startswith(path) and words in message
+
+
+def test_the_file_is_not_there(tmp_path):
+    assert error("--config", f"{tmp_path}/none.yaml") == f"{tmp_path}/none.yaml: no such file"
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--unknown", "3"], "--unknown"),
+        (["--step", "3"], "--step"),  # no abbreviations
+        (["--fas"], "--fas"),
+        (["stray"], "stray"),
+        (["--steps"], "--steps"),
+        (["--steps", "two"], "--steps: must be a number of type int, got 'two'"),
+        (["--steps", "2.5"], "--steps: must be a number of type int"),
+        (["--rate", "nan"], "--rate: must be finite"),
+        (["--rate", "inf"], "--rate: must be finite"),
+        (["--limit", "much"], "--limit: must be a number of type float"),
+        (["--fast", "true"], "true"),
+        (["--models"], "--models"),
+    ],
+)
+def test_what_is_wrong_in_a_flag_names_the_flag(argv, words):
+    assert words in error(*argv)
+
+
+def test_required_fields(file):
+    assert error(cls=Needy).startswith("required: --output, --other")
+    assert error("--output", "x", cls=Needy).startswith("required: --other")
+    assert parse_config(Needy, ["--output", "x", "--config", file("other: 2")]) == Needy("x", 2)
+
+
+def test_help_holds_the_comments_and_the_defaults(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_config(Config, ["--help"], "What it does.\n\n    indented as written")
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0 and "What it does.\n\n    indented as written" in shown
+    words = " ".join(shown.split())
+    assert "--steps INT how many steps (default: 10)" in words
+    assert "which task, 100 % of it (default: see text)" in words  # of a base class, with a percent sign
+    assert "--fast, --no-fast skip the checks (default: False)" in words
+    with pytest.raises(SystemExit):
+        parse_config(Needy, ["--help"])
+    assert "where it goes (default: required)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_checks():
+    config = Config(steps=0, rate=-1.0, rows=6)
+    check_positive(config, "rows", "limit")
+    check_positive(config, "steps", zero=True)
+    check_range(config, "rows", 6, 6)
+    check_range(config, "limit", 0, 1)
+    check_choice(config, "name", ("x", "y"))
+    check_divisible(Config(steps=12, rows=6), "steps", "rows")
+    check_divisible(Config(steps=12, rows=0), "steps", "rows")
+    for call, words in (
+        (lambda: check_positive(config, "steps"), "--steps 0: must be above 0"),
+        (lambda: check_positive(config, "rate", zero=True), "--rate -1.0: must be at least 0"),
+        (lambda: check_range(config, "rows", 7, 9), "--rows 6: must lie between 7 and 9"),
+        (lambda: check_range(config, "rows", 0, 5), "--rows 6: must lie between 0 and 5"),
+        (lambda: check_choice(config, "name", ("y", None)), "--name 'x': choose from y, None"),
+        (lambda: check_divisible(Config(steps=10, rows=4), "steps", "rows"), "--steps 10 cannot be divided by --rows 4"),
+    ):
+        with pytest.raises(InputError) as caught:
+            call()
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "problem, code, shown",
+    [
+        (InputError("row 3: no label"), 2, "error: row 3: no label\n"),
+        (RunError("the loss is nan"), 1, "error: the loss is nan\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_command_turns_errors_into_exit_codes(capsys, problem, code, shown):
+    @command
+    def main(argv=None):
+        """Doc."""
+        raise problem
+
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == code and capsys.readouterr().err == shown and main.__doc__ == "Doc."
+
+
+def test_command_leaves_results_and_bugs_alone():
+    assert command(lambda a, b=1: a + b)(2, b=3) == 5
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+        command(lambda: 1 / 0)()
+    with pytest.raises(ValueError, match="^plain$"):
+
+        @command
+        def main():
+            raise ValueError("plain")
+
+        main()
