@@ -8,6 +8,7 @@ Every step has six acts: 1 act, 2 analyse, 3 judge, 4 shape, 5 credit, 6 improve
 words. Writes runs/<task>/ppo-<reward>/last and /best (by the dev metric), metrics.jsonl and samples.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from rllr.rewards import label_sensitive_reward, missing_eos_rule, shape_rewards
 from rllr.roles import eos_cap, load_judges, load_value_model
 from rllr.rollout import generate
 from rllr.splits import DataConfig, gold_labels, inherit, load_splits
+from rllr.tasks import load_task
 from rllr.training import (
     Clock, MetricsLog, check_same_task, make_optimizer, make_record, open_run_directory, read_record,
     resolve_task, save_policy, say, set_up, show_config,
@@ -94,7 +96,7 @@ class Config(DataConfig):
         self.threshold = self.threshold or "1.0"
         try:
             number = float(self.threshold.removeprefix("q"))
-            assert not self.threshold.startswith("q") or 0 <= number <= 1
+            assert math.isfinite(number) and (not self.threshold.startswith("q") or 0 <= number <= 1)
         except (ValueError, AssertionError):
             raise InputError(f"--threshold {self.threshold!r}: give a number, or a quantile like q0.9") from None
 
@@ -103,7 +105,7 @@ class Config(DataConfig):
 def main(argv=None):
     config = parse_config(Config, argv, __doc__)
     config.validate()
-    config.policy = config.policy or f"runs/{config.task or 'demo'}/sft"
+    config.policy = config.policy or f"runs/{load_task(config.task or 'demo').name}/sft"
     if not Path(config.policy).is_dir() and config.policy.count("/") != 1:
         raise InputError(f"--policy {config.policy}: no such directory; train_sft.py makes one")
     record = read_record(config.policy)
@@ -133,10 +135,14 @@ def main(argv=None):
     prompts = encoder.fit(prompts, task, config.max_new_tokens, say)
     evaluation = encoder.fit(splits.eval[: config.eval_rows or None], task, config.max_new_tokens, say)
     gold = gold_labels(config, task) if config.reward == "gold" else {e.id: e.label for e in prompts if e.label}
+    unknown = [example.id for example in prompts if example.id not in gold]
+    if config.reward == "gold" and unknown:
+        raise InputError(f"--reward gold needs the label of every prompt; row {unknown[0]} has none")
     config.steps = config.steps or (120 if task.name == "demo" else max(1, len(prompts) // config.rollout_prompts))
     directory = open_run_directory(
-        config.output_dir or f"runs/{task.name}/ppo-{config.reward.replace(':', '.').replace('/', '.')}", config.overwrite
-    )
+        config.output_dir or f"runs/{task.name}/ppo-{config.reward.replace(':', '.').replace('/', '.')}", config.overwrite,
+        [config.policy, config.label_rm, config.rationale_rm, config.value_init],
+    )  # fmt: skip
     show_config(config, "train_ppo")
 
     stream = PromptStream(prompts, config.rollout_prompts, config.seed)

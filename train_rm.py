@@ -22,11 +22,14 @@ from rllr.encoding import Encoder
 from rllr.errors import InputError, command
 from rllr.judge import ScoreStatistics, score_rows
 from rllr.model import RewardModel, fingerprint, load_policy, load_tokenizer, reward_pad_token_id, set_dropout
-from rllr.pairs import LABEL_PAIRS, Pair, describe, label_sensitive_pairs, rationale_sensitive_pairs
-from rllr.rationales import WRITERS, default_label_pairs, default_writer, make_writer
-from rllr.reward_report import classifier_report, pair_report, sampled_scores
+from rllr.pairs import (
+    LABEL_PAIRS, Pair, describe, label_sensitive_pairs, rationale_sensitive_pairs, split_by_prompt, write_pairs,
+)  # fmt: skip
+from rllr.rationales import WRITERS, check_writer, default_label_pairs, default_writer, make_writer
+from rllr.reward_report import classifier_report, pair_report, sampled_scores, show_pairs
 from rllr.rewards import pairwise_accuracy, pairwise_loss
 from rllr.splits import DataConfig, inherit, load_splits
+from rllr.tasks import load_task
 from rllr.training import (
     RECORD, MetricsLog, check_same_task, make_optimizer, make_record, open_run_directory, optimizer_step, pack,
     read_record, require_finite, resolve_task, say, set_up, show_config, shuffled_batches, split_rows, write_json,
@@ -41,7 +44,7 @@ class Config(DataConfig):
     overwrite: bool = False  # replace a run that is already there
     rationales: str | None = None  # who writes them: given, evidence, demo, model (as the policy's)
     rationale_model: str | None = None  # the causal LM that writes them, for --rationales model
-    label_pairs: str | None = None  # independent or paper: see rllr/pairs.py (independent for evidence and demo)
+    label_pairs: str | None = None  # independent or paper: see rllr/pairs.py (independent for evidence, else paper)
     negatives: str = "one"  # one wrong label per pair, drawn uniformly, or all of them
     pairs_per_row: int = 4  # pairs drawn of each row (label pairs; drawings that coincide count once)
     loss: str = "eos"  # eos: score at the last response token; span: mean from the first token that differs
@@ -60,13 +63,14 @@ class Config(DataConfig):
     max_new_tokens: int = 48  # of the sampled answers
     temperature: float = 1.0  # of the sampled answers: PPO's
     statistics_prompts: int = 1024  # sampled answers behind the stored statistics (at least 512)
+    log_every: int = 20  # steps between printed lines; metrics.jsonl has every step
     eval_batch_size: int = 128  # rows per forward without gradient
     precision: str = "fp32"  # fp32, or bf16 for autocast (GPU)
     seed: int = 0  # head, order and drawing of the pairs, dropout, sampled answers
 
     def validate(self):
         check_positive(self, "epochs", "batch_size", "learning_rate", "max_grad_norm", "max_new_tokens", "temperature",
-                       "patience", "checks_per_epoch", "pairs_per_row", "eval_batch_size", "statistics_prompts")  # fmt: skip
+                       "patience", "checks_per_epoch", "pairs_per_row", "eval_batch_size", "log_every", "statistics_prompts")  # fmt: skip
         check_positive(self, "micro_batch_size", "weight_decay", "margin", "center_coef", zero=True)
         check_range(self, "warmup", 0, 1)
         check_range(self, "dropout", 0, 0.9)
@@ -136,7 +140,7 @@ def score_pairs(model, rows, encoder, config, autocast):
 def main(argv=None):
     config = parse_config(Config, argv, __doc__)
     config.validate()
-    config.policy = config.policy or f"runs/{config.task or 'demo'}/sft"
+    config.policy = config.policy or f"runs/{load_task(config.task or 'demo').name}/sft"
     if not Path(config.policy).is_dir() and not config.policy.count("/") == 1:
         raise InputError(f"--policy {config.policy}: no such directory; train_sft.py makes one")
     record = read_record(config.policy)
@@ -161,10 +165,10 @@ def main(argv=None):
     config.label_pairs = config.label_pairs or default_label_pairs(config.rationales)
     writer = None
     if kind == "file":
-        file_pairs = [Pair(**pair) for pair in load_pairs(config.pairs, say)]
-        held_count = max(1, len(file_pairs) // 10)
-        train_pairs, held_pairs = file_pairs[held_count:], file_pairs[:held_count]
-    directory = open_run_directory(config.output_dir or f"runs/{task.name}/rm-{kind}", config.overwrite)
+        train_pairs, held_pairs = split_by_prompt([Pair(**pair) for pair in load_pairs(config.pairs, say)])
+    else:
+        check_writer(config.rationales, labelled + held_out, task, config.rationale_model)
+    directory = open_run_directory(config.output_dir or f"runs/{task.name}/rm-{kind}", config.overwrite, [config.policy])
     show_config(config, "train_rm")
     if kind != "file":
         writer = make_writer(
@@ -172,6 +176,8 @@ def main(argv=None):
         )
         train_pairs = draw_pairs(config, labelled, task, writer, config.seed)
         held_pairs = draw_pairs(config, held_out, task, writer, 10_000 + config.seed)
+        write_pairs(directory / "pairs.jsonl", train_pairs)
+        write_pairs(directory / "pairs_held_out.jsonl", held_pairs)
     train_rows, train_pairs = encode_pairs(train_pairs, encoder)
     held_rows, held_pairs = encode_pairs(held_pairs, encoder)
     say(f"train: {describe(train_pairs)}\nheld out: {describe(held_pairs)}")
@@ -207,7 +213,9 @@ def main(argv=None):
             grad_norm = optimizer_step(model, optimizer, scheduler, config.max_grad_norm)
             step += 1
             progress.update()
-            metrics.write({"step": step, "epoch": epoch, "loss": batch_loss, "grad_norm": grad_norm, "lr": learning_rate})
+            line = f"step {step}/{steps}  loss {batch_loss:.3f}  grad norm {grad_norm:.2f}"
+            metrics.write({"step": step, "epoch": epoch, "loss": batch_loss, "grad_norm": grad_norm, "lr": learning_rate},
+                          line if step % config.log_every == 0 else None)  # fmt: skip
             if step % check_every and step != steps:
                 continue
             model.eval()
@@ -230,7 +238,9 @@ def main(argv=None):
     progress.close()
 
     model = RewardModel.from_pretrained(directory, device=device)  # the best state
-    report = {"pairs": pair_report(held_pairs, *score_pairs(model, held_rows, encoder, config, autocast))}
+    chosen, rejected = score_pairs(model, held_rows, encoder, config, autocast)
+    show_pairs(held_pairs, chosen, rejected)
+    report = {"pairs": pair_report(held_pairs, chosen, rejected)}
     if kind != "rationale":
         report["classifier"] = classifier_report(
             model, policy, encoder, task, {"held_out": held_out, "eval": evaluation}, writer, config, autocast

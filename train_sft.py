@@ -19,12 +19,12 @@ from rllr.errors import command
 from rllr.evaluate import answer_rows, metric_line, score_answers, show_samples
 from rllr.logprobs import token_logprobs
 from rllr.model import fingerprint, load_policy, load_tokenizer, set_dropout
-from rllr.rationales import WRITERS, default_writer, make_writer
+from rllr.rationales import WRITERS, check_writer, default_writer, make_writer
 from rllr.splits import DataConfig, inherit, load_splits
 from rllr.tiny import TinyConfig, build_tiny
 from rllr.training import (
-    MetricsLog, check_same_task, make_optimizer, make_record, open_run_directory, optimizer_step, pack, read_record,
-    require_finite, resolve_task, save_policy, say, set_up, show_config, shuffled_batches, split_rows,
+    MetricsLog, check_run_directory, check_same_task, make_optimizer, make_record, open_run_directory, optimizer_step, pack,
+    read_record, require_finite, resolve_task, save_policy, say, set_up, show_config, shuffled_batches, split_rows,
 )  # fmt: skip
 
 
@@ -35,7 +35,7 @@ class Config(DataConfig):
     overwrite: bool = False  # replace a run that is already there
     rationales: str | None = None  # who writes them: given, evidence, demo, model (by the data: see README)
     rationale_model: str | None = None  # the causal LM that writes them, for --rationales model
-    tiny_epochs: int = 3  # passes over all texts when --model tiny is built
+    tiny_epochs: int = 2  # passes over all texts when --model tiny is built
     epochs: int = 6  # passes over the labelled rows
     batch_size: int = 32  # answers per optimiser step
     micro_batch_size: int = 0  # answers per forward; 0: the whole batch. Does not change the gradient
@@ -47,12 +47,14 @@ class Config(DataConfig):
     max_grad_norm: float = 1.0  # clipping
     max_new_tokens: int = 48  # of an answer (256 in the paper)
     eval_batch_size: int = 256  # prompts decoded together
+    log_every: int = 20  # steps between printed lines; metrics.jsonl has every step
     show: int = 3  # sample answers printed after each epoch
     precision: str = "fp32"  # fp32, or bf16 for autocast (GPU)
     seed: int = 0  # order of the rows, dropout, and the labelled rows unless --data_seed is given
 
     def validate(self):
-        check_positive(self, "epochs", "batch_size", "learning_rate", "max_grad_norm", "max_new_tokens", "eval_batch_size")
+        check_positive(self, "epochs", "batch_size", "learning_rate", "max_grad_norm", "max_new_tokens", "eval_batch_size",
+                       "log_every")  # fmt: skip
         check_positive(self, "micro_batch_size", "weight_decay", "show", "labelled", zero=True)
         check_range(self, "warmup", 0, 1)
         check_range(self, "dropout", 0, 0.9)
@@ -87,7 +89,7 @@ def main(argv=None):
     splits = load_splits(config, task, say)
     if config.model != "tiny":
         model, tokenizer = load_policy(config.model, device=device), load_tokenizer(config.model)
-    directory = open_run_directory(config.output_dir or f"runs/{task.name}/sft", config.overwrite)
+    directory = check_run_directory(config.output_dir or f"runs/{task.name}/sft", config.overwrite, [config.model])
     show_config(config, "train_sft")
     if config.model == "tiny":
         model, tokenizer = build_tiny(splits, task, TinyConfig(epochs=config.tiny_epochs), config.seed, device, autocast)
@@ -96,6 +98,9 @@ def main(argv=None):
     labelled = encoder.fit(splits.labelled, task, config.max_new_tokens, say)
     evaluation = encoder.fit(splits.eval, task, config.max_new_tokens, say)
     config.rationales = config.rationales or default_writer(task, labelled)
+    if task.answer_format == "rationale":
+        check_writer(config.rationales, labelled, task, config.rationale_model)
+    open_run_directory(directory, config.overwrite)
     if task.answer_format == "rationale":
         writer = make_writer(config.rationales, labelled, task, config=config, device=device, directory=directory, log=say)
     rows = []
@@ -126,7 +131,9 @@ def main(argv=None):
             grad_norm = optimizer_step(model, optimizer, scheduler, config.max_grad_norm)
             step += 1
             epoch_loss, epoch_tokens = epoch_loss + batch_loss * answer_tokens, epoch_tokens + answer_tokens
-            metrics.write({"step": step, "epoch": epoch, "loss": batch_loss, "grad_norm": grad_norm, "lr": learning_rate})
+            line = f"step {step}/{steps}  loss {batch_loss:.3f}  grad norm {grad_norm:.2f}"
+            metrics.write({"step": step, "epoch": epoch, "loss": batch_loss, "grad_norm": grad_norm, "lr": learning_rate},
+                          line if step % config.log_every == 0 else None)  # fmt: skip
             progress.update()
 
         model.eval()

@@ -35,12 +35,12 @@ from .tasks import Example
 SEED = 19763
 SIZES = {"train": 20_000, "dev": 2_000, "test": 2_000}
 PAIR_SHARES = {"dev": 0.2, "test": 0.2}  # of all combinations; train has the others
-PHRASES_PER_KIND = 16  # of each polarity, for each of the 13 kinds of aspect (16 = all; fewer is easier)
+PHRASES_PER_KIND = 4  # of each polarity, for each of the 13 kinds of aspect (16 = all; more is harder)
 GENERIC_SHARE = 0.12  # statements with a phrase that fits every aspect ("excellent", "lets me down")
 ZIPF_TRAIN = 1.0  # the phrase of rank r has weight r ** -exponent; 0 makes all of a kind equally common
 ZIPF_HELD_OUT = 1.0  # the same for dev and test; smaller than ZIPF_TRAIN asks more about the phrases rare in train
-NEGATION_SHARE = 0.15  # statements with a negated phrase
-MODIFIER_SHARE = 0.2  # of the statements without a negation: "really", "rather", "usually"
+NEGATION_SHARE = 0.08  # statements with a negated phrase
+MODIFIER_SHARE = 0.1  # of the statements without a negation: "really", "rather", "usually"
 SUPPORT_SHARE = 0.55  # texts with a second statement on the deciding side; what a bag of words can live on
 DECOY_SHARE = 0.03  # texts with a second statement on the conceded side; what a bag of words falls for
 OPENER_SHARE = 0.1  # texts that begin with a filler

@@ -65,9 +65,10 @@ def macro_f1(gold: list, predicted: list, labels) -> float:
 def pearson(x, y) -> float:
     """Linear correlation; 0 where either side is constant."""
     x, y = np.asarray(x, float), np.asarray(y, float)
+    if np.ptp(x) == 0 or np.ptp(y) == 0:  # asked first: the mean of equal floats may be rounded, and leave a remainder
+        return 0.0
     x, y = x - x.mean(), y - y.mean()
-    norm = math.sqrt(float((x @ x) * (y @ y)))
-    return float(x @ y) / norm if norm > 0 else 0.0
+    return float(x @ y) / math.sqrt(float((x @ x) * (y @ y)))
 
 
 def spearman(x, y) -> float:
@@ -212,6 +213,7 @@ def table(task, results) -> str:
 class Config(DataConfig):
     models: list | None = None  # directories or hub names; the first is the one the others are compared with
     output_dir: str | None = None  # where evaluate.json and the answers go; without it they are only printed
+    overwrite: bool = False  # replace an evaluation that is already there
     max_new_tokens: int = 48  # of an answer
     batch_size: int = 256  # prompts decoded together
     part: str = "eval"  # demo only: eval (dev) or test
@@ -227,17 +229,21 @@ def main(argv=None):
     check_choice(config, "precision", ("fp32", "bf16"))
     if not config.models:
         raise InputError("--models: give one or more model directories")
+    if config.output_dir and (Path(config.output_dir) / "evaluate.json").exists() and not config.overwrite:
+        raise InputError(f"--output_dir {config.output_dir}: already holds an evaluation; give another or --overwrite")
     records = {name: read_record(name) for name in config.models}
     task = resolve_task(config, records[config.models[0]])
     inherit(config, records[config.models[0]])
     device, autocast = set_up(config.precision, config.seed)
+    tokenizers = {name: load_tokenizer(name) for name in config.models}  # all of them are there before the first one works
+    for name, record in records.items():
+        check_same_task(record, task, f"--models {name}")
     examples = load_evaluation(config, task, config.part, say)
     answers = {}
     for name in config.models:
-        check_same_task(records[name], task, name)
         own_task = task_of_record(records[name]) or task  # a label-only model is asked in its own way
-        model, tokenizer = load_policy(name, device=device), load_tokenizer(name)
-        encoder = Encoder(tokenizer, model)
+        model = load_policy(name, device=device)
+        encoder = Encoder(tokenizers[name], model)
         fitted = encoder.fit(examples, own_task, config.max_new_tokens, say)
         answers[name] = answer_rows(model, encoder, own_task, fitted, config.max_new_tokens, config.batch_size, autocast)
     results = compare(task, examples, answers, config.seed)

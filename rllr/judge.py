@@ -51,7 +51,7 @@ class ScoreStatistics:
     @classmethod
     def of(cls, scores, **more):
         """Statistics of raw scores [N]. InputError where they hardly differ from each other, or are too few."""
-        scores = scores.double()
+        scores = scores.double().cpu()
         std = float(scores.std()) if len(scores) > 1 else 0.0
         if not math.isfinite(std) or std < MIN_STD:
             raise InputError(
@@ -110,14 +110,16 @@ class RewardModelScorer:
             return
         n, total = len(raw), self.count + len(raw)
         shift = float(raw.mean()) - self.mean
-        squares = self.variance * self.count + float(raw.var(unbiased=False)) * n + shift**2 * self.count * n / total
-        self.mean, self.variance, self.count = self.mean + shift * n / total, squares / total, total
+        squares = self.variance * (self.count - 1) + float(raw.var(unbiased=False)) * n + shift**2 * self.count * n / total
+        self.mean, self.variance, self.count = self.mean + shift * n / total, squares / (total - 1), total
 
     def threshold(self, spec):
         """A threshold in the units this scorer returns: a number as it is, "q0.9" the stored 0.9 quantile of raw scores
         passed through the same normalisation (without the clip)."""
         if not (isinstance(spec, str) and spec.startswith("q")):
             return float(spec)
+        if self.statistics is None:
+            raise InputError(f"--threshold {spec} needs {STATISTICS} beside the reward model; train_rm.py writes it, or give a number")
         place = float(spec[1:]) * (GRID - 1)
         low = self.statistics.quantiles[math.floor(place)]
         raw = low + (place - math.floor(place)) * (self.statistics.quantiles[math.ceil(place)] - low)
@@ -153,11 +155,17 @@ def load_function(spec):
     module_name, _, function_name = spec.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
         raise InputError(f"--reward {spec}: cannot be imported ({error}); give module:function from the Python path") from None
+    if not callable(function):
+        raise InputError(f"--reward {spec}: is a {type(function).__name__}, not a function")
 
     def checked(samples):
-        scores = torch.as_tensor(function(samples), dtype=torch.float32, device=samples.sequences.device)
+        returned = function(samples)
+        try:
+            scores = torch.as_tensor(returned, dtype=torch.float32, device=samples.sequences.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"--reward {spec}: must return {len(samples.answers)} numbers ({error})") from None
         if scores.shape != (len(samples.answers),):
             raise InputError(f"--reward {spec}: must return {len(samples.answers)} numbers, returned shape {tuple(scores.shape)}")
         return scores.detach()

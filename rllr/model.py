@@ -75,6 +75,8 @@ def load_policy(name_or_path, *, dtype=torch.float32, device="cpu"):
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise InputError(f"{name_or_path}: weights are missing ({missing}, ...): not a causal LM's directory")
+    if HEAD_WEIGHT in info["unexpected_keys"]:  # with tied embeddings nothing is missing
+        raise InputError(f"{name_or_path}: holds a reward or value model ({HEAD_WEIGHT}), not a causal LM's weights")
     model = model.to(device).eval()
     _check_logits(model, name_or_path)
     return model

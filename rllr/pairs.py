@@ -9,12 +9,13 @@ label pairs in ten draw their rationales without regard to which label is right;
 apart, and the text must be read. docs/label-pairs.md has the figures.
 """
 
+import hashlib
+import json
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from .errors import InputError
-from .tasks import parse_answer
 
 LABEL_PAIRS = ("independent", "paper")
 INDEPENDENT_SHARE = 0.9  # of the label pairs under "independent"; the rest are as in the paper
@@ -102,12 +103,23 @@ def _refuse_identical(pairs, log):
     return kept
 
 
+def write_pairs(path, pairs):
+    """Pairs as JSONL with the fields prompt, chosen, rejected, kind; `train_rm.py --pairs FILE` reads them back."""
+    with open(path, "w", encoding="utf-8") as file:
+        for pair in pairs:
+            file.write(json.dumps(asdict(pair), ensure_ascii=False) + "\n")
+
+
+def split_by_prompt(pairs, share=0.1):
+    """(train, held out) pairs of a file: a share of the prompts, chosen by a hash, is held out with all its pairs."""
+    prompts = sorted({pair.prompt for pair in pairs}, key=lambda p: hashlib.sha256(p.encode("utf-8", "replace")).digest())
+    if len(prompts) < 2:
+        raise InputError(f"--pairs: {len(pairs)} pairs over {len(prompts)} prompt: give at least two, one to hold out")
+    held = set(prompts[: max(1, round(share * len(prompts)))])
+    return [pair for pair in pairs if pair.prompt not in held], [pair for pair in pairs if pair.prompt in held]
+
+
 def describe(pairs):
     """'1800 pairs: 1620 label/independent, 180 label/paper'."""
     kinds = Counter(pair.kind for pair in pairs)
     return f"{len(pairs)} pairs: " + ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
-
-
-def differs_in_label(pair, task):
-    """Whether a pair's sides give two different labels, i.e. whether it is label-sensitive whatever its kind says."""
-    return parse_answer(task, pair.chosen) != parse_answer(task, pair.rejected)

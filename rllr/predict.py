@@ -54,6 +54,8 @@ def main(argv=None):
     check_choice(config, "precision", ("fp32", "bf16"))
     if config.output and Path(config.output).exists() and not config.overwrite:
         raise InputError(f"--output {config.output}: exists; give another name or --overwrite")
+    if config.output and (Path(config.output).is_dir() or not Path(config.output).parent.is_dir()):
+        raise InputError(f"--output {config.output}: cannot be written; name a file in a directory that is there")
     record = read_record(config.model)
     task = resolve_task(config, record)
     check_same_task(record, task, f"--model {config.model}")
@@ -62,7 +64,7 @@ def main(argv=None):
     def log(line):  # standard output may carry the result
         print(line, file=sys.stderr)
 
-    columns = parse_mapping_flag(config.columns, "--columns")
+    columns, tokenizer = parse_mapping_flag(config.columns, "--columns"), load_tokenizer(config.model)
     if config.input:
         examples = load_examples(config.input, task, require_labels=False, columns=columns, log=log)
     else:
@@ -70,7 +72,7 @@ def main(argv=None):
             file = Path(folder) / "stdin.jsonl"
             file.write_text(read_stdin(sys.stdin), encoding="utf-8")
             examples = load_examples(file, task, require_labels=False, columns=columns, log=log)
-    model, tokenizer = load_policy(config.model, device=device), load_tokenizer(config.model)
+    model = load_policy(config.model, device=device)
     encoder = Encoder(tokenizer, model)
     fitted = encoder.fit(examples, task, config.max_new_tokens, log)
     answers = answer_rows(model, encoder, task, fitted, config.max_new_tokens, config.batch_size, autocast)

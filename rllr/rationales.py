@@ -60,7 +60,11 @@ class GivenWriter(RationaleWriter):
 
     def __init__(self, examples, task):
         self.examples, self.task = list(examples), task
-        for example in self.examples:
+        self.check(self.examples)
+
+    def check(self, examples):
+        """InputError for a labelled row without a rationale for its label."""
+        for example in examples:
             if example.label is not None and not self._find(example, example.label):
                 raise InputError(
                     f"row {example.id}: has no rationale for its label {example.label!r}; fill the column 'rationale' or "
@@ -251,16 +255,24 @@ def read_cache(cache_file):
     """{(id, label): rationale} of a cache written before; {} where there is none. InputError with the line."""
     written = {}
     try:
-        with open(cache_file, encoding="utf-8") as file:
+        with open(cache_file, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     row = json.loads(line)
                     written[row["id"], row["label"]] = row["rationale"]
-                except (json.JSONDecodeError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError):  # ValueError: not JSON, or not UTF-8
                     raise InputError(f"{cache_file}:{number}: not a cached rationale; delete the line or the file") from None
     except FileNotFoundError:
         pass
     return written
+
+
+def check_writer(name, examples, task, rationale_model=None):
+    """InputError where a writer lacks what it needs. Called before a run writes anything; a language model is not loaded."""
+    if name != "model":
+        make_writer(name, examples, task)
+    elif not rationale_model:
+        raise InputError("--rationales model needs --rationale_model, the causal LM that writes them")
 
 
 def default_writer(task, examples):
@@ -272,7 +284,7 @@ def default_writer(task, examples):
 
 def default_label_pairs(writer_name):
     """How label-sensitive pairs draw rationales unless --label_pairs says: see `rllr.pairs`."""
-    return "independent" if writer_name in ("evidence", "demo") else "paper"
+    return "independent" if writer_name == "evidence" else "paper"
 
 
 def make_writer(name, examples, task, *, config=None, device="cpu", directory=".", log=print, also=()):
@@ -293,7 +305,10 @@ def make_writer(name, examples, task, *, config=None, device="cpu", directory=".
     classes = {"given": GivenWriter, "evidence": EvidenceWriter, "demo": DemoWriter}
     if name not in classes:
         raise InputError(f"--rationales {name!r}: choose from {', '.join(WRITERS)}")
-    return classes[name](examples, task)
+    writer = classes[name](examples, task)
+    if isinstance(writer, GivenWriter):
+        writer.check(also)
+    return writer
 
 
 # ---- python -m rllr.rationales ---------------------------------------------------------------------------------------
@@ -321,8 +336,8 @@ def main(argv=None):
     output = Path(config.output)
     if output.exists() and not config.overwrite:
         raise InputError(f"--output {output}: exists; give another name or --overwrite")
-    if not output.parent.is_dir():
-        raise InputError(f"--output {output}: its directory is not there")
+    if output.is_dir() or not output.parent.is_dir():
+        raise InputError(f"--output {output}: cannot be written; name a file in a directory that is there")
     task = load_task(config.task)
     if not config.train_file and task.name != "demo":
         raise InputError("--train_file: give the labelled rows to write rationales for")

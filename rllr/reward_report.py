@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .errors import InputError
 from .evaluate import accuracy, answer_rows
 from .judge import score_rows
-from .layout import pack_sequences
 from .rollout import generate
 from .tasks import split_answer
 from .training import pack, say
@@ -40,8 +40,11 @@ def sampled_scores(policy, encoder, task, examples, config, autocast) -> Sampled
     responses = rollout.responses()
     if len(whole) < len(prompts):
         say(f"{len(prompts) - len(whole)} of {len(prompts)} sampled answers were cut at {config.max_new_tokens} tokens and left out")
-    if not whole:  # the statistics of nothing: ScoreStatistics.of says what is wrong
-        return Sampled((*pack_sequences(prompts[:1], responses[:1], encoder.pad_id, policy.device),), len(prompts))
+    if len(whole) < 2:
+        raise InputError(
+            f"only {len(whole)} of {len(prompts)} answers sampled by the policy ended within --max_new_tokens "
+            f"{config.max_new_tokens}, too few for the statistics of its scores; raise it, or train the policy longer"
+        )
     rows = [(prompts[i], responses[i]) for i in whole]
     return Sampled(pack(rows, encoder.pad_id, policy.device), len(prompts) - len(whole))
 
@@ -60,6 +63,12 @@ def pair_report(pairs, chosen, rejected) -> dict:
             f"  margin {float(margin.mean()):+.3f}"
         )
     return report
+
+
+def show_pairs(pairs, chosen, rejected, count=2):
+    """The first held-out pairs with the scores of both sides."""
+    for pair, high, low in list(zip(pairs, chosen.tolist(), rejected.tolist()))[:count]:
+        say(f"  prompt    {pair.prompt!r}\n  chosen    {high:+.2f}  {pair.chosen!r}\n  rejected  {low:+.2f}  {pair.rejected!r}\n")
 
 
 def wilson_interval(share, n, z=1.959964):

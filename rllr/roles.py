@@ -20,7 +20,7 @@ def load_judges(config, task, tokenizer, policy_fingerprint, device, autocast):
     judges = {}
     for part in ("label", "rationale"):
         if config.reward in (part, "mixed"):
-            directory = getattr(config, f"{part}_rm") or f"runs/{config.task}/rm-{part}"
+            directory = getattr(config, f"{part}_rm") or f"runs/{task.name}/rm-{part}"
             if config.reward == "mixed" and not Path(directory).is_dir():
                 raise InputError(f"--reward mixed needs a {part} reward model: --{part}_rm {directory} is not there")
             check_same_task(read_record(directory), task, f"--{part}_rm {directory}")
@@ -31,6 +31,8 @@ def load_judges(config, task, tokenizer, policy_fingerprint, device, autocast):
             stored = judges[part].statistics
             if stored and stored.policy_fingerprint != policy_fingerprint:
                 say(f"warning: the {part} reward model was measured on answers of another policy than {config.policy}")
+    # What a threshold or the missing-EOS rule lacks is said now, before the run writes anything.
+    eos_cap(config, judges, config.reward, judges["label"].threshold(config.threshold) if config.reward == "mixed" else None)
     return config.reward, judges
 
 

@@ -54,12 +54,17 @@ def load_splits(config: DataConfig, task: Task, log=print) -> Splits:
         rows = [row for row in rows if row.id not in taken]
         log(f"no evaluation data given: {len(evaluation)} of the labelled rows are set aside for it")
     if config.labelled:
+        known = sum(row.label is not None for row in rows)
+        if not 1 <= config.labelled <= known:
+            raise InputError(f"--labelled {config.labelled}: there are {known} training rows with a label; give 1 to {known}")
         labelled, unlabelled = select_labelled(rows, config.labelled, seed)
     else:
         labelled = [row for row in rows if row.label is not None]
         unlabelled = [row for row in rows if row.label is None]
     if len(labelled) < 10:
         raise InputError(f"{len(labelled)} labelled rows: too few to train on and set some aside; give at least 10")
+    if config.held_out is not None and not 0 < config.held_out < 1:
+        raise InputError(f"--held_out {config.held_out}: give a share of the labelled rows between 0 and 1")
     labelled, held_out = split_holdout(labelled, config.held_out or 0.1, seed)
     log(
         f"rows: {len(labelled)} labelled to train on, {len(held_out)} labelled held out, {len(unlabelled)} unlabelled, "

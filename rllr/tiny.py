@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .config import check_positive, parse_config
+from .config import check_choice, check_positive, check_range, parse_config
 from .encoding import PLAIN_TEMPLATE, Encoder
 from .errors import InputError, command
 from .logprobs import token_logprobs
@@ -24,7 +24,7 @@ from .model import set_dropout
 from .splits import DataConfig, load_splits
 from .tasks import load_task
 from .training import (
-    make_optimizer, make_record, open_run_directory, optimizer_step, pack, save_policy, say, set_up,
+    check_run_directory, make_optimizer, make_record, open_run_directory, optimizer_step, pack, save_policy, say, set_up,
     show_config, shuffled_batches,
 )  # fmt: skip
 
@@ -34,12 +34,12 @@ COPY_WORDS, COPY_SPAN = 2, (3, 9)  # the exercise: so many words, or so long a s
 
 @dataclass
 class TinyConfig:
-    hidden_size: int = 160  # width
-    layers: int = 2  # decoder layers
-    heads: int = 5  # attention heads
+    hidden_size: int = 128  # width
+    layers: int = 3  # decoder layers
+    heads: int = 4  # attention heads
     vocabulary: int = 6000  # BPE tokens, at most
     context: int = 512  # tokens
-    epochs: int = 3  # passes over all texts
+    epochs: int = 2  # passes over all texts
     learning_rate: float = 3e-3  # AdamW, cosine after 5 % warm-up
     batch_size: int = 64  # texts per step
     dropout: float = 0.0  # while warming up
@@ -142,12 +142,15 @@ def main(argv=None):
     check_positive(config, "hidden_size", "layers", "heads", "vocabulary", "context", "epochs", "learning_rate", "batch_size")
     if config.hidden_size % config.heads or config.hidden_size // config.heads % 2:
         raise InputError(f"--hidden_size {config.hidden_size}: must be an even multiple of --heads {config.heads}")
+    check_range(config, "dropout", 0, 0.9)
+    check_choice(config, "precision", ("fp32", "bf16"))
     task = load_task(config.task or "demo", config.answer_format)
     device, autocast = set_up(config.precision, config.seed)
     splits = load_splits(config, task, say)
-    directory = open_run_directory(config.output_dir or f"runs/{task.name}/tiny", config.overwrite)
+    directory = check_run_directory(config.output_dir or f"runs/{task.name}/tiny", config.overwrite)
     show_config(config, "tiny")
     model, tokenizer = build_tiny(splits, task, config, config.seed, device, autocast)
+    open_run_directory(directory, config.overwrite)
     save_policy(model, Encoder(tokenizer, model), directory, make_record("tiny", task, config, tiny=True))
     say(f"saved {directory}: train_sft.py --model {directory}")
 

@@ -62,21 +62,38 @@ def keep_freed_memory():
 # ---- run directories and records -------------------------------------------------------------------------------------
 
 
-def open_run_directory(path, overwrite):
-    """Make a run's output directory. InputError where it already holds something, unless `overwrite`, or is not writable.
+def check_run_directory(path, overwrite, inputs=()):
+    """The path of a run's output directory, once it is seen to be free; nothing is touched yet.
 
-    --overwrite empties a directory only if a run of ours made it.
+    InputError where it already holds something, unless `overwrite`. --overwrite replaces a directory only if a run of
+    ours made it, and never one that holds an input of this run (`inputs`: the paths it reads from).
     """
     path = Path(path)
     try:
         if path.exists() and not path.is_dir():
             raise InputError(f"--output_dir {path}: is a file")
+        ancestor = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+            raise InputError(f"--output_dir {path}: cannot be written: {ancestor} is no directory that you may write to")
         if path.is_dir() and any(path.iterdir()):
             ours = (path / RECORD).is_file() or (path / "metrics.jsonl").is_file()
             if not overwrite:
                 raise InputError(f"--output_dir {path}: already holds {'a run' if ours else 'files'}; give another or --overwrite")
             if not ours:
                 raise InputError(f"--output_dir {path}: holds files that no run of rllr wrote; not overwriting them")
+            for name in filter(None, inputs):
+                if Path(name).exists() and Path(name).resolve().is_relative_to(path.resolve()):
+                    raise InputError(f"--output_dir {path}: --overwrite would delete {name}, which this run reads; give another")
+    except OSError as error:
+        raise InputError(f"--output_dir {path}: cannot be read: {error.strerror or error}") from None
+    return path
+
+
+def open_run_directory(path, overwrite, inputs=()):
+    """Make a run's output directory, empty. InputErrors as `check_run_directory`, and where it cannot be written."""
+    path = check_run_directory(path, overwrite, inputs)
+    try:
+        if path.is_dir():
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
         (path / ".writable").touch()
@@ -103,8 +120,11 @@ def read_record(model_dir):
         record = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(record, dict) or not isinstance(record.get("data", {}), dict):
-        raise InputError(f"{path}: not a record of rllr; delete it or restore it")
+    try:
+        assert isinstance(record, dict) and isinstance(record.get("data", {}), dict)
+        task_of_record(record)
+    except (AssertionError, InputError):
+        raise InputError(f"{path}: not a record of rllr; delete it or restore it") from None
     return record
 
 
@@ -132,13 +152,16 @@ def task_of_record(record):
     fields = record.get("task")
     if not fields:
         return None
-    return Task(**{**fields, "labels": tuple(fields["labels"]), "metrics": tuple(fields["metrics"])})
+    try:
+        return Task(**{**fields, "labels": tuple(fields["labels"]), "metrics": tuple(fields["metrics"])})
+    except (TypeError, KeyError):
+        raise InputError(f"{RECORD}: field 'task' is damaged ({fields!r:.60}); restore the file or train the model again") from None
 
 
 def resolve_task(config, record, default="demo"):
     """The task that --task names, else the one recorded with the model; --answer_format overrides either."""
     recorded = task_of_record(record)
-    if recorded and config.task in (None, record["data"].get("task"), recorded.name):
+    if recorded and config.task in (None, record.get("data", {}).get("task"), recorded.name):
         return dataclasses.replace(recorded, answer_format=config.answer_format or recorded.answer_format)
     return load_task(config.task or default, config.answer_format)
 
@@ -234,8 +257,10 @@ def make_optimizer(model, learning_rate, steps, *, warmup_share=0.0, schedule="l
 
 
 def optimizer_step(model, optimizer, scheduler, max_grad_norm):
-    """Clip the gradient's norm, step, clear. Returns the norm before clipping."""
+    """Clip the gradient's norm, step, clear. Returns the norm before clipping; RunError, and no step, if it is not finite."""
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
+    if not torch.isfinite(norm):
+        raise RunError(f"the gradient's norm is {norm.item()}; stopped before the update.")
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad(set_to_none=True)

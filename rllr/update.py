@@ -105,34 +105,34 @@ def improve(policy, value_model, policy_optimizer, value_optimizer, batch, plan,
     of the statistics over the updates. Raises RunError before a step whose loss is not finite, and where the first
     minibatch's ratio is not 1.
     """
-    totals, updates, skip = {}, 0, False
-    for epoch, minibatches in enumerate(plan):
-        for position, minibatch in enumerate(minibatches):
-            token_count = batch.mask[minibatch].sum()
-            stats = {}
-            for rows in split_rows(minibatch, config.micro_batch_size):
-                part = _losses(policy, value_model, batch, rows, token_count, config, autocast)
-                for name, value in part.items():
-                    stats[name] = torch.maximum(stats[name], value) if name.endswith("max") and name in stats else (
-                        stats.get(name, 0.0) + value if not name.endswith("max") else value
-                    )
-            if epoch == 0 and position == 0:
-                totals["first_ratio_error"] = check_first_ratio(stats, config.precision)
-            if config.max_update_kl and stats["approx_kl"] > config.max_update_kl:
-                policy_optimizer[0].zero_grad(set_to_none=True)
-                value_optimizer[0].zero_grad(set_to_none=True)
-                skip = True
-                break
-            stats["grad_norm_policy"] = optimizer_step(policy, *policy_optimizer, config.max_grad_norm)
-            stats["grad_norm_value"] = optimizer_step(value_model, *value_optimizer, config.max_grad_norm)
-            updates += 1
-            for name, value in stats.items():
-                totals[name] = totals.get(name, 0.0) + value
-        if skip:
+    history = []  # one dict of statistics per minibatch
+    for minibatch in (minibatch for epoch in plan for minibatch in epoch):
+        token_count = batch.mask[minibatch].sum()
+        parts = [
+            _losses(policy, value_model, batch, rows, token_count, config, autocast)
+            for rows in split_rows(minibatch, config.micro_batch_size)
+        ]
+        stats = {name: _combine(name, [part[name] for part in parts]) for name in parts[0]}
+        if not history:
+            first_ratio_error = check_first_ratio(stats, config.precision)
+        history.append(stats)
+        if config.max_update_kl and stats["approx_kl"] > config.max_update_kl:  # far enough from pi_old for this rollout
+            policy_optimizer[0].zero_grad(set_to_none=True)
+            value_optimizer[0].zero_grad(set_to_none=True)
             break
-    first = totals.pop("first_ratio_error")
-    means = {name: total / max(1, updates) for name, total in totals.items() if not name.startswith("ratio_error")}
-    return {**means, "first_ratio_error": first, "lr": policy_optimizer[1].get_last_lr()[0]}
+        stats["grad_norm_policy"] = optimizer_step(policy, *policy_optimizer, config.max_grad_norm)
+        stats["grad_norm_value"] = optimizer_step(value_model, *value_optimizer, config.max_grad_norm)
+    means = {}
+    for name in history[0]:
+        if not name.startswith("ratio_error"):
+            values = [stats[name] for stats in history if name in stats]
+            means[name] = torch.stack(values).max() if name.endswith("_max") else sum(values) / len(values)
+    return {**means, "first_ratio_error": first_ratio_error, "lr": policy_optimizer[1].get_last_lr()[0]}
+
+
+def _combine(name, values):
+    """One statistic of a minibatch from its micro-batches': the largest of maxima, the sum of shares of a mean."""
+    return torch.stack(values).max() if name.endswith("_max") else torch.stack(values).sum()
 
 
 def _losses(policy, value_model, batch, rows, token_count, config, autocast):

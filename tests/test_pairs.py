@@ -1,0 +1,271 @@
+"""Preference pairs: what stands on each side, how the sides' rationales are drawn, seeds, and what is refused."""
+
+import random
+from collections import Counter
+
+import pytest
+
+from rllr.data import load_pairs
+from rllr.errors import InputError
+from rllr.pairs import (
+    Pair, describe, label_sensitive_pairs, rationale_sensitive_pairs, split_by_prompt, write_pairs,
+)  # fmt: skip
+from rllr.rationales import EvidenceWriter, RationaleWriter
+from rllr.tasks import TASKS, Example, load_task, parse_answer, split_answer
+
+SST2, STSB, AGNEWS = TASKS["sst2"], TASKS["stsb"], TASKS["agnews"]
+CHI_SQUARE_999 = {3: 16.27, 4: 18.47, 5: 20.52}  # degrees of freedom: the bound that chance passes once in a thousand
+
+
+class Scripted(RationaleWriter):
+    """Rationales that say where they come from; no two draws are alike."""
+
+    def basis(self, example, label):
+        return f"own {example.id} {label}"
+
+    def draw(self, example, rng):
+        return f"drawn {rng.random()}"
+
+    def word(self, basis, label):
+        return f"{basis} for {label}"
+
+
+class Stubborn(Scripted):
+    """Gives the same basis whatever the row and the label."""
+
+    def basis(self, example, label):
+        return "it is so"
+
+    draw = basis
+
+
+def rows(count, task=SST2, seed=0):
+    rng = random.Random(seed)
+    return [
+        Example(f"r{i}", f"text {i}", f"other {i}" if task.is_pair else None, rng.choice(task.labels))
+        for i in range(count)
+    ]
+
+
+def sides(pair, task):
+    """((basis, label the rationale is worded for, label line), the same of the rejected answer)."""
+    found = []
+    for answer in (pair.chosen, pair.rejected):
+        rationale, label = split_answer(task, answer)
+        basis, _, worded = rationale.rpartition(" for ")
+        found.append((basis, worded, label))
+    return found
+
+
+# ---- label-sensitive
+
+
+@pytest.mark.parametrize("rationales", ["independent", "paper"])
+@pytest.mark.parametrize("task", [SST2, STSB, AGNEWS], ids=lambda task: task.name)
+def test_gold_label_against_a_wrong_one(task, rationales):
+    examples = rows(60, task)
+    pairs = label_sensitive_pairs(examples, task, Scripted(), rationales=rationales)
+    assert len(pairs) == 60
+    for pair, example in zip(pairs, examples):
+        assert pair.prompt == task.render_prompt(example.text, example.text_b)  # unrendered, in the order of the rows
+        (_, worded, chosen), (_, worded_rejected, rejected) = sides(pair, task)
+        assert parse_answer(task, pair.chosen) == chosen == worded == example.label
+        assert parse_answer(task, pair.rejected) == rejected == worded_rejected != example.label
+        assert rejected in task.labels
+
+
+def test_the_papers_pairs_are_what_the_writer_writes():
+    writer, examples = Scripted(), rows(20, AGNEWS)
+    for pair, example in zip(label_sensitive_pairs(examples, AGNEWS, writer, rationales="paper"), examples):
+        wrong = parse_answer(AGNEWS, pair.rejected)
+        assert pair.kind == "label/paper"
+        assert pair.chosen == f"own {example.id} {example.label} for {example.label}\nLabel: {example.label}"
+        assert pair.chosen == AGNEWS.render_answer(example.label, writer.write(example, example.label))
+        assert pair.rejected == AGNEWS.render_answer(wrong, writer.write(example, wrong))
+
+
+def test_shares_of_independent_pairs():
+    """Nine in ten are drawn; half of these rest on one basis, the others on two; the tenth is as in the paper."""
+    pairs, kinds, same = label_sensitive_pairs(rows(4000), SST2, Scripted()), Counter(), 0
+    for pair in pairs:
+        (chosen, *_), (rejected, *_) = sides(pair, SST2)
+        kinds[pair.kind] += 1
+        drawn = [basis.startswith("drawn ") for basis in (chosen, rejected)]
+        assert drawn == [pair.kind == "label/independent"] * 2
+        same += chosen == rejected
+    assert set(kinds) == {"label/independent", "label/paper"} and sum(kinds.values()) == 4000
+    assert abs(kinds["label/independent"] - 3600) < 76  # four standard deviations
+    assert abs(same - 1800) < 126
+
+
+def test_a_drawn_basis_does_not_give_the_label_away():
+    """With the evidence writer: a word stands on the chosen side of independent pairs as often as on the other."""
+    words = "red blue green black white brown".split()
+    rng = random.Random(1)
+    examples = [Example(str(i), " ".join(rng.sample(words, 3)), label=rng.choice(SST2.labels)) for i in range(1500)]
+    counts = [Counter(), Counter()]
+    for pair in label_sensitive_pairs(examples, SST2, EvidenceWriter(examples, SST2)):
+        if pair.kind == "label/independent":
+            for count, answer in zip(counts, (pair.chosen, pair.rejected)):
+                count.update(set(words) & set(split_answer(SST2, answer)[0].split()))
+    for word in words:
+        assert counts[0][word] > 200 and abs(counts[0][word] - counts[1][word]) < 4 * counts[0][word] ** 0.5
+
+
+@pytest.mark.parametrize("rationales", ["independent", "paper"])
+@pytest.mark.parametrize("task, gold", [(STSB, "2"), (AGNEWS, "world")], ids=["stsb", "agnews"])
+def test_wrong_labels_are_uniform(task, gold, rationales):
+    examples = [Example(str(i), "t", "u" if task.is_pair else None, gold) for i in range(3000)]
+    pairs = label_sensitive_pairs(examples, task, Scripted(), rationales=rationales)
+    counts = Counter(parse_answer(task, pair.rejected) for pair in pairs)
+    expected = 3000 / (len(task.labels) - 1)
+    assert set(counts) == set(task.wrong_labels(gold))
+    assert sum((n - expected) ** 2 / expected for n in counts.values()) < CHI_SQUARE_999[len(counts)]
+
+
+def test_all_wrong_labels():
+    examples = rows(30, STSB)
+    pairs = label_sensitive_pairs(examples, STSB, Scripted(), negatives="all")
+    assert len(pairs) == 30 * 5
+    for i, example in enumerate(examples):
+        mine = pairs[5 * i : 5 * i + 5]
+        assert sorted(parse_answer(STSB, pair.rejected) for pair in mine) == sorted(set("012345") - {example.label})
+        assert {parse_answer(STSB, pair.chosen) for pair in mine} == {example.label}
+        assert {pair.prompt for pair in mine} == {STSB.render_prompt(example.text, example.text_b)}
+
+
+MAKERS = {
+    "one": lambda examples, **more: label_sensitive_pairs(examples, AGNEWS, Scripted(), **more),
+    "all": lambda examples, **more: label_sensitive_pairs(examples, AGNEWS, Scripted(), negatives="all", **more),
+    "paper": lambda examples, **more: label_sensitive_pairs(examples, AGNEWS, Scripted(), rationales="paper", **more),
+    "rationale": lambda examples, **more: rationale_sensitive_pairs(examples, AGNEWS, Scripted(), **more),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_seeds(maker):
+    make, examples = MAKERS[maker], rows(50, AGNEWS)
+    random.seed(1)
+    first = make(examples, seed=3)
+    random.seed(2)  # nothing hangs on the global generator
+    assert make(examples, seed=3) == first != make(examples, seed=4)
+
+
+@pytest.mark.parametrize("maker", ["one", "all", "paper"])
+def test_a_rows_pairs_hang_on_the_row_alone(maker):
+    make, examples = MAKERS[maker], rows(50, AGNEWS)
+    pairs = set(make(examples))
+    shuffled = random.Random(0).sample(examples, 50)
+    assert set(make(shuffled)) == pairs
+    assert set(make(shuffled[:20])) <= pairs and len(make(shuffled[:20])) == (60 if maker == "all" else 20)
+
+
+def test_answers_that_are_a_label_alone():
+    task = load_task("sst2", "label")
+    pairs = label_sensitive_pairs(rows(10), task, Scripted())
+    assert {(pair.chosen, pair.rejected) for pair in pairs} == {
+        ("Label: positive", "Label: negative"), ("Label: negative", "Label: positive")
+    }  # fmt: skip
+    assert all(pair.prompt.endswith("positive? Label:") for pair in pairs)
+
+
+# ---- rationale-sensitive
+
+
+@pytest.mark.parametrize("task", [SST2, STSB], ids=lambda task: task.name)
+def test_the_gold_label_on_both_sides(task):
+    examples = rows(1000, task)
+    labels = {example.id: example.label for example in examples}
+    pairs, kinds = rationale_sensitive_pairs(examples, task, Scripted()), Counter()
+    for pair, example in zip(pairs, examples, strict=True):
+        assert pair.prompt == task.render_prompt(example.text, example.text_b)
+        (better, worded, chosen), (worse, worded_worse, rejected) = sides(pair, task)
+        assert chosen == rejected == worded == worded_worse == example.label
+        assert better == f"own {example.id} {example.label}"
+        _, text, label = worse.split()
+        if pair.kind == "rationale/other_text":
+            assert text != example.id and label == labels[text]  # what speaks for the other text's own label
+        else:
+            assert text == example.id and label != example.label
+        kinds[pair.kind] += 1
+    assert set(kinds) == {"rationale/other_text", "rationale/wrong_evidence"}
+    assert abs(kinds["rationale/other_text"] - 500) < 64  # four standard deviations
+
+
+def test_another_text_stands_in_where_the_wrong_label_has_the_same_basis():
+    class OneBasis(Scripted):
+        def basis(self, example, label):
+            return f"own {example.id}"
+
+    pairs = rationale_sensitive_pairs(rows(40), SST2, OneBasis())
+    assert len(pairs) == 40 and {pair.kind for pair in pairs} == {"rationale/other_text"}
+
+
+def test_two_rows_are_enough_and_one_is_not():
+    assert len(rationale_sensitive_pairs(rows(2), SST2, Scripted())) == 2
+    with pytest.raises(InputError, match="at least two rows, got 1"):
+        rationale_sensitive_pairs(rows(1), SST2, Scripted())
+
+
+# ---- refused
+
+
+def test_identical_sides_are_refused_counted_and_shown():
+    class SometimesStubborn(Scripted):
+        def basis(self, example, label):
+            return "it is so" if example.id != "r12" else super().basis(example, label)
+
+    examples, lines = rows(13), []
+    pairs = rationale_sensitive_pairs(examples, SST2, SometimesStubborn(), log=lines.append)
+    refused = 13 - len(pairs)
+    assert refused > 6  # only the last row has a rationale of its own; the others differ only where it was drawn
+    assert lines == [f"{refused} of 13 pairs refused: both sides are the same, e.g. {lines[0].partition('e.g. ')[2]}"]
+    assert "'it is so for " in lines[0]
+    assert all(("own r12" in pair.chosen) != ("own r12" in pair.rejected) for pair in pairs[:-1])
+    assert pairs[-1].prompt == SST2.render_prompt(examples[12].text) and "own r12" in pairs[-1].chosen
+
+
+def test_no_pair_is_left():
+    for writer, task in ((Stubborn(), SST2), (Scripted(), load_task("sst2", "label"))):
+        lines = []
+        with pytest.raises(InputError, match="no preference pair is left"):
+            rationale_sensitive_pairs(rows(5), task, writer, log=lines.append)
+        assert lines and lines[0].startswith("5 of 5 pairs refused")
+
+
+def test_a_row_without_a_label_is_named():
+    examples = [*rows(3), Example("data.jsonl:9", "t")]
+    for make in (label_sensitive_pairs, rationale_sensitive_pairs):
+        with pytest.raises(InputError, match="row data.jsonl:9: has no label"):
+            make(examples, SST2, Scripted())
+
+
+@pytest.mark.parametrize("options", [{"rationales": "own"}, {"negatives": "two"}])
+def test_unknown_options(options):
+    with pytest.raises(InputError, match="choose independent or paper.*one or all"):
+        label_sensitive_pairs(rows(3), SST2, Scripted(), **options)
+
+
+def test_describe():
+    pairs = [Pair("p", "a", "b", "label/paper")] * 2 + [Pair("p", "a", "b", "label/independent")]
+    assert describe(pairs) == "3 pairs: 1 label/independent, 2 label/paper"
+
+
+def test_pairs_are_written_and_read_back(tmp_path):
+    pairs = [Pair("two\nlines", 'a "b"', "ü\u2028", "label/paper"), Pair("p", "x", "y", "rationale/other_text")]
+    write_pairs(tmp_path / "pairs.jsonl", pairs)
+    assert [Pair(**row) for row in load_pairs(tmp_path / "pairs.jsonl", log=lambda line: None)] == pairs
+
+
+def test_a_prompts_pairs_stay_together_when_some_are_held_out():
+    pairs = [Pair(f"prompt {i % 40}", f"a{i}", "b", "file") for i in range(120)]
+    train, held = split_by_prompt(pairs)
+    assert len(held) == 12 and sorted(train + held, key=pairs.index) == pairs  # a tenth of the prompts, three pairs each
+    assert not {pair.prompt for pair in train} & {pair.prompt for pair in held}
+    shuffled = random.Random(0).sample(pairs, 120)
+    assert set(split_by_prompt(shuffled)[1]) == set(held)  # whatever the order of the file
+    assert len(split_by_prompt(pairs, 0.25)[1]) == 30
+    train, held = split_by_prompt(pairs[:2])
+    assert len(train) == len(held) == 1
+    with pytest.raises(InputError, match="--pairs: 2 pairs over 1 prompt: give at least two"):
+        split_by_prompt([pairs[0], pairs[40]])

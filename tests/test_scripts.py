@@ -1,0 +1,533 @@
+"""The three scripts from end to end, in process, on tiny models: what they write, what they learn, what they promise."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import train_ppo
+import train_rm
+import train_sft
+from families import FAMILIES, tiny_model, toy_tokenizer
+from safetensors.torch import load_file
+from toy_runs import DEV_ROWS, TRAIN_ROWS, read_metrics, run, toy_runs, write_rows
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rllr import evaluate, predict, rationales, splits, tasks, update
+from rllr.encoding import Encoder
+from rllr.errors import RunError
+from rllr.model import RewardModel, load_policy, load_tokenizer
+from rllr.rewards import pairwise_accuracy
+from rllr.training import make_optimizer, optimizer_step, pack, read_record
+
+ROOT = Path(__file__).parent.parent
+
+STEP_METRICS = {
+    "step", "episodes", "seconds",
+    "act/tokens_per_second", "act/response_len", "act/truncated", "act/parse_failures",
+    "analyse/kl_sequence", "analyse/kl_token", "analyse/entropy", "analyse/logprob_gap",
+    "judge/label_score", "judge/score",
+    "shape/kl_coef", "shape/reward",
+    "credit/advantage_std", "credit/explained_variance",
+    "improve/policy_loss", "improve/value_loss", "improve/clipfrac", "improve/value_clipfrac", "improve/approx_kl",
+    "improve/first_ratio_error", "improve/ratio_max", "improve/grad_norm_policy", "improve/grad_norm_value", "improve/lr",
+    "time/rollout", "time/score", "time/update",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """The toy task with its SFT policy and two reward models."""
+    return toy_runs()
+
+
+@pytest.fixture(scope="session")
+def gold_run(toy, tmp_path_factory):
+    """A longer run against the gold label: 45 steps."""
+    directory = tmp_path_factory.mktemp("gold") / "ppo"
+    output = toy.ppo(
+        directory, "--reward", "gold", "--rollout_prompts", 24, "--eval_rows", 0, "--kl_coef", 0.02,
+        "--learning_rate", 2e-3, "--value_learning_rate", 2e-3, "--no-freeze_embeddings", steps=45,
+    )  # fmt: skip
+    return directory, output
+
+
+def comparable(lines):
+    """Metrics without what depends on the clock."""
+    return [{k: v for k, v in line.items() if not k.startswith("time/") and k not in ("seconds", "act/tokens_per_second")}
+            for line in lines]  # fmt: skip
+
+
+def differing(first, second, tolerance):
+    """Names (with both values) of metrics that differ by more than the tolerance."""
+    assert len(first) == len(second)
+    found = {}
+    for a, b in zip(comparable(first), comparable(second), strict=True):
+        assert a.keys() == b.keys()
+        found |= {k: (a[k], b[k]) for k in a if a[k] != b[k] and not math.isclose(a[k], b[k], rel_tol=0, abs_tol=tolerance)}
+    return found
+
+
+def weights(directory):
+    return load_file(Path(directory) / "model.safetensors")
+
+
+def same_weights(first, second):
+    first, second = weights(first), weights(second)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def generates(directory):
+    """A saved policy works with plain transformers: load model and tokenizer, generate."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    prompt = tokenizer("the soup was tasty\n", return_tensors="pt")
+    ids = model.generate(prompt.input_ids, attention_mask=torch.ones_like(prompt.input_ids), max_new_tokens=4, do_sample=False,
+                         pad_token_id=0)  # fmt: skip
+    return ids.shape[1] > prompt.input_ids.shape[1]
+
+
+# ---- supervised fine-tuning ------------------------------------------------------------------------------------------
+
+
+def test_sft_overfits_eight_examples(toy, tmp_path):
+    data = write_rows(tmp_path / "ten.jsonl", TRAIN_ROWS[:5] + TRAIN_ROWS[-5:])
+    run(train_sft.main, "--task", toy.task, "--train_file", data, "--eval_file", data, "--held_out", 0.2, "--model", toy.base,
+        "--epochs", 60, "--batch_size", 8, "--learning_rate", 5e-3, "--dropout", 0, "--schedule", "constant", "--show", 0,
+        "--max_new_tokens", 12, "--output_dir", tmp_path / "sft")  # fmt: skip
+    losses = read_metrics(tmp_path / "sft", "loss")
+    assert len(losses) == 60 and losses[0]["loss"] > 3 and losses[-1]["loss"] < 0.05
+
+    record = read_record(tmp_path / "sft")
+    config = splits.DataConfig(**record["data"])
+    trained_on = splits.load_splits(config, tasks.load_task(str(toy.task)), lambda line: None).labelled
+    assert len(trained_on) == 8
+    rows = write_rows(tmp_path / "eight.jsonl", [{"text": example.text} for example in trained_on])
+    run(predict.main, "--model", tmp_path / "sft", "--input", rows, "--output", tmp_path / "answers.jsonl")
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [answer["label"] for answer in answers] == [example.label for example in trained_on]
+    assert [answer["rationale"] for answer in answers] == [example.rationale for example in trained_on]
+
+
+def test_sft_writes_a_plain_model_and_its_record(toy):
+    assert generates(toy.sft)
+    record = read_record(toy.sft)
+    assert record["stage"] == "sft" and record["tiny"] and record["task"]["name"] == "toy"
+    assert record["config"]["rationales"] == "given" and record["data"]["labelled"] == 40
+    evaluated = read_metrics(toy.sft, "eval/accuracy")
+    assert [line["epoch"] for line in evaluated] == list(range(30))
+    assert record["eval"]["accuracy"] == max(line["eval/accuracy"] for line in evaluated) > 0.6
+    assert len(read_metrics(toy.sft, "loss", "grad_norm", "lr")) == 30 * 5
+
+
+@pytest.mark.parametrize("name, arguments", [("train_sft", []), ("train_rm", ["--dropout", 0])])
+def test_micro_batches_do_not_change_training(toy, tmp_path, name, arguments):
+    main, source = (train_sft.main, "--model") if name == "train_sft" else (train_rm.main, "--policy")
+    start = [*(toy.data if name == "train_sft" else []), source, toy.base if name == "train_sft" else toy.sft]
+    lines = []
+    for size in (0, 2):
+        run(main, *start, *arguments, "--epochs", 1, "--batch_size", 8, "--micro_batch_size", size, "--dropout", 0,
+            "--learning_rate", 1e-3, "--max_new_tokens", 12, "--output_dir", tmp_path / str(size))  # fmt: skip
+        lines.append(read_metrics(tmp_path / str(size)))
+    assert not differing(*lines, tolerance=1e-4)
+
+
+def test_label_format_trains_without_rationales(toy, tmp_path):
+    run(train_sft.main, *toy.data, "--model", toy.base, "--answer_format", "label", "--epochs", 1, "--output_dir", tmp_path / "sft")
+    assert read_record(tmp_path / "sft")["task"]["answer_format"] == "label"
+
+
+# ---- reward models ---------------------------------------------------------------------------------------------------
+
+
+def training_pairs(toy, directory):
+    """A reward model's own training pairs as it drew them, and its scores of both sides."""
+    record = read_record(directory)
+    config = train_rm.Config(**record["config"])
+    task = tasks.load_task(str(toy.task))
+    encoder = Encoder(load_tokenizer(toy.sft), load_policy(toy.sft))
+    labelled = splits.load_splits(config, task, lambda line: None).labelled
+    writer = rationales.make_writer(config.rationales, labelled, task)
+    rows, pairs = train_rm.encode_pairs(train_rm.draw_pairs(config, labelled, task, writer, config.seed), encoder)
+    model = RewardModel.from_pretrained(directory)
+    return pairs, rows, encoder, train_rm.score_pairs(model, rows, encoder, config, None)
+
+
+@pytest.mark.parametrize("loss", ["eos", "span"])
+def test_reward_model_ranks_its_training_pairs(toy, tmp_path, loss):
+    directory = toy.label_rm
+    if loss == "span":
+        directory = tmp_path / "rm"
+        run(train_rm.main, "--policy", toy.sft, *toy.rm_flags, "--loss", "span", "--output_dir", directory)
+    assert read_record(directory)["config"]["loss"] == loss
+    pairs, _, _, (chosen, rejected) = training_pairs(toy, directory)
+    assert len(pairs) >= 36 and pairwise_accuracy(chosen, rejected) > 0.95
+
+
+def test_reward_model_reports_and_stores_its_scores(toy):
+    report, metrics = read_record(toy.label_rm)["report"], read_metrics(toy.label_rm, "eval/accuracy")
+    assert report["pairs"]["all"]["accuracy"] > 0.9 and report["classifier"]["eval"]["rows"] == len(DEV_ROWS)
+    assert report["classifier"]["eval"]["reward_model"] > report["classifier"]["eval"]["policy"]
+    assert metrics[-1]["eval/loss"] < metrics[0]["eval/loss"]
+    for directory in (toy.label_rm, toy.rationale_rm):
+        statistics = json.loads((directory / "score_statistics.json").read_text())
+        assert statistics["std"] > 0 and statistics["count"] >= 2 and len(statistics["quantiles"]) == 101
+        assert statistics["quantiles"] == sorted(statistics["quantiles"])
+        assert statistics["policy_fingerprint"] == read_record(toy.sft)["fingerprint"]
+    assert "classifier" not in read_record(toy.rationale_rm)["report"]
+    assert "fewer than 512" in toy.outputs["rm-label"]
+
+
+def test_reward_model_loads_as_a_sequence_classifier(toy):
+    _, rows, encoder, (chosen, _) = training_pairs(toy, toy.label_rm)
+    classifier = AutoModelForSequenceClassification.from_pretrained(toy.label_rm).eval()
+    sequences, prompt_lens, mask = pack([(prompt, answer) for prompt, answer, _ in rows], encoder.pad_id, "cpu")
+    attention = torch.arange(sequences.shape[1]) < (prompt_lens + mask.sum(1)).unsqueeze(1)
+    with torch.no_grad():
+        scores = classifier(input_ids=sequences, attention_mask=attention.long()).logits.squeeze(1)
+    torch.testing.assert_close(scores, chosen, rtol=1e-4, atol=1e-4)
+
+
+def test_reward_model_from_a_file_of_pairs(toy, tmp_path):
+    pairs = [
+        {"prompt": row["text"], "chosen": f"so\nLabel: {row['label']}", "rejected": f"so\nLabel: {other}", "kind": "mine"}
+        for row in TRAIN_ROWS for other in ("good", "bad") if other != row["label"]
+    ]  # fmt: skip
+    pairs[7]["rejected"] = pairs[7]["chosen"]
+    file = write_rows(tmp_path / "pairs.jsonl", pairs)
+    output = run(train_rm.main, "--policy", toy.sft, *toy.rm_flags, "--pairs", file, "--output_dir", tmp_path / "rm")
+    assert "1 dropped (chosen equals rejected): line 8" in output and "mine" in output
+    record = read_record(tmp_path / "rm")
+    assert record["stage"] == "rm-file" and record["report"]["pairs"]["all"]["pairs"] == 5
+    toy.ppo(tmp_path / "ppo", "--label_rm", tmp_path / "rm", steps=1)
+
+
+# ---- PPO: rewards, metrics, what is written --------------------------------------------------------------------------
+
+
+def test_ppo_raises_the_gold_reward(gold_run):
+    directory, output = gold_run
+    scores = [line["judge/score"] for line in read_metrics(directory, "judge/score")]
+    third = len(scores) // 3
+    first, last = sum(scores[:third]) / third, sum(scores[-third:]) / third
+    assert len(scores) == 45 and last > first + 0.1
+    evaluated = read_metrics(directory, "eval/accuracy")
+    assert [line["step"] for line in evaluated] == [0, 20, 40, 45]
+    assert evaluated[-1]["eval/accuracy"] > evaluated[0]["eval/accuracy"]
+    assert read_record(directory / "best")["eval"]["accuracy"] == max(line["eval/accuracy"] for line in evaluated)
+    assert "before  dev accuracy" in output and "after   dev accuracy" in output
+
+
+def test_ppo_ratio_is_one_on_every_first_minibatch(gold_run):
+    errors = [line["improve/first_ratio_error"] for line in read_metrics(gold_run[0], "judge/score")]
+    assert max(errors) < 1e-5
+    gaps = [line["analyse/logprob_gap"] for line in read_metrics(gold_run[0], "judge/score")]
+    assert max(gaps) < 1e-4
+
+
+def test_ppo_steps_are_tied_together_by_the_metrics(gold_run):
+    lines = read_metrics(gold_run[0], "judge/score")
+    assert [line["step"] for line in lines] == list(range(1, 46)) and lines[-1]["episodes"] == 45 * 24
+    assert lines[0]["analyse/kl_sequence"] == pytest.approx(0, abs=1e-5) and lines[-1]["analyse/kl_sequence"] > 0.01
+    rates = [line["improve/lr"] for line in lines]
+    assert rates == sorted(rates, reverse=True) and rates[-1] == 0
+    for line in lines:  # reward = score - beta * KL, summed over the answer
+        expected = line["judge/score"] - line["shape/kl_coef"] * line["analyse/kl_sequence"]
+        assert line["shape/reward"] == pytest.approx(expected, abs=1e-4)
+        assert line["judge/label_score"] == pytest.approx(line["judge/accuracy"])
+
+
+REWARDS = {
+    "label": (set(), {"judge/label_clipped"}),
+    "rationale": ({"judge/rationale_score"}, {"judge/rationale_clipped"}),
+    "mixed": ({"judge/rationale_score", "judge/at_threshold"}, {"judge/label_clipped", "judge/rationale_clipped"}),
+    "gold": ({"judge/accuracy"}, set()),
+    "toy_rewards:shortness": (set(), set()),
+}
+
+
+@pytest.mark.parametrize("reward", REWARDS)
+def test_ppo_with_each_reward(toy, tmp_path, monkeypatch, reward):
+    (tmp_path / "toy_rewards.py").write_text("def shortness(samples):\n    return [-len(answer) / 10 for answer in samples.answers]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = ["--reward", reward]
+    flags += ["--label_rm", toy.label_rm] if reward in ("label", "mixed") else []
+    flags += ["--rationale_rm", toy.rationale_rm] if reward in ("rationale", "mixed") else []
+    toy.ppo(tmp_path / "ppo", *flags, steps=3)
+    lines = read_metrics(tmp_path / "ppo", "judge/score")
+    more, ours = REWARDS[reward]
+    wanted = STEP_METRICS | more
+    wanted -= {"judge/label_score"} if reward == "rationale" else set()
+    for line in lines:
+        assert wanted <= line.keys()
+        extra = {"improve/ratio_mean", "judge/score_parse_failures", "judge/score_parsed"} | ours
+        assert not {name for name in line.keys() - wanted - extra if not name.startswith("eval/")}
+        assert line["improve/first_ratio_error"] < 1e-5
+        assert all(isinstance(value, (int, float)) for value in line.values()), line
+    assert [line["step"] for line in read_metrics(tmp_path / "ppo", "eval/accuracy", "eval/macro_f1")] == [0, 3]
+    for name in ("last", "best"):
+        assert generates(tmp_path / "ppo" / name)
+        assert read_record(tmp_path / "ppo" / name)["config"]["reward"] == reward
+    assert not same_weights(tmp_path / "ppo" / "last", toy.sft)
+    if reward == "mixed":
+        for line in lines:
+            assert line["judge/score"] <= 1.0 + line["judge/rationale_score"] + 1e-5
+
+
+def test_ppo_knows_no_gold_labels_of_unlabelled_prompts(toy, tmp_path):
+    output = toy.ppo(tmp_path / "ppo", "--label_rm", toy.label_rm, steps=1)
+    assert "prompts: 12 unlabelled rows" in output
+    assert not read_metrics(tmp_path / "ppo", "judge/accuracy")
+
+
+def test_same_seed_same_run(toy, tmp_path):
+    flags = ["--reward", "mixed", "--label_rm", toy.label_rm, "--rationale_rm", toy.rationale_rm, "--micro_batch_size", 2]
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        toy.ppo(tmp_path / name, *flags, "--seed", seed, steps=3)
+    lines = [comparable(read_metrics(tmp_path / name)) for name in "abc"]
+    assert lines[0] == lines[1] and same_weights(tmp_path / "a" / "last", tmp_path / "b" / "last")
+    assert lines[0] != lines[2]
+
+
+def test_sft_and_rm_same_seed_same_run(toy, tmp_path):
+    for name in "ab":
+        run(train_sft.main, *toy.data, "--model", toy.base, "--epochs", 1, "--dropout", 0.1, "--output_dir", tmp_path / f"sft-{name}")
+        run(train_rm.main, "--policy", toy.sft, "--epochs", 1, "--dropout", 0.1, "--max_new_tokens", 12,
+            "--output_dir", tmp_path / f"rm-{name}")  # fmt: skip
+    for stage in ("sft", "rm"):
+        first, second = tmp_path / f"{stage}-a", tmp_path / f"{stage}-b"
+        assert comparable(read_metrics(first)) == comparable(read_metrics(second)) and same_weights(first, second)
+
+
+# ---- PPO: settings ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_ppo_micro_batches_do_not_change_the_run(toy, tmp_path, epochs):
+    for size in (0, 1):
+        toy.ppo(tmp_path / str(size), "--label_rm", toy.label_rm, "--ppo_epochs", epochs, "--micro_batch_size", size, steps=3)
+    assert not differing(read_metrics(tmp_path / "0"), read_metrics(tmp_path / "1"), tolerance=1e-4)
+
+
+def test_max_update_kl_skips_the_rest_of_a_rollout(toy, tmp_path):
+    flags = ["--reward", "gold", "--ppo_epochs", 2, "--learning_rate", 1e-3]
+    toy.ppo(tmp_path / "all", *flags)
+    toy.ppo(tmp_path / "skip", *flags, "--max_update_kl", 1e-12)
+    everything, skipping = (read_metrics(tmp_path / name, "judge/score") for name in ("all", "skip"))
+    # 2 steps of 2 epochs of 2 minibatches: 8 updates are planned; with the skip only the first of each step is made
+    assert [line["improve/lr"] for line in everything] == pytest.approx([1e-3 * 4 / 8, 0])
+    assert [line["improve/lr"] for line in skipping] == pytest.approx([1e-3 * 7 / 8, 1e-3 * 6 / 8])
+    assert everything[1]["improve/approx_kl"] > 1e-9
+    assert all(abs(line["improve/approx_kl"]) < 1e-12 for line in skipping)
+
+
+def test_score_norm(toy, tmp_path):
+    flags = ["--label_rm", toy.label_rm, "--missing_eos_penalty", 0, "--max_new_tokens", 20]
+    statistics = json.loads((toy.label_rm / "score_statistics.json").read_text())
+    first = {}
+    for norm in ("stored", "running", "none"):
+        toy.ppo(tmp_path / norm, *flags, "--score_norm", norm)
+        first[norm] = read_metrics(tmp_path / norm, "judge/score")[0]
+    assert first["stored"]["judge/label_clipped"] == first["none"]["judge/label_clipped"] == 0
+    standardised = (first["none"]["judge/label_score"] - statistics["mean"]) / statistics["std"]
+    assert first["stored"]["judge/label_score"] == pytest.approx(standardised, abs=1e-4)
+    assert 0 < abs(first["running"]["judge/label_score"] - standardised) < 1
+
+
+def test_value_model_starts_where_it_is_told(toy, tmp_path):
+    zero = toy.ppo(tmp_path / "zero", "--reward", "gold", steps=1)
+    own = toy.ppo(tmp_path / "own", "--label_rm", toy.label_rm, steps=1)
+    given = toy.ppo(tmp_path / "given", "--label_rm", toy.label_rm, "--value_init", toy.rationale_rm, steps=1)
+    assert "SFT backbone with a zero head" in zero
+    assert f"value model: from {toy.label_rm}" in own and f"value model: from {toy.rationale_rm}" in given
+    losses = [read_metrics(tmp_path / name, "judge/score")[0]["improve/value_loss"] for name in ("own", "given")]
+    assert losses[0] != losses[1]
+
+
+def test_adaptive_kl_control_moves_the_coefficient(toy, tmp_path):
+    toy.ppo(tmp_path / "ppo", "--reward", "gold", "--kl_control", "adaptive", "--kl_target", 6, "--kl_horizon", 100, steps=3)
+    lines = read_metrics(tmp_path / "ppo", "judge/score")
+    assert lines[0]["shape/kl_coef"] == 0.1
+    for before, after in zip(lines, lines[1:]):  # Ziegler et al.: relative error, clipped to +-0.2
+        error = max(-0.2, min(0.2, before["analyse/kl_sequence"] / 6 - 1))
+        assert after["shape/kl_coef"] == pytest.approx(before["shape/kl_coef"] * (1 + error * 8 / 100), rel=1e-5)
+
+
+def test_config_file_and_a_flag_over_it(toy, tmp_path):
+    config = {"policy": str(toy.sft), "reward": "gold", "steps": 2, "rollout_prompts": 4, "eval_rows": 4, "max_new_tokens": 12,
+              "kl_coef": 0.3, "output_dir": str(tmp_path / "ppo"), "freeze_embeddings": False}  # fmt: skip
+    (tmp_path / "ppo.yaml").write_text(json.dumps(config))
+    run(train_ppo.main, "--config", tmp_path / "ppo.yaml", "--kl_coef", "0.05")
+    lines = read_metrics(tmp_path / "ppo", "judge/score")
+    assert [line["episodes"] for line in lines] == [4, 8] and lines[0]["shape/kl_coef"] == 0.05
+    recorded = read_record(tmp_path / "ppo" / "last")["config"]
+    assert recorded["kl_coef"] == 0.05 and recorded["reward"] == "gold" and recorded["freeze_embeddings"] is False
+
+
+def test_frozen_embeddings_stay(toy, tmp_path):
+    moved = {}
+    for flag in ("--freeze_embeddings", "--no-freeze_embeddings"):
+        toy.ppo(tmp_path / flag, "--reward", "gold", flag)
+        before, after = weights(toy.sft), weights(tmp_path / flag / "last")
+        moved[flag] = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved["--no-freeze_embeddings"] - moved["--freeze_embeddings"] == {"model.embed_tokens.weight"}
+
+
+def test_default_directories_lead_from_stage_to_stage(toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = "--epochs 1 --max_new_tokens 12".split()
+    run(train_sft.main, *toy.data, "--model", toy.sft, *small, "--learning_rate", 1e-4, "--dropout", 0)
+    task = ["--task", toy.task]  # a task file: the runs are named by the task, not by the file's path
+    run(train_rm.main, *task, *small)
+    run(train_rm.main, *task, *small, "--pairs", "rationale")
+    run(train_ppo.main, *task, *toy.ppo_flags, "--reward", "mixed", "--threshold", "q0.9")
+    assert sorted(os.listdir("runs/toy")) == ["ppo-mixed", "rm-label", "rm-rationale", "sft"]
+    output = run(evaluate.main, "--models", "runs/toy/sft", "runs/toy/ppo-mixed/last", "--output_dir", "evaluation")
+    assert "runs/toy/ppo-mixed/last" in output and len(json.loads(Path("evaluation/evaluate.json").read_text())) == 2
+
+
+def test_overwrite_replaces_a_run_and_leaves_nothing_of_it(toy, tmp_path):
+    toy.ppo(tmp_path / "ppo", "--reward", "gold", steps=3)
+    (tmp_path / "ppo" / "last" / "left_over").write_text("x")
+    toy.ppo(tmp_path / "ppo", "--reward", "gold", "--overwrite", steps=1)
+    assert [line["step"] for line in read_metrics(tmp_path / "ppo", "judge/score")] == [1]
+    assert not (tmp_path / "ppo" / "last" / "left_over").exists()
+
+
+# ---- PPO: what must not happen unseen --------------------------------------------------------------------------------
+
+
+def reward_module(tmp_path, monkeypatch, body):
+    """A module of the user's own with `reward(samples)`; returns --reward's value. Each test needs a name of its own."""
+    name = f"own_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(f"import torch\ncalls = []\n\ndef reward(samples):\n    calls.append(1)\n    {body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return f"{name}:reward"
+
+
+@pytest.mark.parametrize("bad_step, value", [(1, "nan"), (2, "nan"), (2, "inf")])
+def test_non_finite_reward_stops_before_the_update(toy, tmp_path, monkeypatch, capsys, bad_step, value):
+    body = f"return torch.tensor([float('{value}') if len(calls) >= {bad_step} else 0.5] + [0.0] * 7)"
+    flags = ["--reward", reward_module(tmp_path, monkeypatch, body), "--learning_rate", 1e-3]
+    with pytest.raises(SystemExit) as stop:
+        toy.ppo(tmp_path / "ppo", *flags, steps=3)
+    message = capsys.readouterr().err
+    assert stop.value.code == 1 and message.startswith(f"error: step {bad_step}: ") and message.count("\n") == 1
+    assert str(tmp_path / "ppo" / "last") in message
+    assert generates(tmp_path / "ppo" / "last") and read_record(tmp_path / "ppo" / "last")["step"] == bad_step - 1
+    assert same_weights(tmp_path / "ppo" / "last", toy.sft) == (bad_step == 1)
+    assert len(read_metrics(tmp_path / "ppo", "judge/score")) == bad_step - 1
+    failed = load_file(tmp_path / "ppo" / "failed_batch.safetensors")
+    assert failed["sequences"].shape[0] == failed["logprobs"].shape[0] == 8
+    assert str(float(failed["scores"][0])) == value and torch.isfinite(failed["logprobs"]).all()
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "ppo" / "last").values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_makes_no_step(value):
+    """A finite loss can have one; clipping it would put NaN into every weight."""
+    model = torch.nn.Linear(2, 1)
+    before = model.weight.detach().clone()
+    optimizer, scheduler = make_optimizer(model, 0.1, 10)
+    model(torch.ones(1, 2)).sum().backward()
+    model.weight.grad[0, 1] = value
+    with pytest.raises(RunError, match=f"norm is {value}"):
+        optimizer_step(model, optimizer, scheduler, 1.0)
+    assert torch.equal(model.weight, before)
+
+
+def test_non_finite_loss_stops_sft_and_rm(toy, tmp_path, monkeypatch, capsys):
+    for module, name, flags in ((train_sft, "sft_loss", [*toy.data, "--model", toy.base]), (train_rm, "rm_loss", ["--policy", toy.sft])):
+        original, calls = getattr(module, name), []
+
+        def broken(*arguments, original=original, calls=calls):
+            calls.append(1)
+            return original(*arguments) * (float("nan") if len(calls) == 4 else 1.0)
+
+        monkeypatch.setattr(module, name, broken)
+        with pytest.raises(SystemExit) as stop:
+            run(module.main, *flags, "--batch_size", 16, "--epochs", 4, "--max_new_tokens", 12, "--output_dir", tmp_path / name)
+        message = capsys.readouterr().err
+        assert stop.value.code == 1 and "step 3" in message and "nan" in message and str(tmp_path / name) in message
+        assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / name).values())
+
+
+def test_dropout_in_the_policys_config_is_off_in_every_pass(toy, tmp_path):
+    policy = family_policy("gpt2", tmp_path, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
+    assert json.loads((policy / "config.json").read_text())["attn_pdrop"] == 0.1
+    toy.ppo(tmp_path / "ppo", *toy.data, "--reward", "gold", "--answer_format", "label", policy=policy)
+    lines = read_metrics(tmp_path / "ppo", "judge/score")
+    assert len(lines) == 2 and max(line["improve/first_ratio_error"] for line in lines) < 1e-5
+    assert json.loads((tmp_path / "ppo" / "last" / "config.json").read_text())["attn_pdrop"] == 0.1
+
+
+def test_a_ratio_that_is_not_one_stops_the_run(toy, tmp_path, monkeypatch, capsys):
+    """What a dropout left on, or another temperature, would look like."""
+    original = update.analyse
+
+    def off(*arguments):
+        batch = original(*arguments)
+        batch.logprobs = (batch.logprobs + 0.02).masked_fill(~batch.mask, 0.0)
+        return batch
+
+    monkeypatch.setattr(train_ppo, "analyse", off)
+    with pytest.raises(SystemExit) as stop:
+        toy.ppo(tmp_path / "ppo", "--reward", "gold")
+    message = capsys.readouterr().err
+    assert stop.value.code == 1 and "error: step 1: the ratio" in message and "dropout" in message
+    assert same_weights(tmp_path / "ppo" / "last", toy.sft)
+
+
+def test_warning_when_the_policy_is_not_the_reward_models(toy, tmp_path):
+    warning = "warning: the label reward model was measured on answers of another policy"
+    assert warning not in toy.ppo(tmp_path / "same", "--label_rm", toy.label_rm, steps=1)
+    shutil.copytree(toy.sft, tmp_path / "copy")  # the same weights elsewhere are the same policy
+    assert warning not in toy.ppo(tmp_path / "moved", "--label_rm", toy.label_rm, policy=tmp_path / "copy", steps=1)
+    other = tmp_path / "same" / "last"
+    assert f"{warning} than {other}" in toy.ppo(tmp_path / "other", "--label_rm", toy.label_rm, policy=other, steps=1)
+
+
+# ---- every decoder family --------------------------------------------------------------------------------------------
+
+
+def family_policy(family, tmp_path, **config):
+    """A random policy of a family on disk, as from elsewhere: no record, the toy tokenizer."""
+    tokenizer = toy_tokenizer()
+    limit = {} if family == "bloom" else {"n_positions" if family == "gpt2" else "max_position_embeddings": 128}
+    tiny_model(family, vocab_size=len(tokenizer), **limit, **config).save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_goes_through_the_three_stages(toy, tmp_path, family):
+    policy = family_policy(family, tmp_path)
+    data = [*toy.data, "--answer_format", "label"]
+    run(train_sft.main, *data, "--model", policy, "--epochs", 1, "--batch_size", 4, "--learning_rate", 1e-2, "--max_new_tokens", 16,
+        "--output_dir", tmp_path / "sft")  # fmt: skip
+    run(train_rm.main, "--policy", tmp_path / "sft", "--epochs", 1, "--batch_size", 64, "--max_new_tokens", 40, "--temperature", 2,
+        "--learning_rate", 1e-3, "--output_dir", tmp_path / "rm")  # fmt: skip
+    toy.ppo(tmp_path / "ppo", "--label_rm", tmp_path / "rm", "--max_new_tokens", 16, "--learning_rate", 1e-4,
+            policy=tmp_path / "sft", steps=1)  # fmt: skip
+    (line,) = read_metrics(tmp_path / "ppo", "judge/score")
+    assert line["improve/first_ratio_error"] < 1e-5 and line["analyse/logprob_gap"] < 1e-4
+    assert not same_weights(tmp_path / "sft", tmp_path / "ppo" / "last")
+    assert generates(tmp_path / "ppo" / "last")
+
+
+# ---- as a person runs it ---------------------------------------------------------------------------------------------
+
+
+def test_ppo_as_a_process(toy, tmp_path):
+    flags = [*toy.ppo_flags, "--policy", toy.sft, "--label_rm", toy.label_rm, "--steps", 1, "--output_dir", tmp_path / "ppo"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "train_ppo.py", *map(str, flags)], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "step 1/1" in done.stdout and "Traceback" not in done.stderr
+    assert (tmp_path / "ppo" / "last" / "model.safetensors").is_file()

@@ -1,0 +1,527 @@
+"""What the scripts share, and the promise that no split into micro-batches changes a gradient."""
+
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import EOS, tiny_model, toy_tokenizer
+from torch.nn import functional as F
+
+import rllr.training
+from rllr.encoding import Encoder
+from rllr.errors import InputError, RunError
+from rllr.layout import pack_sequences
+from rllr.logprobs import token_logprobs
+from rllr.model import RewardModel, ValueModel, load_policy, load_tokenizer
+from rllr.ppo import policy_loss, value_loss
+from rllr.rollout import generate
+from rllr.splits import DataConfig, inherit
+from rllr.tasks import TASKS, Task
+from rllr.training import (
+    RECORD, Clock, MetricsLog, check_run_directory, check_same_task, make_optimizer, make_record, open_run_directory,
+    optimizer_step, pack, read_record, require_finite, resolve_task, save_policy, shuffled_batches, split_rows,
+    task_of_record, write_json,
+)  # fmt: skip
+from rllr.update import Batch, _losses, analyse, improve
+from train_rm import rm_loss
+from train_sft import sft_loss
+
+OWN = Task("own", ("x", "y"), "{text} {instruction}", metric="macro_f1", answer_format="label")
+
+
+# ---- run directories
+
+
+def test_a_new_run_directory_is_made_with_its_parents(tmp_path):
+    path = open_run_directory(str(tmp_path / "runs" / "task" / "sft"), overwrite=False)
+    assert path == tmp_path / "runs" / "task" / "sft" and list(path.iterdir()) == []
+    assert open_run_directory(path, overwrite=False) == path  # empty: nothing to lose
+
+
+@pytest.mark.parametrize("ours", [RECORD, "metrics.jsonl"])
+def test_a_run_is_replaced_only_with_overwrite(tmp_path, ours):
+    (tmp_path / ours).write_text("{}")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "model.safetensors").write_text("weights")
+    with pytest.raises(InputError, match=f"^--output_dir {tmp_path}: already holds a run; give another or --overwrite"):
+        open_run_directory(tmp_path, overwrite=False)
+    assert (tmp_path / "sub" / "model.safetensors").exists()
+    assert list(open_run_directory(tmp_path, overwrite=True).iterdir()) == []
+
+
+def test_files_of_others_are_never_removed(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="already holds files; give another"):
+        open_run_directory(tmp_path, overwrite=False)
+    with pytest.raises(InputError, match="holds files that no run of rllr wrote; not overwriting them"):
+        open_run_directory(tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_in_the_way(tmp_path, overwrite):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(InputError, match=f"^--output_dir {tmp_path}/file: is a file"):
+        open_run_directory(tmp_path / "file", overwrite)
+    with pytest.raises(InputError, match=f"^--output_dir {tmp_path}/file/sft: cannot be written: {tmp_path}/file is no dir"):
+        open_run_directory(tmp_path / "file" / "sft", overwrite)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_checking_a_run_directory_touches_nothing(tmp_path):
+    assert check_run_directory(str(tmp_path / "new"), overwrite=False) == tmp_path / "new"
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    assert check_run_directory(tmp_path, overwrite=True) == tmp_path and (tmp_path / "metrics.jsonl").exists()
+    with pytest.raises(InputError, match="already holds a run"):
+        check_run_directory(tmp_path, overwrite=False)
+
+
+@pytest.mark.parametrize("opened", [check_run_directory, open_run_directory])
+def test_overwrite_never_removes_what_the_run_reads(tmp_path, opened):
+    run, data = tmp_path / "run", tmp_path / "run" / "data" / "train.jsonl"
+    data.parent.mkdir(parents=True)
+    for file in (run / RECORD, data, tmp_path / "other.jsonl"):
+        file.write_text("{}")
+    for inside in (data, run, run / "data" / ".." / "data"):
+        with pytest.raises(InputError, match=f"--overwrite would delete {inside}, which this run reads"):
+            opened(run, True, inputs=[None, str(inside)])
+    assert data.exists()
+    opened(run, True, inputs=[None, "", str(tmp_path / "other.jsonl"), str(run / "none"), str(tmp_path), "org/model"])
+
+
+def test_a_directory_that_may_not_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(rllr.training.os, "access", lambda path, mode: False)
+    for path in (tmp_path, tmp_path / "a" / "b"):
+        with pytest.raises(InputError, match=f"{path}: cannot be written: {tmp_path} is no directory that you may write to"):
+            check_run_directory(path, overwrite=False)
+
+
+@pytest.mark.parametrize("denied", ["mkdir", "touch"])
+def test_no_permission(tmp_path, monkeypatch, denied):
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, denied, refuse)
+    with pytest.raises(InputError, match=f"^--output_dir {tmp_path}/x: cannot be written: Permission denied"):
+        open_run_directory(tmp_path / "x", overwrite=False)
+
+
+# ---- records and tasks
+
+
+def test_a_saved_policy_comes_back(tmp_path):
+    model, tokenizer = tiny_model("llama", vocab_size=262), toy_tokenizer()
+    model.generation_config.eos_token_id = [7, 9]
+    encoder = Encoder(tokenizer, model)
+    record = make_record("sft", OWN, DataConfig(task="own.yaml", labelled=7), tiny=True, eval={"accuracy": 0.5})
+    save_policy(model, encoder, tmp_path / "a" / "b", record)
+    loaded = load_policy(tmp_path / "a" / "b")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+    assert Encoder(load_tokenizer(tmp_path / "a" / "b"), loaded).stop_ids == [7, 9, EOS]  # with the one that is taught
+    again = read_record(tmp_path / "a" / "b")
+    assert again == json.loads(json.dumps(record)) and task_of_record(again) == OWN
+    assert again["data"] == asdict(DataConfig(task="own.yaml", labelled=7)) and again["tiny"] is True
+    encoder.stop_ids = [EOS]
+    save_policy(model, encoder, tmp_path / "one", {})
+    assert json.loads((tmp_path / "one" / "generation_config.json").read_text())["eos_token_id"] == EOS
+
+
+def test_records_that_are_not_there_or_damaged(tmp_path):
+    assert read_record(tmp_path) == read_record("organisation/model") == {} and task_of_record({}) is None
+    task = asdict(OWN)
+    for content, words in (
+        ("{", "not valid JSON"),
+        ("[]", "not a record of rllr"),
+        ('{"data": 3}', "not a record of rllr"),
+        (json.dumps({"task": {k: v for k, v in task.items() if k != "labels"}}), "not a record of rllr"),
+        (json.dumps({"task": task | {"other": 1}}), "not a record of rllr"),
+        (json.dumps({"task": "sst2"}), "not a record of rllr"),
+    ):
+        (tmp_path / RECORD).write_text(content)
+        with pytest.raises(InputError, match=f"^{tmp_path / RECORD}: {words}"):
+            read_record(tmp_path)
+
+
+def test_write_json_leaves_the_old_file_or_the_new_one(tmp_path):
+    write_json(tmp_path / "a.json", {"é": [1.5, None]})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": [1.5, None]}
+    recursive = []
+    recursive.append(recursive)
+    with pytest.raises(ValueError):  # what cannot be written leaves the old file
+        write_json(tmp_path / "a.json", recursive)
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": [1.5, None]}
+    write_json(tmp_path / "a.json", [])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_resolve_task():
+    record = json.loads(json.dumps(make_record("sft", OWN, DataConfig(task="tasks/own.yaml"))))
+    for name in (None, "own", "tasks/own.yaml"):  # a later stage needs no --task, and not the file either
+        assert resolve_task(DataConfig(task=name), record) == OWN
+    assert resolve_task(DataConfig(answer_format="rationale"), record).answer_format == "rationale"
+    assert resolve_task(DataConfig(task="mrpc"), record) == TASKS["mrpc"]
+    assert resolve_task(DataConfig(), {}) == TASKS["demo"] and resolve_task(DataConfig(), {}, "mr") == TASKS["mr"]
+    assert resolve_task(DataConfig(task="sst2", answer_format="label"), {}).answer_format == "label"
+    assert resolve_task(DataConfig(), {"task": asdict(OWN)}) == OWN  # a record without data settings
+    with pytest.raises(InputError, match="--task 'tasks/other'"):
+        resolve_task(DataConfig(task="tasks/other"), record)
+
+
+def test_check_same_task():
+    record = make_record("sft", OWN, DataConfig())
+    check_same_task({}, TASKS["mr"], "--policy x")
+    check_same_task(record, Task("renamed", OWN.labels, OWN.prompt), "--policy x")
+    for other in (Task("own", ("x", "z"), OWN.prompt), Task("own", OWN.labels, "{text}?")):
+        with pytest.raises(InputError, match=r"^--policy x: was trained on task 'own' \(labels x, y\), not on 'own'"):
+            check_same_task(record, other, "--policy x")
+
+
+def test_inherit_fills_what_is_not_given_and_names_contradictions():
+    record = {"data": asdict(DataConfig(task="sst2", train_file="a.jsonl", labelled=100, data_seed=0, held_out=0.2))}
+    config = DataConfig(train_file="b.jsonl", labelled=100, eval_file="e.jsonl")
+    assert inherit(config, record) == ["--train_file b.jsonl (the policy was trained with a.jsonl)"]
+    assert config == DataConfig("sst2", "b.jsonl", "e.jsonl", labelled=100, data_seed=0, held_out=0.2)
+    assert inherit(DataConfig(labelled=3), {}) == []
+
+
+# ---- metrics
+
+
+def strictly(line):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def test_metrics_are_valid_json_line_by_line(tmp_path, capsys):
+    log = MetricsLog(tmp_path)
+    log.write({"step": 1, "loss": torch.tensor(0.5), "bad": float("nan"), "worse": torch.tensor(math.inf), "n": None})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # there at once, not when the run ends
+    row = strictly(lines[0])
+    assert row.pop("seconds") >= 0
+    assert row == {"step": 1, "loss": 0.5, "bad": None, "worse": None, "n": None}
+    log.write({"step": torch.tensor(2), "minus": -math.inf, "seconds": 7, "name": "é"}, "a readable line")
+    log.close()
+    assert capsys.readouterr().out == "a readable line\n"
+    MetricsLog(tmp_path).write({"step": 3})  # a log is continued
+    rows = [strictly(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[1] == {"step": 2, "minus": None, "seconds": 7, "name": "é"} and rows[2]["step"] == 3
+
+
+def test_clock(monkeypatch):
+    now = iter([0.0, 2.0, 10.0, 13.0, 20.0, 20.5])
+    monkeypatch.setattr(rllr.training.time, "monotonic", lambda: next(now))
+    clock = Clock()
+    for name in ("rollout", "score", "rollout"):
+        with clock(name):
+            pass
+    assert clock.take() == {"time/rollout": 2.5, "time/score": 3.0} and clock.take() == {}
+
+
+# ---- optimisation
+
+
+def learning_rates(steps, taken, **options):
+    model = torch.nn.Linear(2, 2)
+    optimizer, scheduler = make_optimizer(model, 0.1, steps, **options)
+    rates = []
+    for _ in range(taken):
+        rates.append(scheduler.get_last_lr()[0] / 0.1)
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_schedules():
+    assert learning_rates(4, 6) == pytest.approx([1, 0.75, 0.5, 0.25, 0, 0])  # linear, without a warm-up
+    warm = {"warmup_share": 0.2}
+    assert learning_rates(10, 11, **warm) == pytest.approx([0.5, 1, 1, *[i / 8 for i in range(7, -1, -1)]])
+    cosine = [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(9)]
+    assert learning_rates(10, 12, schedule="cosine", **warm) == pytest.approx([0.5, 1, *cosine, 0])
+    assert learning_rates(10, 12, schedule="constant", **warm) == pytest.approx([0.5] + [1] * 11)
+    assert learning_rates(1, 2, warmup_share=1.0) == pytest.approx([1, 1])  # nothing but warm-up
+    assert learning_rates(4, 4, warmup_share=1.0) == pytest.approx([0.25, 0.5, 0.75, 1])
+
+
+def test_weight_decay_spares_biases_norms_and_what_is_frozen():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 3))
+    model[2].weight.requires_grad_(False)
+    optimizer, _ = make_optimizer(model, 0.1, 10, weight_decay=0.5)
+    groups = {group["weight_decay"]: [id(p) for p in group["params"]] for group in optimizer.param_groups}
+    assert groups[0.5] == [id(model[0].weight)]
+    assert groups[0.0] == [id(p) for p in (model[0].bias, model[1].weight, model[1].bias, model[2].bias)]
+
+
+def test_optimizer_step_clips_and_returns_the_norm_before():
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(0)
+    model.weight.grad = torch.tensor([[-6.0]])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    assert float(optimizer_step(model, optimizer, scheduler, 1.5)) == 6
+    assert float(model.weight) == pytest.approx(1.5, rel=1e-5) and model.weight.grad is None
+    assert scheduler.get_last_lr() == [0.5]
+    model.weight.grad = torch.tensor([[-1.0]])
+    optimizer_step(model, optimizer, scheduler, 1.5)  # below the limit: as it is
+    assert float(model.weight) == pytest.approx(2.0, rel=1e-5)
+    model.weight.grad = torch.tensor([[math.nan]])
+    with pytest.raises(RunError, match="^the gradient's norm is nan; stopped before the update"):
+        optimizer_step(model, optimizer, scheduler, 1.5)
+    assert float(model.weight) == pytest.approx(2.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("value, shown", [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(value, shown):
+    saved = []
+
+    def save():
+        saved.append(1)
+        return "The rest is in runs/x."
+
+    require_finite(torch.tensor(3.0), "the loss", 7, save)
+    assert saved == []
+    with pytest.raises(RunError, match=f"^step 7: the loss is {shown}; stopped before the update. The rest is in runs/x.$"):
+        require_finite(torch.tensor(value), "the loss", 7, save)
+    assert saved == [1]
+
+
+# ---- batches
+
+
+def length_rows(count):
+    return [([i] * (1 + (7 * i) % 40), [i]) for i in range(count)]
+
+
+def test_shuffled_batches_hold_every_row_once():
+    rows = length_rows(101)
+    batches = shuffled_batches(rows, 8, seed=0, epoch=0)
+    assert sorted(row[1][0] for batch in batches for row in batch) == list(range(101))
+    assert sorted(map(len, batches)) == [5] + [8] * 12
+    assert [len(b) for b in shuffled_batches(length_rows(3), 8, 0, 0)] == [3]
+    many = shuffled_batches(length_rows(300), 4, 0, 0)  # in more than one pool
+    assert sorted(row[1][0] for batch in many for row in batch) == list(range(300)) and len(many) == 75
+
+
+def test_shuffled_batches_hang_on_seed_and_epoch_alone():
+    rows = length_rows(101)
+    first = shuffled_batches(rows, 8, seed=1, epoch=2)
+    torch.manual_seed(3)
+    assert shuffled_batches(rows, 8, seed=1, epoch=2) == first
+    assert shuffled_batches(rows, 8, seed=2, epoch=2) != first != shuffled_batches(rows, 8, seed=1, epoch=3)
+    mixed = {row[1][0]: set(map(lambda r: r[1][0], batch)) for batch in first for row in batch}
+    other = {row[1][0]: set(map(lambda r: r[1][0], batch)) for batch in shuffled_batches(rows, 8, 1, 3) for row in batch}
+    assert mixed != other  # other neighbours, not only another order of batches
+
+
+def test_batches_hold_rows_of_similar_length_in_random_order():
+    batches = shuffled_batches(length_rows(128), 8, 0, 0)
+    widths = [max(len(row[0]) for row in batch) for batch in batches]
+    assert sum(8 * width - sum(len(row[0]) for row in batch) for batch, width in zip(batches, widths)) < 200
+    assert widths != sorted(widths) and widths != sorted(widths, reverse=True)
+
+
+def test_split_rows_and_pack():
+    rows = [([1], [2]), ([3, 4], [5, 6]), ([7], [8, 9, 10])]
+    assert split_rows(rows, 0) == [rows] and split_rows(rows, 2) == [rows[:2], rows[2:]]
+    assert split_rows(rows, 3) == split_rows(rows, 9) == [rows]
+    sequences, prompt_lens, mask = pack(rows, 0, "cpu")
+    assert sequences.tolist() == [[1, 2, 0, 0], [3, 4, 5, 6], [7, 8, 9, 10]]
+    assert prompt_lens.tolist() == [1, 2, 1] and mask.sum(1).tolist() == [1, 2, 3]
+
+
+# ---- whatever the split into micro-batches, the gradient is the same (float64: what is left is rounding)
+
+SPLITS = (1, 3, 0)  # 0: all in one
+FAKE_ENCODER = SimpleNamespace(pad_id=None)
+
+
+def policy_model():
+    return tiny_model("llama", dtype=torch.float64)
+
+
+def random_rows(count, answers, seed=0):
+    """(prompt, answer, ...) with lengths that all differ."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high, (1,), generator=draw))
+        return torch.randint(3, 61, (length,), generator=draw).tolist()
+
+    return [(ids(1, 9), *[[*ids(1, 9), EOS] for _ in range(answers)]) for _ in range(count)]
+
+
+def gradients(*models):
+    found = [p.grad.clone() for model in models for p in model.parameters() if p.grad is not None]
+    for model in models:
+        model.zero_grad(set_to_none=True)
+    return torch.cat([grad.flatten() for grad in found])
+
+
+def assert_split_invariant(run):
+    """`run(size)` -> (loss, gradient) with micro-batches of that size."""
+    expected_loss, expected = run(0)
+    assert expected.abs().max() > 1e-3
+    for size in SPLITS[:-1]:
+        loss, gradient = run(size)
+        assert loss == pytest.approx(expected_loss, abs=1e-9)
+        assert (gradient - expected).abs().max() < 1e-9 * expected.abs().max()
+
+
+def test_sft_gradient_does_not_depend_on_the_split():
+    model, rows = policy_model(), random_rows(8, 1)
+    tokens = sum(len(answer) for _, answer in rows)
+
+    def run(size):
+        total = 0.0
+        for part in split_rows(rows, size):
+            loss = sft_loss(model, part, tokens, FAKE_ENCODER)
+            loss.backward()
+            total += loss.item()
+        return total, gradients(model)
+
+    assert_split_invariant(run)
+    nll = 0.0
+    with torch.no_grad():
+        for prompt, answer in rows:  # the mean over tokens, not over rows
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            nll += F.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+    assert run(0)[0] == pytest.approx(nll / tokens, rel=1e-9)
+
+
+@pytest.mark.parametrize("loss_name", ["eos", "span"])
+def test_rm_gradient_does_not_depend_on_the_split(loss_name):
+    model, rows = RewardModel.from_policy(policy_model()), random_rows(8, 2)
+    rows[0] = (rows[0][0], [5, 6, 7, EOS], [5, 6, 8, EOS])  # differ late
+    rows[1] = (rows[1][0], [5, 6, EOS], [5, 6, EOS, EOS])  # one is the other's beginning
+    config = SimpleNamespace(loss=loss_name, margin=0.3, center_coef=0.01)
+
+    def run(size):
+        total = 0.0
+        for part in split_rows(rows, size):
+            loss = rm_loss(model, part, len(rows), FAKE_ENCODER, config)
+            loss.backward()
+            total += loss.item()
+        return total, gradients(model)
+
+    assert_split_invariant(run)
+    expected = 0.0
+    for prompt, chosen, rejected in rows:
+        scores = []
+        for answer in (chosen, rejected):
+            with torch.no_grad():
+                hidden = model.backbone(input_ids=torch.tensor([prompt + answer])).last_hidden_state[0, len(prompt) :]
+            scores.append(model.head(hidden).squeeze(1).tolist())
+        short = min(len(chosen), len(rejected))
+        places = [(len(chosen) - 1, len(rejected) - 1)]
+        if loss_name == "span":
+            first = [a != b for a, b in zip(chosen, rejected)]
+            first = first.index(True) if True in first else short - 1
+            places = [(t, t) for t in range(first, short)]
+        terms = []
+        for a, b in places:
+            c, r = scores[0][a], scores[1][b]
+            terms.append(math.log1p(math.exp(-(c - r - 0.3))) + 0.01 * (c + r) ** 2)
+        expected += sum(terms) / len(terms) / len(rows)
+    assert run(0)[0] == pytest.approx(expected, rel=1e-9)
+
+
+def ppo_config(**more):
+    return SimpleNamespace(
+        **{"temperature": 0.7, "clip": 0.2, "value_clip": 0.2, "max_grad_norm": 1.0, "precision": "fp32",
+           "max_update_kl": None, "micro_batch_size": 0} | more
+    )  # fmt: skip
+
+
+def scored_batch(policy, value_model, rows, config):
+    """A batch with old log-probabilities and values some way off, so that both clips act on some tokens."""
+    draw = torch.Generator().manual_seed(1)
+    packed = pack_sequences(*zip(*rows))
+    mask = packed[2]
+
+    def noise(scale):
+        return (scale * torch.randn(mask.shape, generator=draw, dtype=torch.float64)).masked_fill(~mask, 0.0)
+
+    with torch.no_grad():
+        logprobs = token_logprobs(policy, *packed, config.temperature) + noise(0.2)
+        values = value_model(*packed) + noise(0.3)
+    return Batch(*packed, logprobs, logprobs, values, noise(0), noise(1.0), noise(1.0))
+
+
+def test_ppo_gradients_do_not_depend_on_the_split():
+    policy, value_model, config = policy_model(), ValueModel.from_policy(policy_model()), ppo_config()
+    batch = scored_batch(policy, value_model, random_rows(12, 1), config)
+    minibatch = [11, 2, 5, 0, 7, 9, 4, 3]  # of a rollout of twelve
+    tokens = batch.mask[minibatch].sum()
+
+    def run(size):
+        totals = {}
+        for rows in split_rows(minibatch, size):
+            for name, value in _losses(policy, value_model, batch, rows, tokens, config, nullcontext).items():
+                assert not value.requires_grad
+                totals[name] = totals.get(name, 0.0) + value.item()
+        both = totals["policy_loss"] + 1000 * totals["value_loss"]
+        return both, gradients(policy, value_model), totals
+
+    assert_split_invariant(lambda size: run(size)[:2])
+    whole, parts = run(0)[2], run(3)[2]
+    for name in ("clipfrac", "value_clipfrac", "approx_kl", "ratio_mean", "ratio_error_mean"):
+        assert 0 < parts[name] == pytest.approx(whole[name], abs=1e-12)
+    # The whole minibatch at once by the equations, over the minibatch's own tokens.
+    packed = [x[minibatch] for x in (batch.sequences, batch.prompt_lens, batch.mask)]
+    mask = packed[2]
+    new = token_logprobs(policy, *packed, config.temperature)
+    loss, _ = policy_loss(new, batch.logprobs[minibatch], batch.advantages[minibatch], mask)
+    critic, _ = value_loss(value_model(*packed), batch.values[minibatch], batch.returns[minibatch], mask)
+    assert whole["policy_loss"] == pytest.approx(loss.item(), rel=1e-9)
+    assert whole["value_loss"] == pytest.approx(critic.item(), rel=1e-9)
+    (loss + critic).backward()
+    assert (gradients(policy, value_model) - run(3)[1]).abs().max() < 1e-9
+
+
+def test_a_whole_update_does_not_depend_on_the_split():
+    """Two epochs of two minibatches: the same weights, and a ratio of 1 at first, for every split."""
+    plan = [[[0, 5, 2, 7], [1, 3, 4, 6]], [[6, 5, 4, 3], [2, 1, 0, 7]]]
+    start, weights, statistics = policy_model(), [], []
+    for size in (0, 1, 2):
+        policy, value_model = policy_model(), ValueModel.from_policy(policy_model())
+        config = ppo_config(micro_batch_size=size)
+        batch = scored_batch(policy, value_model, random_rows(8, 1), config)
+        batch.logprobs = token_logprobs(policy, *batch.rows(list(range(8))), config.temperature).detach()
+        optimizers = [make_optimizer(model, 1e-3, 10) for model in (policy, value_model)]
+        stats = improve(policy, value_model, *optimizers, batch, plan, config, nullcontext)
+        assert stats["first_ratio_error"] < 1e-12 and stats["approx_kl"] > 1e-4  # of the later minibatches
+        assert stats["ratio_mean"] == pytest.approx(1, abs=0.1) and stats["ratio_max"] > stats["ratio_mean"]
+        statistics.append({name: float(value) for name, value in stats.items()})
+        weights.append(torch.cat([p.detach().flatten() for m in (policy, value_model) for p in m.parameters()]))
+    unchanged = torch.cat([p.detach().flatten() for p in start.parameters()])
+    assert (weights[0][: len(unchanged)] - unchanged).abs().max() > 1e-3
+    for other, stats in zip(weights[1:], statistics[1:]):
+        assert (other - weights[0]).abs().max() < 1e-6
+        assert stats == pytest.approx(statistics[0], abs=1e-6)
+
+
+def test_scoring_does_not_depend_on_the_split():
+    policy, reference = tiny_model("llama"), tiny_model("llama", seed=1)
+    value_model = ValueModel(tiny_model("llama", seed=2).base_model)
+    prompts = [[3 + i] * (1 + i % 4) for i in range(7)]
+    rollout = generate(
+        policy, prompts, max_new_tokens=6, eos_token_id=list(range(30)), generator=torch.Generator().manual_seed(0)
+    )
+    assert len(set(rollout.response_lens.tolist())) > 2
+    packed = (rollout.sequences, rollout.prompt_lens, rollout.response_mask)
+    for size in SPLITS:
+        config = ppo_config(micro_batch_size=size)
+        batch = analyse(policy, reference, value_model, rollout, [[[6, 1, 3, 5], [0, 2, 4]]], config, nullcontext)
+        with torch.no_grad():
+            assert torch.allclose(batch.logprobs, token_logprobs(policy, *packed, 0.7), atol=1e-4)
+            assert torch.allclose(batch.ref_logprobs, token_logprobs(reference, *packed, 0.7), atol=1e-4)
+            assert torch.allclose(batch.values, value_model(*packed), atol=1e-4)
+        assert (batch.entropy > 0).equal(batch.mask) and not batch.logprobs.requires_grad
