@@ -13,7 +13,7 @@ $(VENV)/installed: requirements.txt requirements-test.txt
 
 # 1500 labelled rows for SFT and the reward model, the other 18500 are PPO's prompts. The settings were chosen on dev.
 demo: $(VENV)/installed
-	$(BIN)/python train_sft.py --overwrite --labelled 1500 --epochs 20
+	$(BIN)/python train_sft.py --overwrite --labelled 1500 --epochs 20 --eval_rows 1000
 	$(BIN)/python train_rm.py --overwrite --epochs 8 --patience 3 --dropout 0.1
 	$(BIN)/python train_ppo.py --overwrite --eval_every 40
 	$(BIN)/python -m rllr.evaluate --part test --models $(RUNS)/sft $(RUNS)/ppo-label/last --output_dir $(RUNS)/evaluation --overwrite

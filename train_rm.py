@@ -51,7 +51,7 @@ class Config(DataConfig):
     margin: float = 0.0  # by which the chosen answer must win, in raw score
     center_coef: float = 0.01  # weight of mean((chosen + rejected)^2), which settles the zero
     epochs: int = 3  # passes over the pairs, at most
-    patience: int = 2  # checks without a better held-out loss before stopping
+    patience: int = 2  # checks without a better held-out accuracy before stopping
     checks_per_epoch: int = 2  # evaluations on the held-out pairs
     batch_size: int = 32  # pairs per optimiser step
     micro_batch_size: int = 0  # pairs per forward; 0: the whole batch. Does not change the gradient
@@ -225,15 +225,17 @@ def main(argv=None):
                 {"step": step, "eval/loss": held_loss, "eval/accuracy": held_accuracy},
                 f"step {step}/{steps}  loss {batch_loss:.3f}  held-out loss {held_loss:.3f}  accuracy {100 * held_accuracy:.1f} %",
             )
-            since_best = 0 if best is None or held_loss < best else since_best + 1
+            # By accuracy, then loss: a model that is surer of itself may order better at a higher loss, and PPO reads the order.
+            result = (held_accuracy, -held_loss)
+            since_best = 0 if best is None or result > best else since_best + 1
             if since_best == 0:
-                best = held_loss
+                best = result
                 save()
             if since_best >= config.patience:
                 stopped = True
                 break
         if stopped:
-            say(f"stopped at step {step}: {config.patience} checks without a better held-out loss")
+            say(f"stopped at step {step}: {config.patience} checks without a better held-out accuracy")
             break
     progress.close()
 

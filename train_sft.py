@@ -46,6 +46,7 @@ class Config(DataConfig):
     dropout: float | None = None  # while training (tiny 0.2, any other model 0); off in every later pass
     max_grad_norm: float = 1.0  # clipping
     max_new_tokens: int = 48  # of an answer (256 in the paper)
+    eval_rows: int = 0  # dev rows that each epoch's evaluation answers; 0: all
     eval_batch_size: int = 256  # prompts decoded together
     log_every: int = 20  # steps between printed lines; metrics.jsonl has every step
     show: int = 3  # sample answers printed after each epoch
@@ -55,7 +56,7 @@ class Config(DataConfig):
     def validate(self):
         check_positive(self, "epochs", "batch_size", "learning_rate", "max_grad_norm", "max_new_tokens", "eval_batch_size",
                        "log_every")  # fmt: skip
-        check_positive(self, "micro_batch_size", "weight_decay", "show", "labelled", zero=True)
+        check_positive(self, "micro_batch_size", "weight_decay", "show", "labelled", "eval_rows", zero=True)
         check_range(self, "warmup", 0, 1)
         check_range(self, "dropout", 0, 0.9)
         check_range(self, "held_out", 0.001, 0.9)
@@ -96,7 +97,7 @@ def main(argv=None):
     encoder = Encoder(tokenizer, model)
 
     labelled = encoder.fit(splits.labelled, task, config.max_new_tokens, say)
-    evaluation = encoder.fit(splits.eval, task, config.max_new_tokens, say)
+    evaluation = encoder.fit(splits.eval[: config.eval_rows or None], task, config.max_new_tokens, say)
     config.rationales = config.rationales or default_writer(task, labelled)
     if task.answer_format == "rationale":
         check_writer(config.rationales, labelled, task, config.rationale_model)

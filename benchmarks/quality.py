@@ -60,7 +60,7 @@ def main():
     base = args.model
     if base == "tiny":
         base = str(runs / "tiny")
-        stage(runs / "tiny", ["-m", "rllr.tiny", "--task", args.task, *data, *args.tiny.split()], threads=2)
+        stage(runs / "tiny", ["-m", "rllr.tiny", "--task", args.task, *data, *args.tiny.split()])
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(lambda seed: one_seed(args, runs / f"seed{seed}", seed, data, base), args.seeds))
     for seed in args.seeds:

@@ -175,10 +175,8 @@ def result_is_there(place):
 
 
 def own_rewards(place):
-    place.text(
-        "answer = 42\n\ndef matrix(samples):\n    return [[1.0, 2.0]]\n\ndef words(samples):\n    return ['good'] * len(samples.answers)\n",
-        "bad_rewards.py",
-    )
+    functions = "def matrix(samples):\n    return [[1.0, 2.0]]\n\ndef words(samples):\n    return ['good'] * 8\n"
+    place.text(f"answer = 42\n\n{functions}", "bad_rewards.py")
 
 
 def broken_rewards(place):
@@ -202,8 +200,9 @@ def pairs_without_column(place):
 SFT = "--task {toy.task} --train_file {toy.train} --eval_file {toy.dev} --model {toy.base} --output_dir {out}"
 SFT_ROWS = SFT.replace("{toy.train}", "{tmp}/rows.jsonl")
 RM = "--policy {toy.sft} --max_new_tokens 12 --output_dir {out}"
-PPO = "--policy {toy.sft} --label_rm {toy.label_rm} --steps 1 --rollout_prompts 8 --max_new_tokens 12 --output_dir {out}"
-GOLD = "--policy {toy.sft} --reward gold --steps 1 --rollout_prompts 8 --max_new_tokens 12 --output_dir {out}"
+ONE_STEP = "--policy {toy.sft} --steps 1 --rollout_prompts 8 --max_new_tokens 12 --output_dir {out}"
+PPO = ONE_STEP + " --label_rm {toy.label_rm}"
+GOLD = ONE_STEP + " --reward gold"
 MIXED = PPO + " --reward mixed"
 TINY = "--task {toy.task} --train_file {toy.train} --epochs 1 --hidden_size 16 --heads 2 --layers 1 --output_dir {out}"
 PREDICT = "--model {toy.sft} --input {tmp}/rows.jsonl --output {tmp}/result.jsonl"
@@ -221,12 +220,14 @@ CASES = {
     "missing file": ("sft", SFT_ROWS, None, ["{tmp}/rows.jsonl", "no such file"]),
     "missing eval file": ("sft", SFT + " --eval_file {tmp}/dev.jsonl", None, ["{tmp}/dev.jsonl", "no such file"]),
     "a directory as file": ("sft", SFT + " --train_file {tmp}", None, ["{tmp}", "is a directory", ".jsonl"]),
-    "unknown file type": ("sft", SFT + " --train_file {toy.task}", None, ["toy.yaml", "unknown file type '.yaml'", ".csv"]),
+    "unknown file type": ("sft", SFT + " --train_file {toy.task}", None,
+        ["toy.yaml", "unknown file type '.yaml'", ".csv"]),
     "empty file": ("sft", SFT_ROWS, empty_file, ["{tmp}/rows.jsonl", "holds no rows"]),
     "broken JSON": ("sft", SFT_ROWS, broken_json, ["{tmp}/rows.jsonl:4", "not valid JSON"]),
     "not UTF-8": ("sft", SFT_ROWS, not_utf8, ["{tmp}/rows.jsonl:1", "UTF-8"]),
     "missing text column": ("sft", SFT_ROWS, no_text_column, ["rows.jsonl", "'text'", "'sentence'", "--columns text="]),
-    "column that is not there": ("sft", SFT + " --columns text=phrase", None, ["no column 'phrase'", "--columns text=phrase"]),
+    "column that is not there": ("sft", SFT + " --columns text=phrase", None,
+        ["no column 'phrase'", "--columns text=phrase"]),
     "column of no field": ("sft", SFT + " --columns txt=text", None, ["--columns", "unknown field 'txt'", "rationale"]),
     "columns not of the form": ("sft", SFT + " --columns text", None, ["--columns", "name=value"]),
     "no label column": ("sft", SFT_ROWS, no_label_column, ["too few", "0 labelled rows"]),
@@ -234,7 +235,8 @@ CASES = {
         "sft", SFT + " --eval_file {tmp}/rows.jsonl", no_label_column, ["rows.jsonl", "'label'", "--columns label="]),
     "unknown label": ("sft", SFT_ROWS, unknown_label, ["rows.jsonl:7", "'neutral'", LABELS, "--label_map"]),
     "label map to no label": ("sft", SFT + " --label_map 1=great", None, ["--label_map", "'great'", LABELS]),
-    "all rows dropped": ("sft", SFT_ROWS, no_text_at_all, ["rows.jsonl", "no usable row", "2 dropped (empty text)", "line 1"]),
+    "all rows dropped": ("sft", SFT_ROWS, no_text_at_all,
+        ["rows.jsonl", "no usable row", "2 dropped (empty text)", "line 1"]),
     "too few rows": ("sft", SFT_ROWS, few_rows, ["6 labelled rows", "at least 10"]),
     "labelled above the data": ("sft", SFT + " --labelled 1000", None, ["--labelled 1000", "52"]),
     "labelled below 0": ("sft", SFT + " --labelled -1", None, ["--labelled -1"]),
@@ -242,18 +244,22 @@ CASES = {
     "held_out above 1": ("sft", SFT + " --held_out 1.5", None, ["--held_out 1.5", "between"]),
     "held_out in the rm": ("rm", RM + " --held_out 1.5", None, ["--held_out 1.5", "between 0 and 1"]),
     "no data for a task": ("sft", "--task sst2 --output_dir {out}", None, ["'sst2'", "--train_file"]),
-    "a row without rationale": ("sft", SFT_ROWS + " --rationales given", a_row_without_rationale, ["rows.jsonl:21", "rationale", "evidence"]),
+    "a row without rationale": ("sft", SFT_ROWS + " --rationales given", a_row_without_rationale,
+        ["rows.jsonl:21", "rationale", "evidence"]),
     "rationales by no model": ("sft", SFT + " --rationales model", None, ["--rationale_model"]),
     "template longer than the context": (
-        "sft", SFT + " --task {tmp}/long.yaml --model {tmp}/copy", long_template, ["'long'", "context of 64", "shorten the prompt"]),
-    "answer longer than the context": ("sft", SFT + " --max_new_tokens 64", None, ["context of 64", "--max_new_tokens"]),
+        "sft", SFT + " --task {tmp}/long.yaml --model {tmp}/copy", long_template,
+        ["'long'", "context of 64", "shorten the prompt"]),
+    "answer longer than the context": ("sft", SFT + " --max_new_tokens 64", None,
+        ["context of 64", "--max_new_tokens"]),
     # tasks and config files
     "unknown task": ("sft", SFT + " --task sst3", None, ["--task 'sst3'", "sst2", ".yaml"]),
     "broken task file": ("sft", SFT + " --task {tmp}/bad.yaml", bad_yaml, ["bad.yaml:2", "not valid YAML"]),
     "data of another task": ("sft", SFT + " --task {tmp}/other.yaml", other_labels, ["task 'toy'", "not on 'other'"]),
     "unknown answer format": ("sft", SFT + " --answer_format essay", None, ["'essay'", "rationale, label"]),
     "missing config file": ("ppo", "--config {tmp}/config.yaml", None, ["{tmp}/config.yaml", "no such file"]),
-    "unknown setting": ("ppo", "--config {tmp}/config.yaml", unknown_setting, ["config.yaml", "'rollout_promts'", "rollout_prompts"]),
+    "unknown setting": ("ppo", "--config {tmp}/config.yaml", unknown_setting,
+        ["config.yaml", "'rollout_promts'", "rollout_prompts"]),
     "setting of a wrong type": ("ppo", "--config {tmp}/config.json", wrong_setting, ["config.json: steps", "'many'"]),
     # flags
     "unknown flag": ("sft", SFT + " --optimizer sgd", None, ["--optimizer", "--help"]),
@@ -268,8 +274,10 @@ CASES = {
     "unknown schedule": ("sft", SFT + " --schedule step", None, ["--schedule 'step'", "cosine"]),
     "unknown precision": ("sft", SFT + " --precision fp16", None, ["--precision 'fp16'", "bf16"]),
     "unknown writer": ("sft", SFT + " --rationales gpt", None, ["--rationales 'gpt'", "evidence"]),
-    "batch not divisible": ("sft", SFT + " --batch_size 32 --micro_batch_size 5", None, ["--batch_size 32", "--micro_batch_size 5"]),
-    "rm batch not divisible": ("rm", RM + " --batch_size 32 --micro_batch_size 5", None, ["--batch_size 32", "--micro_batch_size 5"]),
+    "batch not divisible": ("sft", SFT + " --batch_size 32 --micro_batch_size 5", None,
+        ["--batch_size 32", "--micro_batch_size 5"]),
+    "rm batch not divisible": ("rm", RM + " --batch_size 32 --micro_batch_size 5", None,
+        ["--batch_size 32", "--micro_batch_size 5"]),
     "rm unknown loss": ("rm", RM + " --loss hinge", None, ["--loss 'hinge'", "eos, span"]),
     "rm no temperature": ("rm", RM + " --temperature 0", None, ["--temperature 0", "above 0"]),
     "rm unknown negatives": ("rm", RM + " --negatives two", None, ["--negatives 'two'", "one, all"]),
@@ -285,35 +293,49 @@ CASES = {
     "threshold no number": ("ppo", MIXED + " --threshold abc", None, ["--threshold 'abc'", "q0.9"]),
     "threshold no quantile": ("ppo", MIXED + " --threshold q1.5", None, ["--threshold 'q1.5'", "q0.9"]),
     "threshold not finite": ("ppo", MIXED + " --threshold nan", None, ["--threshold 'nan'", "q0.9"]),
-    "rationale rm without mixed": ("ppo", PPO + " --rationale_rm {toy.rationale_rm}", None, ["--rationale_rm", "--reward mixed"]),
+    "rationale rm without mixed": ("ppo", PPO + " --rationale_rm {toy.rationale_rm}", None,
+        ["--rationale_rm", "--reward mixed"]),
     # rewards and reward models
     "unknown reward": ("ppo", PPO + " --reward gpt", None, ["--reward 'gpt'", "gold", "module:function"]),
-    "reward module missing": ("ppo", GOLD + " --reward no_such:reward", None, ["--reward no_such:reward", "cannot be imported"]),
-    "reward function missing": ("ppo", GOLD + " --reward bad_rewards:no", own_rewards, ["--reward bad_rewards:no", "'no'"]),
+    "reward module missing": ("ppo", GOLD + " --reward no_such:reward", None,
+        ["--reward no_such:reward", "cannot be imported"]),
+    "reward function missing": ("ppo", GOLD + " --reward bad_rewards:no", own_rewards,
+        ["--reward bad_rewards:no", "'no'"]),
     "reward without module": ("ppo", GOLD + " --reward :reward", None, ["--reward :reward", "module:function"]),
-    "reward of a relative module": ("ppo", GOLD + " --reward .x:reward", None, ["--reward .x:reward", "module:function"]),
-    "reward no function": ("ppo", GOLD + " --reward bad_rewards:answer", own_rewards, ["--reward bad_rewards:answer", "int"]),
-    "reward module broken": ("ppo", GOLD + " --reward broken_rewards:reward", broken_rewards, ["--reward broken_rewards", "imported"]),
-    "gold without labels": ("ppo", GOLD + " --train_file {tmp}/rows.jsonl", no_gold, ["--reward gold", "rows.jsonl:51"]),
+    "reward of a relative module": ("ppo", GOLD + " --reward .x:reward", None,
+        ["--reward .x:reward", "module:function"]),
+    "reward no function": ("ppo", GOLD + " --reward bad_rewards:answer", own_rewards,
+        ["--reward bad_rewards:answer", "int"]),
+    "reward module broken": ("ppo", GOLD + " --reward broken_rewards:reward", broken_rewards,
+        ["--reward broken_rewards", "imported"]),
+    "gold without labels": ("ppo", GOLD + " --train_file {tmp}/rows.jsonl", no_gold,
+        ["--reward gold", "rows.jsonl:51"]),
     "mixed without a rationale rm": ("ppo", MIXED, None, ["--reward mixed", "--rationale_rm"]),
     "label rm not there": ("ppo", PPO + " --label_rm {tmp}/rm", None, ["--label_rm {tmp}/rm", "train_rm.py"]),
     "label rm without head": ("ppo", PPO + " --label_rm {toy.sft}", None, ["{toy.sft}", "score.weight", "train_rm.py"]),
-    "rm with another tokenizer": ("ppo", PPO + " --label_rm {tmp}/copy", rm_with_other_tokenizer, ["--label_rm {tmp}/copy", "tokenizer"]),
-    "rm of another task": ("ppo", PPO + " --label_rm {tmp}/copy", rm_of_other_task, ["--label_rm {tmp}/copy", "'weather'", "'toy'"]),
+    "rm with another tokenizer": ("ppo", PPO + " --label_rm {tmp}/copy", rm_with_other_tokenizer,
+        ["--label_rm {tmp}/copy", "tokenizer"]),
+    "rm of another task": ("ppo", PPO + " --label_rm {tmp}/copy", rm_of_other_task,
+        ["--label_rm {tmp}/copy", "'weather'", "'toy'"]),
     "rm without statistics": (
-        "ppo", PPO + " --label_rm {tmp}/copy", rm_without_statistics, ["score_statistics.json", "not there", "--score_norm none"]),
-    "rm with broken statistics": ("ppo", PPO + " --label_rm {tmp}/copy", rm_with_broken_statistics, ["score_statistics.json", "damaged"]),
+        "ppo", PPO + " --label_rm {tmp}/copy", rm_without_statistics,
+        ["score_statistics.json", "not there", "--score_norm none"]),
+    "rm with broken statistics": ("ppo", PPO + " --label_rm {tmp}/copy", rm_with_broken_statistics,
+        ["score_statistics.json", "damaged"]),
     "quantile without statistics": (
         "ppo", MIXED + " --label_rm {tmp}/copy --rationale_rm {toy.rationale_rm} --score_norm none --threshold q0.9",
         rm_without_statistics, ["score_statistics.json"]),
     "raw scores without statistics": (
-        "ppo", PPO + " --label_rm {tmp}/copy --score_norm none", rm_without_statistics, ["--score_norm none", "score_statistics.json"]),
+        "ppo", PPO + " --label_rm {tmp}/copy --score_norm none", rm_without_statistics,
+        ["--score_norm none", "score_statistics.json"]),
     "value_init without head": ("ppo", PPO + " --value_init {toy.sft}", None, ["{toy.sft}", "score.weight"]),
     "value_init not there": ("ppo", PPO + " --value_init {tmp}/value/model", None, ["{tmp}/value/model", "no such"]),
     # pairs
     "unknown pairs": ("rm", RM + " --pairs labels", None, ["labels", "no such file"]),
-    "pairs without a column": ("rm", RM + " --pairs {tmp}/pairs.jsonl", pairs_without_column, ["pairs.jsonl", "'rejected'", "'worse'"]),
-    "pairs that are equal": ("rm", RM + " --pairs {tmp}/pairs.jsonl", equal_pairs, ["pairs.jsonl", "chosen equals rejected", "line 1"]),
+    "pairs without a column": ("rm", RM + " --pairs {tmp}/pairs.jsonl", pairs_without_column,
+        ["pairs.jsonl", "'rejected'", "'worse'"]),
+    "pairs that are equal": ("rm", RM + " --pairs {tmp}/pairs.jsonl", equal_pairs,
+        ["pairs.jsonl", "chosen equals rejected", "line 1"]),
     "one pair": ("rm", RM + " --pairs {tmp}/pairs.jsonl", one_pair, ["--pairs", "at least two"]),
     # models
     "policy not there": ("rm", RM + " --policy {tmp}/sft", None, ["--policy {tmp}/sft", "train_sft.py"]),
@@ -321,35 +343,44 @@ CASES = {
     "model not there": ("sft", SFT + " --model {tmp}/qwen", None, ["{tmp}/qwen", "no such model directory"]),
     "model is a file": ("sft", SFT + " --model {toy.task}", None, ["{toy.task}", "is a file"]),
     "no config.json": ("sft", SFT + " --model {tmp}/hollow", no_config_json, ["{tmp}/hollow", "config.json"]),
-    "ppo no config.json": ("ppo", GOLD + " --policy {tmp}/hollow --task {toy.task} --train_file {toy.train}", no_config_json,
-                           ["{tmp}/hollow", "config.json"]),
-    "a reward model as the policy": ("ppo", GOLD + " --policy {toy.label_rm}", None, ["{toy.label_rm}", "holds a reward", "not a causal LM"]),
+    "ppo no config.json": ("ppo", GOLD + " --policy {tmp}/hollow --task {toy.task} --train_file {toy.train}",
+        no_config_json, ["{tmp}/hollow", "config.json"]),
+    "a reward model as the policy": ("ppo", GOLD + " --policy {toy.label_rm}", None,
+        ["{toy.label_rm}", "holds a reward", "not a causal LM"]),
     "weights cut short": ("rm", RM + " --policy {tmp}/copy", policy_cut_short, ["{tmp}/copy", "cannot be loaded"]),
     "no tokenizer": ("rm", RM + " --policy {tmp}/copy", policy_without_tokenizer, ["{tmp}/copy", "tokenizer"]),
-    "broken record": ("rm", RM + " --policy {tmp}/copy", policy_with_broken_record, ["copy/rllr.json", "not valid JSON"]),
-    "odd record": ("rm", RM + " --policy {tmp}/copy", policy_with_odd_record, ["copy/rllr.json", "not a record of rllr"]),
-    "policy of another task": ("ppo", PPO + " --task {tmp}/other.yaml", other_labels, ["--policy {toy.sft}", "'toy'", "'other'"]),
+    "broken record": ("rm", RM + " --policy {tmp}/copy", policy_with_broken_record,
+        ["copy/rllr.json", "not valid JSON"]),
+    "odd record": ("rm", RM + " --policy {tmp}/copy", policy_with_odd_record,
+        ["copy/rllr.json", "not a record of rllr"]),
+    "policy of another task": ("ppo", PPO + " --task {tmp}/other.yaml", other_labels,
+        ["--policy {toy.sft}", "'toy'", "'other'"]),
     # output directories
     "sft run is there": ("sft", SFT, a_run_is_there, ["--output_dir {out}", "already holds a run", "--overwrite"]),
     "rm run is there": ("rm", RM, a_run_is_there, ["--output_dir {out}", "already holds a run", "--overwrite"]),
     "ppo run is there": ("ppo", PPO, a_run_is_there, ["--output_dir {out}", "already holds a run", "--overwrite"]),
     "tiny run is there": ("tiny", TINY, a_run_is_there, ["--output_dir {out}", "already holds a run", "--overwrite"]),
     "foreign files": ("ppo", PPO, foreign_files, ["--output_dir {out}", "already holds files"]),
-    "foreign files, overwrite": ("ppo", PPO + " --overwrite", foreign_files, ["--output_dir {out}", "no run of rllr wrote"]),
-    "foreign files, sft overwrite": ("sft", SFT + " --overwrite", foreign_files, ["--output_dir {out}", "no run of rllr wrote"]),
+    "foreign files, overwrite": ("ppo", PPO + " --overwrite", foreign_files,
+        ["--output_dir {out}", "no run of rllr wrote"]),
+    "foreign files, sft overwrite": ("sft", SFT + " --overwrite", foreign_files,
+        ["--output_dir {out}", "no run of rllr wrote"]),
     "output is a file": ("rm", RM, out_is_a_file, ["--output_dir {out}", "is a file"]),
-    "output under a file": ("rm", RM + " --output_dir {tmp}/blocker/rm", file_in_the_way, ["--output_dir {tmp}/blocker/rm", "cannot be written"]),
+    "output under a file": ("rm", RM + " --output_dir {tmp}/blocker/rm", file_in_the_way,
+        ["--output_dir {tmp}/blocker/rm", "cannot be written"]),
     "bad rows leave the old run": ("sft", SFT_ROWS + " --overwrite --rationales given",
-                                   lambda place: (a_run_is_there(place), a_row_without_rationale(place)), ["rows.jsonl:21"]),
+        lambda place: (a_run_is_there(place), a_row_without_rationale(place)), ["rows.jsonl:21"]),
     # the other programs
     "evaluate nothing": ("evaluate", "--task {toy.task}", None, ["--models"]),
     "evaluate missing model": ("evaluate", "--models {toy.sft} {tmp}/ppo", None, ["{tmp}/ppo", "no such model"]),
-    "evaluate other task": ("evaluate", "--models {toy.sft} --task {tmp}/other.yaml --eval_file {toy.dev}", other_labels,
-                            ["--models {toy.sft}", "'toy'", "'other'"]),
+    "evaluate other task": ("evaluate", "--models {toy.sft} --task {tmp}/other.yaml --eval_file {toy.dev}",
+        other_labels, ["--models {toy.sft}", "'toy'", "'other'"]),
     "evaluate test part": ("evaluate", "--models {toy.sft} --part test", None, ["--part test", "--eval_file"]),
     "evaluate unknown part": ("evaluate", "--models {toy.sft} --part dev", None, ["--part 'dev'", "eval, test"]),
-    "evaluate missing file": ("evaluate", "--models {toy.sft} --eval_file {tmp}/dev.csv", None, ["{tmp}/dev.csv", "no such file"]),
-    "evaluate into a file": ("evaluate", "--models {toy.sft} --output_dir {out}", out_is_a_file, ["--output_dir {out}", "cannot be written"]),
+    "evaluate missing file": ("evaluate", "--models {toy.sft} --eval_file {tmp}/dev.csv", None,
+        ["{tmp}/dev.csv", "no such file"]),
+    "evaluate into a file": ("evaluate", "--models {toy.sft} --output_dir {out}", out_is_a_file,
+        ["--output_dir {out}", "cannot be written"]),
     "predict without model": ("predict", "--input x.jsonl", None, ["required: --model"]),
     "predict missing model": ("predict", PREDICT + " --model {tmp}/ppo", fine_rows, ["{tmp}/ppo", "no such model"]),
     "predict missing file": ("predict", PREDICT, None, ["{tmp}/rows.jsonl", "no such file"]),
@@ -357,15 +388,22 @@ CASES = {
     "predict without text": ("predict", PREDICT, no_text_column, ["'text'", "--columns text="]),
     "predict nothing usable": ("predict", PREDICT, no_text_at_all, ["no usable row"]),
     "predict result is there": ("predict", PREDICT, result_is_there, ["--output {tmp}/result.jsonl", "--overwrite"]),
-    "predict into nowhere": ("predict", PREDICT + " --output {tmp}/no/result.jsonl", fine_rows, ["--output {tmp}/no/result.jsonl", "cannot be written"]),
-    "predict with a reward model": ("predict", PREDICT + " --model {toy.label_rm}", fine_rows, ["{toy.label_rm}", "not a causal LM"]),
+    "predict into nowhere": ("predict", PREDICT + " --output {tmp}/no/result.jsonl", fine_rows,
+        ["--output {tmp}/no/result.jsonl", "cannot be written"]),
+    "predict with a reward model": ("predict", PREDICT + " --model {toy.label_rm}", fine_rows,
+        ["{toy.label_rm}", "not a causal LM"]),
     "rationales without output": ("rationales", "--task {toy.task}", None, ["required: --output"]),
     "rationales without data": ("rationales", "--task {toy.task} --output {tmp}/result.jsonl", None, ["--train_file"]),
-    "rationales unknown writer": ("rationales", RATIONALES + " --writer gpt", fine_rows, ["--writer 'gpt'", "evidence"]),
-    "rationales missing": ("rationales", RATIONALES + " --writer given", a_row_without_rationale, ["rows.jsonl:21", "rationale"]),
-    "rationales result is there": ("rationales", RATIONALES, result_is_there, ["--output {tmp}/result.jsonl", "--overwrite"]),
-    "rationales into nowhere": ("rationales", RATIONALES + " --output {tmp}/no/x.jsonl", fine_rows, ["--output {tmp}/no/x.jsonl", "cannot be written"]),
-    "rationales into a directory": ("rationales", RATIONALES + " --output {tmp} --overwrite", fine_rows, ["--output {tmp}", "cannot be written"]),
+    "rationales unknown writer": ("rationales", RATIONALES + " --writer gpt", fine_rows,
+        ["--writer 'gpt'", "evidence"]),
+    "rationales missing": ("rationales", RATIONALES + " --writer given", a_row_without_rationale,
+        ["rows.jsonl:21", "rationale"]),
+    "rationales result is there": ("rationales", RATIONALES, result_is_there,
+        ["--output {tmp}/result.jsonl", "--overwrite"]),
+    "rationales into nowhere": ("rationales", RATIONALES + " --output {tmp}/no/x.jsonl", fine_rows,
+        ["--output {tmp}/no/x.jsonl", "cannot be written"]),
+    "rationales into a directory": ("rationales", RATIONALES + " --output {tmp} --overwrite", fine_rows,
+        ["--output {tmp}", "cannot be written"]),
     "tiny odd heads": ("tiny", TINY + " --heads 3", None, ["--hidden_size 16", "--heads 3"]),
     "tiny no layers": ("tiny", TINY + " --layers 0", None, ["--layers 0", "above 0"]),
     "tiny unknown precision": ("tiny", TINY + " --precision fp16", None, ["--precision 'fp16'", "bf16"]),
@@ -381,7 +419,7 @@ def snapshot(directory):
 
 
 def error_line(capsys, stop, notes=0):
-    """The one line of stderr, once it is seen to be one, and the exit code to be 2. `notes`: lines that may stand before."""
+    """The line on stderr, once it is seen to be one, and the exit code to be 2. `notes`: lines allowed before it."""
     lines = capsys.readouterr().err.splitlines(keepends=True)
     message = "".join(lines[min(notes, len(lines) - 1) :])
     assert stop.value.code == 2, message
@@ -417,8 +455,11 @@ def test_the_cases_begin_from_commands_that_work(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fine_rows(Place(tmp_path, toy))
     short = {"sft": " --epochs 1", "rm": " --epochs 1"}
-    commands = [("sft", SFT_ROWS), ("rm", RM), ("ppo", PPO), ("ppo", GOLD), ("ppo", MIXED + " --rationale_rm {toy.rationale_rm}"),
-                ("tiny", TINY), ("predict", PREDICT), ("rationales", RATIONALES.replace("result", "other"))]  # fmt: skip
+    commands = [
+        ("sft", SFT_ROWS), ("rm", RM), ("ppo", PPO), ("ppo", GOLD),
+        ("ppo", MIXED + " --rationale_rm {toy.rationale_rm}"),
+        ("tiny", TINY), ("predict", PREDICT), ("rationales", RATIONALES.replace("result", "other")),
+    ]  # fmt: skip
     for script, arguments in commands:
         run(MAINS[script].main, *(arguments + short.get(script, "")).format(**names).split())
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
@@ -461,7 +502,10 @@ def test_no_write_permission_is_seen_before_the_work(toy, tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script, source", [("sft", "--model"), ("rm", "--policy"), ("ppo", "--policy"), ("ppo", "--value_init")])
+READS = [("sft", "--model"), ("rm", "--policy"), ("ppo", "--policy"), ("ppo", "--value_init")]
+
+
+@pytest.mark.parametrize("script, source", READS)
 def test_overwrite_never_deletes_what_the_run_reads(toy, tmp_path, capsys, script, source):
     """--overwrite on the very directory, or one around it, that the run starts from."""
     (tmp_path / "run").mkdir()
@@ -470,14 +514,18 @@ def test_overwrite_never_deletes_what_the_run_reads(toy, tmp_path, capsys, scrip
     arguments = {"sft": SFT, "rm": RM, "ppo": PPO}[script].format(toy=toy, tmp=tmp_path, out="{out}").split()
     before = snapshot(tmp_path)
     for out in (tmp_path / "run", tmp_path / "run" / "best"):
-        flags = [argument.format(out=out) for argument in arguments] + [source, tmp_path / "run" / "best", "--overwrite"]
+        flags = [argument.format(out=out) for argument in arguments]
+        flags += [source, tmp_path / "run" / "best", "--overwrite"]
         with pytest.raises(SystemExit) as stop:
             run(MAINS[script].main, *flags)
         assert f"--output_dir {out}: --overwrite would delete {tmp_path / 'run' / 'best'}" in error_line(capsys, stop)
         assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("function, fragment", [("matrix", "returned shape (1, 2)"), ("words", "must return 8 numbers")])
+RETURNED = [("matrix", "returned shape (1, 2)"), ("words", "must return 8 numbers")]
+
+
+@pytest.mark.parametrize("function, fragment", RETURNED)
 def test_what_a_reward_function_returns_is_checked(toy, tmp_path, monkeypatch, capsys, function, fragment):
     monkeypatch.syspath_prepend(tmp_path)
     own_rewards(Place(tmp_path, toy))
@@ -488,7 +536,7 @@ def test_what_a_reward_function_returns_is_checked(toy, tmp_path, monkeypatch, c
 
 
 def test_policy_whose_answers_never_end_is_named(toy, tmp_path, capsys):
-    """No answer ends within two tokens, so the reward model's scores would have no statistics: said before it is trained."""
+    """No answer ends within two tokens, so there would be no score statistics: said before the training, not after."""
     with pytest.raises(SystemExit) as stop:
         run(train_rm.main, *(RM + " --max_new_tokens 2 --epochs 1").format(toy=toy, out=tmp_path / "out").split())
     message = error_line(capsys, stop)
@@ -505,7 +553,6 @@ def test_predict_from_an_empty_standard_input(toy, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "command, fragments",
     [
-        ([ROOT / "train_sft.py", "--over"], ["--over", "--help"]),
         ([ROOT / "train_sft.py", "--train_file", "no.jsonl", "--task", "sst2"], ["no.jsonl", "no such file"]),
         (["-m", "rllr.evaluate", "--models", "runs/no/sft"], ["runs/no/sft"]),
     ],

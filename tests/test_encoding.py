@@ -18,8 +18,8 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 BOS, EOS, IM_START, IM_END = 1, 2, 3, 4
 CHAT_OFFSET = 5
 CHATML = (
-    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>"
+    "\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TINY = Task("t", ("a", "b"), "Q {text} E")
 PAIR = Task("t", ("a", "b"), "Q {text} M {text_b} E")
@@ -201,7 +201,7 @@ def test_context_is_the_smaller_limit():
 
 def test_texts_that_fit_are_the_very_same():
     examples, lines = [Example("a", "x" * 43), Example("b", "short")], []
-    fitted = encoder_of(toy_tokenizer()).fit(examples, TINY, reserve=16, log=lines.append)  # 43 + "Q  E\n" = 48 = 64 - 16
+    fitted = encoder_of(toy_tokenizer()).fit(examples, TINY, reserve=16, log=lines.append)  # 43 + "Q  E\n" = 64 - 16
     assert all(new is old for new, old in zip(fitted, examples)) and lines == []
 
 
@@ -251,7 +251,8 @@ TEXTS = ["word " * 80, "é" * 90, "🙂 " * 60, "x" * 500, " " * 300 + "end", "a
 def test_a_fitted_prompt_leaves_room_for_the_answer(chat):
     encoder = encoder_of(chat_tokenizer() if chat else toy_tokenizer(), context=160)
     examples = [Example(str(i), text, TEXTS[-1 - i]) for i, text in enumerate(TEXTS)]
-    single = checked_fit(encoder, TASKS["sst2"], [dataclasses.replace(e, text_b=None) for e in examples[:4]], reserve=20)
+    single = [dataclasses.replace(example, text_b=None) for example in examples[:4]]
+    single = checked_fit(encoder, TASKS["sst2"], single, reserve=20)
     assert [e.text[:1] for e in single] == ["w", "é", "🙂", "x"]
     checked_fit(encoder, PAIR, [e for e in examples if not e.text.startswith(" ")], reserve=30)
 

@@ -1,9 +1,10 @@
-"""Metrics against hand-computed values and slow loops, intervals, tests, and the two commands on tiny trained models."""
+"""Metrics against values by hand and slow loops, intervals and tests, and the two commands on tiny trained models."""
 
 import io
 import json
 import math
 import random
+import shutil
 import sys
 from fractions import Fraction
 
@@ -157,7 +158,9 @@ def test_the_bootstrap_hangs_on_its_seed_alone():
     assert bootstrap_interval(mean_of(np.ones(7))) == (1, 1)
 
 
-@pytest.mark.parametrize("only_first, only_second", [(0, 0), (1, 0), (3, 3), (10, 2), (2, 10), (0, 12), (60, 41), (7, 8)])
+@pytest.mark.parametrize(
+    "only_first, only_second", [(0, 0), (1, 0), (3, 3), (10, 2), (2, 10), (0, 12), (60, 41), (7, 8)]
+)
 def test_mcnemar_is_the_exact_binomial_test(only_first, only_second):
     n, k = only_first + only_second, min(only_first, only_second)
     p = min(Fraction(1), 2 * sum(Fraction(math.comb(n, i), 2**n) for i in range(k + 1)))
@@ -330,9 +333,8 @@ def test_evaluate_compares_two_models(models, data, tmp_path, capsys):
 
 def test_what_evaluate_refuses(models, data, tmp_path, capsys):
     other = tmp_path / "other"
-    trained_task = load_task("mr", "label")
-    other.mkdir()
-    (other / "rllr.json").write_text(json.dumps(make_record("sft", trained_task, DataConfig(task="mr"))))
+    shutil.copytree(models["right"], other)
+    (other / "rllr.json").write_text(json.dumps(make_record("sft", load_task("mr", "label"), DataConfig(task="mr"))))
     (tmp_path / "file").write_text("")
     right = ["--models", models["right"], "--eval_file", data]
     for argv, words in (
@@ -369,7 +371,7 @@ def test_predict_from_standard_input_to_standard_output(models, monkeypatch, cap
     assert run(predict, "--model", models["right"]) == 0
     streams = capsys.readouterr()
     rows = [json.loads(line) for line in streams.out.splitlines()]  # and nothing else on standard output
-    assert [(row["text"], row["label"]) for row in rows] == [("good", "positive"), ("bad", "negative"), ("fine", "positive")]
+    assert [(row["text"], row["label"]) for row in rows] == [(t, TEXTS[t]) for t in ("good", "bad", "fine")]
     assert rows[1]["id"] == "mine" and rows[0]["rationale"] == ""
     assert "3 rows labelled, 0 without" in streams.err
 

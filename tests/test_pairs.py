@@ -1,5 +1,6 @@
 """Preference pairs: what stands on each side, how the sides' rationales are drawn, seeds, and what is refused."""
 
+import hashlib
 import random
 from collections import Counter
 
@@ -260,10 +261,12 @@ def test_pairs_are_written_and_read_back(tmp_path):
 def test_a_prompts_pairs_stay_together_when_some_are_held_out():
     pairs = [Pair(f"prompt {i % 40}", f"a{i}", "b", "file") for i in range(120)]
     train, held = split_by_prompt(pairs)
-    assert len(held) == 12 and sorted(train + held, key=pairs.index) == pairs  # a tenth of the prompts, three pairs each
+    assert len(held) == 12 and sorted(train + held, key=pairs.index) == pairs  # a tenth of the prompts, by three
     assert not {pair.prompt for pair in train} & {pair.prompt for pair in held}
     shuffled = random.Random(0).sample(pairs, 120)
     assert set(split_by_prompt(shuffled)[1]) == set(held)  # whatever the order of the file
+    by_hash = sorted((f"prompt {i}" for i in range(40)), key=lambda p: hashlib.sha256(p.encode()).hexdigest())
+    assert {pair.prompt for pair in held} == set(by_hash[:4])  # and in every process
     assert len(split_by_prompt(pairs, 0.25)[1]) == 30
     train, held = split_by_prompt(pairs[:2])
     assert len(train) == len(held) == 1

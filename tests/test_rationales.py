@@ -251,7 +251,7 @@ def test_evidence_draws_from_three_sources_in_equal_shares(writer):
     own = {basis: n for basis, n in draws.items() if set(basis[1]) <= {"alpha", "beta", "gamma", "delta"}}
     assert 0.64 < sum(own.values()) / 6000 < 0.69  # the rest are of another text
     assert len(own) == 12  # two of four words, in any order
-    assert 0.33 < own["has", ("alpha", "beta")] / 6000 < 0.39  # a third the best evidence, and 1/12 of a third by chance
+    assert 0.33 < own["has", ("alpha", "beta")] / 6000 < 0.39  # a third as best evidence, 1/12 of a third by chance
     assert {word for (_, words) in draws if (_, words) not in own for word in words} == {
         "Good", "good", "bad", "film", "story", "fine"
     }  # fmt: skip
@@ -290,7 +290,8 @@ def test_demo_rationales_round_trip():
     quotes = ["that the battery dies quickly", "a screen, which is dim", "which is positive, which is negative"]
     for quote in quotes:
         assert quote_of(word_rationale(quote, POS)) == quote
-    row = Example("a", "t", label=NEG, rationales={NEG: word_rationale(quotes[0], NEG), POS: word_rationale("x y", POS)})
+    rationales = {NEG: word_rationale(quotes[0], NEG), POS: word_rationale("x y", POS)}
+    row = Example("a", "t", label=NEG, rationales=rationales)
     writer = DemoWriter([row], TASKS["demo"])
     assert writer.basis(row, NEG) == quotes[0] and writer.basis(row, POS) == "x y"
     assert {label: writer.write(row, label) for label in (POS, NEG)} == row.rationales

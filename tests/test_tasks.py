@@ -1,4 +1,4 @@
-"""Tasks: what a prompt and an answer look like to the letter, what parse_answer takes, and what a task file may hold."""
+"""Tasks: prompts and answers to the letter, what parse_answer takes, the paper's eight, what a task file may hold."""
 
 import json
 
@@ -82,7 +82,9 @@ def test_render_answer_in_both_formats():
     assert plain.render_answer("b", "it is dull") == "Label: b"
 
 
-@pytest.mark.parametrize("rationale", ["it is dull", "two\nlines", "Label: positive is what some would say", "a\nLabel: b"])
+@pytest.mark.parametrize(
+    "rationale", ["it is dull", "two\nlines", "Label: positive is what some would say", "a\nLabel: b"]
+)
 def test_what_is_rendered_is_read_back(rationale):
     answer = SST2.render_answer("negative", rationale)
     assert split_answer(SST2, answer) == (rationale, "negative")
@@ -152,7 +154,8 @@ def test_an_own_task_from_a_file(tmp_path, suffix):
     if suffix == ".json":
         write(path, OWN | {"metric": "macro_f1", "answer_format": "label"})
     else:
-        write(path, 'labels: [cat, dog]\nprompt: "{text}\\nCat or dog? {instruction}"\nmetric: macro_f1\nanswer_format: label\n')
+        prompt = 'prompt: "{text}\\nCat or dog? {instruction}"'
+        write(path, f"labels: [cat, dog]\n{prompt}\nmetric: macro_f1\nanswer_format: label\n")
     task = load_task(str(path))
     assert (task.name, task.labels, task.metric, task.answer_format) == ("pets", ("cat", "dog"), "macro_f1", "label")
     assert set(task.metrics) == {"accuracy", "macro_f1"} and not task.is_pair
@@ -161,7 +164,8 @@ def test_an_own_task_from_a_file(tmp_path, suffix):
 
 
 def test_numbers_as_labels_and_what_ordinal_adds(tmp_path):
-    task = load_task(write(tmp_path / "t.yaml", "labels: [0, 1, 2]\nprompt: '{text} {text_b}'\nordinal: true\nname: own"))
+    content = "labels: [0, 1, 2]\nprompt: '{text} {text_b}'\nordinal: true\nname: own"
+    task = load_task(write(tmp_path / "t.yaml", content))
     assert task.name == "own" and task.labels == ("0", "1", "2") and task.is_pair
     assert task.metrics == ("accuracy", "macro_f1", "pearson")
 
@@ -213,7 +217,7 @@ def test_a_field_at_fault_is_named(tmp_path, change, words):
 
 def test_yaml_reads_yes_and_no_as_booleans_and_the_error_says_so(tmp_path):
     path = write(tmp_path / "t.yaml", "labels: [yes, no]\nprompt: '{text}'")
-    assert error(load_task, path) == f"{path}: field 'labels' must be a list of words (quote yes, no, on and off in YAML)"
+    assert error(load_task, path).startswith(f"{path}: field 'labels' must be a list of words (quote yes, no, on")
     assert load_task(write(tmp_path / "q.yaml", "labels: ['yes', 'no']\nprompt: '{text}'")).labels == ("yes", "no")
 
 

@@ -20,11 +20,11 @@ from rllr import tiny
 WORDS = {"good": "tasty lovely superb fresh kind".split(), "bad": "stale awful rude bland dirty".split()}
 NOUNS = "soup bread waiter room view tea cake wine staff".split()
 OTHER = {"good": "bad", "bad": "good"}
-MAX_NEW_TOKENS = "12"  # an answer takes eight or nine
+ANSWER = ["--max_new_tokens", "12"]  # an answer takes eight or nine
 
 
 def grid():
-    """'the soup was tasty', good: every noun with every word. The right rationale is the word, the wrong one the noun."""
+    """'the soup was tasty', good: every noun with every word. Right rationale: the word, wrong one: the noun."""
     return [
         {"text": f"the {noun} was {word}", "label": label, "rationales": {label: word, OTHER[label]: noun}}
         for noun in NOUNS for label, words in WORDS.items() for word in words
@@ -64,24 +64,24 @@ class Toy:
         self.label_rm, self.rationale_rm = self.root / "rm-label", self.root / "rm-rationale"
         self.train, self.dev = self.root / "train.jsonl", self.root / "dev.jsonl"
         self.data = ["--task", self.task, "--train_file", self.train, "--eval_file", self.dev, "--labelled", "40"]
-        self.sft_flags = "--epochs 30 --learning_rate 1e-2 --batch_size 8 --dropout 0.1 --show 0 --max_new_tokens 12".split()
-        self.rm_flags = "--epochs 12 --patience 99 --learning_rate 1e-2 --dropout 0 --max_new_tokens 12".split()
-        self.ppo_flags = "--steps 2 --rollout_prompts 8 --eval_rows 8 --max_new_tokens 12".split()
+        self.sft_flags = "--epochs 30 --batch_size 8 --learning_rate 1e-2 --dropout 0.1 --show 0".split() + ANSWER
+        self.rm_flags = "--epochs 12 --patience 99 --learning_rate 1e-2 --dropout 0".split() + ANSWER
+        self.ppo_flags = "--steps 2 --rollout_prompts 8 --eval_rows 8".split() + ANSWER
 
     def build(self):
         self.task.write_text('name: toy\nlabels: [good, bad]\nprompt: "{text}"\n')
         write_rows(self.train, TRAIN_ROWS)
         write_rows(self.dev, DEV_ROWS)
         run(
-            tiny.main, *self.data[:-2], "--output_dir", self.base, "--epochs", 20, "--batch_size", 16, "--learning_rate", 1e-2,
+            tiny.main, *self.data[:-2], "--output_dir", self.base,
+            "--epochs", 20, "--batch_size", 16, "--learning_rate", 1e-2,
             "--hidden_size", 48, "--heads", 2, "--layers", 2, "--vocabulary", 400, "--context", 64,
         )  # fmt: skip
+        rationale_flags = ["--pairs", "rationale", "--output_dir", self.rationale_rm]
         self.outputs = {
             "sft": run(train_sft.main, *self.data, *self.sft_flags, "--model", self.base, "--output_dir", self.sft),
             "rm-label": run(train_rm.main, "--policy", self.sft, *self.rm_flags, "--output_dir", self.label_rm),
-            "rm-rationale": run(
-                train_rm.main, "--policy", self.sft, *self.rm_flags, "--pairs", "rationale", "--output_dir", self.rationale_rm
-            ),
+            "rm-rationale": run(train_rm.main, "--policy", self.sft, *self.rm_flags, *rationale_flags),
         }
         return self
 
