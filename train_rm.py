@@ -172,7 +172,7 @@ def main(argv=None):
     show_config(config, "train_rm")
     if kind != "file":
         writer = make_writer(
-            config.rationales, labelled, task, config=config, device=device, directory=directory, log=say, also=held_out
+            config.rationales, labelled, task, config=config, device=device, directory=directory.parent, log=say, also=held_out
         )
         train_pairs = draw_pairs(config, labelled, task, writer, config.seed)
         held_pairs = draw_pairs(config, held_out, task, writer, 10_000 + config.seed)

@@ -103,7 +103,7 @@ def main(argv=None):
         check_writer(config.rationales, labelled, task, config.rationale_model)
     open_run_directory(directory, config.overwrite)
     if task.answer_format == "rationale":
-        writer = make_writer(config.rationales, labelled, task, config=config, device=device, directory=directory, log=say)
+        writer = make_writer(config.rationales, labelled, task, config=config, device=device, directory=directory.parent, log=say)
     rows = []
     for example in labelled:
         rationale = writer.write(example, example.label) if task.answer_format == "rationale" else None

@@ -33,6 +33,15 @@ class Encoder:
         self.context = min([limit for limit in limits if limit and limit < 10**9], default=DEFAULT_CONTEXT)
         pad_id = tokenizer.pad_token_id
         self.pad_id = pad_id if pad_id is not None and pad_id < vocabulary_size else None  # None: any id fills padding
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.special_tokens = [token for token in dict.fromkeys([*added, *tokenizer.all_special_tokens]) if len(token) > 1]
+
+    def _plain(self, text):
+        """A text in which no special token is spelled out: "</s>" in a user's data must not end a turn. A space breaks it."""
+        for token in self.special_tokens:
+            if token in text:
+                text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
 
     def _end_id(self, vocabulary_size):
         candidates = [self._end_of_turn(), self.tokenizer.eos_token_id, *self.stop_ids]
@@ -57,6 +66,7 @@ class Encoder:
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Ids of a prompt as the model is asked it."""
+        prompt = self._plain(prompt)
         if getattr(self.tokenizer, "chat_template", None):
             turns = [{"role": "user", "content": prompt}]
             rendered = self.tokenizer.apply_chat_template(
@@ -70,7 +80,7 @@ class Encoder:
 
     def answer_ids(self, answer: str) -> list[int]:
         """Ids of an answer with the token that ends it."""
-        return self.tokenizer.encode(answer, add_special_tokens=False) + [self.end_id]
+        return self.tokenizer.encode(self._plain(answer), add_special_tokens=False) + [self.end_id]
 
     def decode(self, response: list[int]) -> str:
         """The text of a response without the stop token that ended it. Special tokens inside it stay visible."""

@@ -6,7 +6,6 @@ worded for a label. Pairs need the two apart: a label-sensitive pair may put the
     python -m rllr.rationales --task sst2 --train_file train.jsonl --writer evidence --output with_rationales.jsonl
 """
 
-import dataclasses
 import json
 import math
 import re
@@ -196,77 +195,6 @@ def _words(text):
     return found
 
 
-class ModelWriter(GivenWriter):
-    """Rationales by a local causal LM that is told the text and the label, also a wrong one, as in the paper.
-
-    Answers come from our own rollouts and are cached in a JSONL file, so an interrupted run goes on where it stopped.
-    """
-
-    INSTRUCTION = (
-        "{question}\n\nThe answer is {label}. In one sentence, name what in the text supports that answer. "
-        "Do not write anything else."
-    )
-
-    def __init__(self, examples, task, model, encoder, cache_file, *, max_new_tokens=64, batch_size=16, log=print):
-        wanted = [(example, label) for example in examples for label in task.labels]
-        written = read_cache(cache_file)
-        missing = [(example, label) for example, label in wanted if (example.id, label) not in written]
-        if missing:
-            log(f"writing {len(missing)} rationales ({len(wanted) - len(missing)} are in {cache_file})")
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            texts = self._ask(batch, task, model, encoder, max_new_tokens)
-            with open(cache_file, "a", encoding="utf-8") as file:
-                for (example, label), text in zip(batch, texts):
-                    written[example.id, label] = text
-                    file.write(json.dumps({"id": example.id, "label": label, "rationale": text}) + "\n")
-        filled = [
-            dataclasses.replace(
-                example,
-                rationales={label: written[example.id, label] for label in task.labels},
-                rationale=written.get((example.id, example.label)),
-            )
-            for example in examples
-        ]
-        self.by_id = {example.id: example for example in filled}
-        super().__init__(filled, task)
-
-    def _ask(self, batch, task, model, encoder, max_new_tokens):
-        from .rollout import generate
-
-        prompts = []
-        for example, label in batch:
-            question = task.render_prompt(example.text, example.text_b)
-            prompts.append(encoder.prompt_ids(self.INSTRUCTION.format(question=question, label=label)))
-        rollout = generate(
-            model, prompts, max_new_tokens=max_new_tokens, eos_token_id=encoder.stop_ids, greedy=True, batch_size=len(prompts)
-        )
-        # One line, so that the label line stays the last and only one of its kind.
-        return [" ".join(encoder.decode(response).split()) or "no reason given" for response in rollout.responses()]
-
-    def _find(self, example, label):
-        return super()._find(self.by_id.get(example.id, example), label)
-
-    def argues_for_all(self, example):
-        return example.id in self.by_id
-
-
-def read_cache(cache_file):
-    """{(id, label): rationale} of a cache written before; {} where there is none. InputError with the line."""
-    written = {}
-    try:
-        with open(cache_file, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                    written[row["id"], row["label"]] = row["rationale"]
-                except (ValueError, KeyError, TypeError):  # ValueError: not JSON, or not UTF-8
-                    raise InputError(f"{cache_file}:{number}: not a cached rationale; delete the line or the file") from None
-    except FileNotFoundError:
-        pass
-    return written
-
-
 def check_writer(name, examples, task, rationale_model=None):
     """InputError where a writer lacks what it needs. Called before a run writes anything; a language model is not loaded."""
     if name != "model":
@@ -295,6 +223,7 @@ def make_writer(name, examples, task, *, config=None, device="cpu", directory=".
     if name == "model":
         from .encoding import Encoder
         from .model import load_policy, load_tokenizer
+        from .model_writer import ModelWriter
 
         source = getattr(config, "rationale_model", None)
         if not source:

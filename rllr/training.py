@@ -161,7 +161,8 @@ def task_of_record(record):
 def resolve_task(config, record, default="demo"):
     """The task that --task names, else the one recorded with the model; --answer_format overrides either."""
     recorded = task_of_record(record)
-    if recorded and config.task in (None, record.get("data", {}).get("task"), recorded.name):
+    moved = config.task == record.get("data", {}).get("task") and not Path(config.task or "").exists()  # its file is gone
+    if recorded and (moved or config.task in (None, recorded.name)):
         return dataclasses.replace(recorded, answer_format=config.answer_format or recorded.answer_format)
     return load_task(config.task or default, config.answer_format)
 

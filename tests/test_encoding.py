@@ -279,3 +279,12 @@ def test_a_tokenizer_without_offsets():
     examples = [Example("a", "".join(chr(97 + i % 26) for i in range(60))), Example("b", "x" * 900), Example("c", "y")]
     fitted = checked_fit(encoder, TINY, examples, reserve=16)
     assert fitted[0].text == examples[0].text[:43] and fitted[1].text == "x" * 43 and fitted[2] is examples[2]
+
+
+def test_special_tokens_spelled_out_in_a_text_stay_text(tokenizer, model):
+    """A row that contains the end token's spelling must not end the answer or the turn there."""
+    encoder = Encoder(tokenizer, model)
+    eos = tokenizer.eos_token
+    for ids in (encoder.prompt_ids(f"a {eos} b"), encoder.answer_ids(f"a {eos} b")[:-1]):
+        assert tokenizer.eos_token_id not in ids
+        assert tokenizer.decode(ids).replace(" ", "").count(eos) == 1

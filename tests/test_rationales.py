@@ -11,13 +11,13 @@ import pytest
 import torch
 from families import tiny_model
 
-import rllr.rollout
+import rllr.model_writer
 from rllr.demo import quote_of, word_rationale
 from rllr.encoding import Encoder
 from rllr.errors import InputError
+from rllr.model_writer import ModelWriter, read_cache
 from rllr.rationales import (
-    DemoWriter, EvidenceWriter, GivenWriter, ModelWriter, default_label_pairs, default_writer, main, make_writer,
-    read_cache,
+    DemoWriter, EvidenceWriter, GivenWriter, default_label_pairs, default_writer, main, make_writer,
 )  # fmt: skip
 from rllr.tasks import TASKS, Example, Task
 
@@ -323,7 +323,9 @@ def test_model_rationales_are_asked_for_every_label_and_cached(tmp_path, asked, 
     writer = ModelWriter(rows, SST2, cache_file=cache, batch_size=3, **asked)
     lines = [json.loads(line) for line in cache.read_text().splitlines()]
     assert {(line["id"], line["label"]) for line in lines} == {(row.id, label) for row in rows for label in (POS, NEG)}
-    assert len(lines) == 8 and read_cache(cache) == {(line["id"], line["label"]): line["rationale"] for line in lines}
+    assert len(lines) == 8 and read_cache(cache) == {
+        (line["id"], line["label"]): (line["rationale"], line["asked"]) for line in lines
+    }
     for line in lines:
         row = next(row for row in rows if row.id == line["id"])
         question = f"Sentence: {row.text}\nNegative or positive? Reason, then label:"
@@ -336,10 +338,20 @@ def test_model_rationales_are_asked_for_every_label_and_cached(tmp_path, asked, 
     def refuse(*args, **options):
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(rllr.rollout, "generate", refuse)
+    monkeypatch.setattr(rllr.model_writer, "generate", refuse)
     again = ModelWriter(rows, SST2, cache_file=cache, **asked)
     assert [again.write(row, POS) for row in rows] == [writer.write(row, POS) for row in rows]
     assert len(cache.read_text().splitlines()) == 8
+
+
+def test_a_changed_text_is_not_answered_from_the_cache(tmp_path, asked, monkeypatch):
+    """Same id, other words: the cached rationale would be about a text that is no longer there."""
+    cache, seen = tmp_path / "rationales.jsonl", []
+    ModelWriter([Example("a", "Good film", label=POS)], SST2, cache_file=cache, **asked)
+    real = rllr.model_writer.generate
+    monkeypatch.setattr(rllr.model_writer, "generate", lambda model, prompts, **rest: seen.append(len(prompts)) or real(model, prompts, **rest))
+    ModelWriter([Example("a", "bad film", label=POS)], SST2, cache_file=cache, **asked)
+    assert sum(seen) == 2
 
 
 @pytest.mark.parametrize(
@@ -351,7 +363,7 @@ def test_a_model_rationale_is_one_line(tmp_path, asked, monkeypatch, said, writt
     def say(model, prompts, **options):
         return SimpleNamespace(responses=lambda: [asked["encoder"].answer_ids(said)] * len(prompts))
 
-    monkeypatch.setattr(rllr.rollout, "generate", say)
+    monkeypatch.setattr(rllr.model_writer, "generate", say)
     writer = ModelWriter(CORPUS[:1], SST2, cache_file=tmp_path / "rationales.jsonl", **asked)
     assert writer.write(CORPUS[0], POS) == written
 
@@ -359,7 +371,7 @@ def test_a_model_rationale_is_one_line(tmp_path, asked, monkeypatch, said, writt
 def test_an_interrupted_writer_goes_on(tmp_path, asked, monkeypatch):
     cache, whole = tmp_path / "rationales.jsonl", tmp_path / "whole.jsonl"
     ModelWriter(CORPUS, SST2, cache_file=whole, batch_size=4, **asked)
-    original, asked_for = rllr.rollout.generate, []
+    original, asked_for = rllr.model_writer.generate, []
 
     def stops_at_the_second_batch(model, prompts, **options):
         asked_for.append(len(prompts))
@@ -367,7 +379,7 @@ def test_an_interrupted_writer_goes_on(tmp_path, asked, monkeypatch):
             raise KeyboardInterrupt
         return original(model, prompts, **options)
 
-    monkeypatch.setattr(rllr.rollout, "generate", stops_at_the_second_batch)
+    monkeypatch.setattr(rllr.model_writer, "generate", stops_at_the_second_batch)
     with pytest.raises(KeyboardInterrupt):
         ModelWriter(CORPUS, SST2, cache_file=cache, batch_size=4, **asked)
     assert len(read_cache(cache)) == 4

@@ -1,0 +1,88 @@
+"""Rationales written by a local language model, as the paper has them from a large one, with a cache on disk."""
+
+import dataclasses
+import hashlib
+import json
+
+from .errors import InputError
+from .rationales import GivenWriter
+from .rollout import generate
+
+
+class ModelWriter(GivenWriter):
+    """Rationales by a local causal LM that is told the text and the label, also a wrong one, as in the paper.
+
+    Answers come from our own rollouts and are cached in a JSONL file, so an interrupted run goes on where it stopped.
+    """
+
+    INSTRUCTION = (
+        "{question}\n\nThe answer is {label}. In one sentence, name what in the text supports that answer. "
+        "Do not write anything else."
+    )
+
+    def __init__(self, examples, task, model, encoder, cache_file, *, max_new_tokens=64, batch_size=16, log=print):
+        question = encoder.prompt_ids(self.INSTRUCTION.format(question="", label=max(task.labels, key=len)))
+        fitted = encoder.fit(examples, task, max_new_tokens + len(question), log)
+        wanted = [(example, label) for example in fitted for label in task.labels]
+        digests = {(example.id, label): self._digest(example, label, task, model) for example, label in wanted}
+        cached = read_cache(cache_file)
+        written = {key: cached[key][0] for key, digest in digests.items() if key in cached and cached[key][1] == digest}
+        missing = [(example, label) for example, label in wanted if (example.id, label) not in written]
+        if missing:
+            log(f"writing {len(missing)} rationales ({len(wanted) - len(missing)} are in {cache_file})")
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            texts = self._ask(batch, task, model, encoder, max_new_tokens)
+            with open(cache_file, "a", encoding="utf-8") as file:
+                for (example, label), text in zip(batch, texts):
+                    written[example.id, label] = text
+                    row = {"id": example.id, "label": label, "rationale": text, "asked": digests[example.id, label]}
+                    file.write(json.dumps(row) + "\n")
+        filled = [
+            dataclasses.replace(
+                example,
+                rationales={label: written[example.id, label] for label in task.labels},
+                rationale=written.get((example.id, example.label)),
+            )
+            for example in examples
+        ]
+        self.by_id = {example.id: example for example in filled}
+        super().__init__(filled, task)
+
+    def _prompt(self, example, label, task):
+        return self.INSTRUCTION.format(question=task.render_prompt(example.text, example.text_b), label=label)
+
+    def _digest(self, example, label, task, model):
+        """Of what was asked of whom: another text, wording or model is not answered from the cache."""
+        asked = f"{model.config.name_or_path}\n{self._prompt(example, label, task)}"
+        return hashlib.sha256(asked.encode("utf-8", "replace")).hexdigest()[:16]
+
+    def _ask(self, batch, task, model, encoder, max_new_tokens):
+        prompts = [encoder.prompt_ids(self._prompt(example, label, task)) for example, label in batch]
+        rollout = generate(
+            model, prompts, max_new_tokens=max_new_tokens, eos_token_id=encoder.stop_ids, greedy=True, batch_size=len(prompts)
+        )
+        # One line, so that the label line stays the last and only one of its kind.
+        return [" ".join(encoder.decode(response).split()) or "no reason given" for response in rollout.responses()]
+
+    def _find(self, example, label):
+        return super()._find(self.by_id.get(example.id, example), label)
+
+    def argues_for_all(self, example):
+        return example.id in self.by_id
+
+
+def read_cache(cache_file):
+    """{(id, label): (rationale, digest of what was asked)} of a cache; {} where there is none. InputError with the line."""
+    written = {}
+    try:
+        with open(cache_file, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                    written[row["id"], row["label"]] = row["rationale"], row.get("asked")
+                except (ValueError, KeyError, TypeError):  # ValueError: not JSON, or not UTF-8
+                    raise InputError(f"{cache_file}:{number}: not a cached rationale; delete the line or the file") from None
+    except FileNotFoundError:
+        pass
+    return written
