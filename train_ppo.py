@@ -59,7 +59,9 @@ class Config(DataConfig):
     kl_control: str = "fixed"  # fixed, or adaptive
     kl_target: float = 6.0  # adaptive: nats per sequence; too loose for short answers (healthy tiny runs end near 1)
     kl_horizon: float = 10_000  # adaptive: sequences
-    max_update_kl: float | None = None  # skip the rest of a rollout's minibatches once new against old policy exceeds it
+    max_update_kl: float | None = (
+        None  # skip the rest of a rollout's minibatches once new against old policy exceeds it
+    )
     gamma: float = 1.0  # discount
     lam: float = 0.95  # lambda of GAE
     clip: float = 0.2  # of the probability ratio
@@ -131,7 +133,10 @@ def main(argv=None):
     # Data: prompts, never their labels, except for `gold`.
     splits = load_splits(config, task, say)
     prompts = splits.unlabelled or splits.labelled
-    say(f"prompts: {len(prompts)} " + ("unlabelled rows" if splits.unlabelled else "labelled rows, the same that trained SFT and reward model"))
+    say(
+        f"prompts: {len(prompts)} "
+        + ("unlabelled rows" if splits.unlabelled else "labelled rows, the same that trained SFT and reward model")
+    )
     prompts = encoder.fit(prompts, task, config.max_new_tokens, say)
     evaluation = encoder.fit(splits.eval[: config.eval_rows or None], task, config.max_new_tokens, say)
     gold = gold_labels(config, task) if config.reward == "gold" else {e.id: e.label for e in prompts if e.label}
@@ -161,7 +166,9 @@ def main(argv=None):
 
     def evaluate(step):
         nonlocal best
-        answers = answer_rows(policy, encoder, task, evaluation, config.max_new_tokens, config.eval_batch_size, autocast)
+        answers = answer_rows(
+            policy, encoder, task, evaluation, config.max_new_tokens, config.eval_batch_size, autocast
+        )
         scores = score_answers(task, evaluation, answers)
         say(f"step {step}/{config.steps}  dev {metric_line(scores)}")
         if best is None or scores[task.metric] > best:
@@ -199,7 +206,9 @@ def main(argv=None):
             scores = missing_eos_rule(scores, rollout.truncated, config.missing_eos_penalty * unit, cap)
 
         # 4 shape: per-token rewards -----------------------------------------------------------------------------------
-        rewards = shape_rewards(scores, batch.logprobs, batch.ref_logprobs, batch.mask, kl.value, config.kl_kind)  # [B, R]
+        rewards = shape_rewards(
+            scores, batch.logprobs, batch.ref_logprobs, batch.mask, kl.value, config.kl_kind
+        )  # [B, R]
 
         # 5 credit: advantages, whitened over the rollout, and value targets -------------------------------------------
         raw_advantages, batch.returns = gae(rewards, batch.values, batch.mask, config.gamma, config.lam)
@@ -211,9 +220,23 @@ def main(argv=None):
                 stats = improve(policy, value_model, policy_optimizer, value_optimizer, batch, plan, config, autocast)
             except RunError as error:
                 write_batch(directory / "failed_batch.safetensors", rollout, batch, scores)
-                raise RunError(f"step {step}: {error} {save('last', step=step - 1)} The batch is in {directory}.") from None
+                raise RunError(
+                    f"step {step}: {error} {save('last', step=step - 1)} The batch is in {directory}."
+                ) from None
         line = step_metrics(
-            step, config, rollout, batch, samples, judges, judged, scores, rewards, raw_advantages, stats, threshold, kl.value
+            step,
+            config,
+            rollout,
+            batch,
+            samples,
+            judges,
+            judged,
+            scores,
+            rewards,
+            raw_advantages,
+            stats,
+            threshold,
+            kl.value,
         )
         kl.update(line["analyse/kl_sequence"].item(), len(examples))
         if step % config.eval_every == 0 and step < config.steps:
@@ -231,7 +254,9 @@ def main(argv=None):
     if fingerprint(reference) != policy_fingerprint:
         raise RunError("the reference policy changed during training; this is a bug, do not trust the run")
     show_samples(task, evaluation, answers, 2)
-    say(f"before  dev {metric_line(scores_before)}\nafter   dev {metric_line(scores_after)}\nsaved {directory}/last and {directory}/best")
+    say(
+        f"before  dev {metric_line(scores_before)}\nafter   dev {metric_line(scores_after)}\nsaved {directory}/last and {directory}/best"
+    )
 
 
 if __name__ == "__main__":

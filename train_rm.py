@@ -99,14 +99,20 @@ def encode_pairs(pairs, encoder):
     """[(prompt ids, chosen ids, rejected ids)]; pairs longer than the context are dropped, counted and named."""
     rows, kept, dropped = [], [], []
     for pair in pairs:
-        prompt, chosen, rejected = encoder.prompt_ids(pair.prompt), encoder.answer_ids(pair.chosen), encoder.answer_ids(pair.rejected)
+        prompt, chosen, rejected = (
+            encoder.prompt_ids(pair.prompt),
+            encoder.answer_ids(pair.chosen),
+            encoder.answer_ids(pair.rejected),
+        )
         if len(prompt) + max(len(chosen), len(rejected)) > encoder.context:
             dropped.append(pair)
         else:
             rows.append((prompt, chosen, rejected))
             kept.append(pair)
     if dropped:
-        say(f"{len(dropped)} of {len(pairs)} pairs are longer than the context and dropped, e.g. {dropped[0].prompt[:60]!r}")
+        say(
+            f"{len(dropped)} of {len(pairs)} pairs are longer than the context and dropped, e.g. {dropped[0].prompt[:60]!r}"
+        )
     if not rows:
         raise InputError(f"no pair fits the model's context of {encoder.context} tokens")
     return rows, kept
@@ -161,18 +167,29 @@ def main(argv=None):
         encoder.fit(rows, task, config.max_new_tokens, say)
         for rows in (splits.labelled, splits.held_out, splits.unlabelled, splits.eval)
     )
-    config.rationales = config.rationales or record.get("config", {}).get("rationales") or default_writer(task, labelled)
+    config.rationales = (
+        config.rationales or record.get("config", {}).get("rationales") or default_writer(task, labelled)
+    )
     config.label_pairs = config.label_pairs or default_label_pairs(config.rationales)
     writer = None
     if kind == "file":
         train_pairs, held_pairs = split_by_prompt([Pair(**pair) for pair in load_pairs(config.pairs, say)])
     else:
         check_writer(config.rationales, labelled + held_out, task, config.rationale_model)
-    directory = open_run_directory(config.output_dir or f"runs/{task.name}/rm-{kind}", config.overwrite, [config.policy])
+    directory = open_run_directory(
+        config.output_dir or f"runs/{task.name}/rm-{kind}", config.overwrite, [config.policy]
+    )
     show_config(config, "train_rm")
     if kind != "file":
         writer = make_writer(
-            config.rationales, labelled, task, config=config, device=device, directory=directory.parent, log=say, also=held_out
+            config.rationales,
+            labelled,
+            task,
+            config=config,
+            device=device,
+            directory=directory.parent,
+            log=say,
+            also=held_out,
         )
         train_pairs = draw_pairs(config, labelled, task, writer, config.seed)
         held_pairs = draw_pairs(config, held_out, task, writer, 10_000 + config.seed)
@@ -190,7 +207,13 @@ def main(argv=None):
         model, config.learning_rate, steps, warmup_share=config.warmup, weight_decay=config.weight_decay
     )
     set_dropout(model, config.dropout)
-    metrics, progress, step, best, since_best = MetricsLog(directory), tqdm(total=steps, desc="rm", mininterval=2, disable=None), 0, None, 0
+    metrics, progress, step, best, since_best = (
+        MetricsLog(directory),
+        tqdm(total=steps, desc="rm", mininterval=2, disable=None),
+        0,
+        None,
+        0,
+    )
     check_every = max(1, batches_per_epoch // config.checks_per_epoch)
     pad_id = reward_pad_token_id(tokenizer, encoder.stop_ids, model.config.vocab_size)
 
@@ -206,7 +229,9 @@ def main(argv=None):
             for micro_batch in split_rows(batch, config.micro_batch_size):
                 with autocast():
                     loss = rm_loss(model, micro_batch, len(batch), encoder, config)
-                require_finite(loss, "the reward model's loss", step, lambda: f"The best state so far is in {directory}.")
+                require_finite(
+                    loss, "the reward model's loss", step, lambda: f"The best state so far is in {directory}."
+                )
                 loss.backward()
                 batch_loss += loss.item()
             learning_rate = scheduler.get_last_lr()[0]
@@ -220,7 +245,10 @@ def main(argv=None):
                 continue
             model.eval()
             chosen, rejected = score_pairs(model, held_rows, encoder, config, autocast)
-            held_loss, held_accuracy = pairwise_loss(chosen, rejected).item(), pairwise_accuracy(chosen, rejected).item()
+            held_loss, held_accuracy = (
+                pairwise_loss(chosen, rejected).item(),
+                pairwise_accuracy(chosen, rejected).item(),
+            )
             metrics.write(
                 {"step": step, "eval/loss": held_loss, "eval/accuracy": held_accuracy},
                 f"step {step}/{steps}  loss {batch_loss:.3f}  held-out loss {held_loss:.3f}  accuracy {100 * held_accuracy:.1f} %",
@@ -252,10 +280,14 @@ def main(argv=None):
         temperature=config.temperature, policy_fingerprint=policy_fingerprint,
     )  # fmt: skip
     statistics.save(directory)
-    say(f"scores on {statistics.count} answers sampled by the policy: mean {statistics.mean:.3f}, standard deviation {statistics.std:.3f}")
+    say(
+        f"scores on {statistics.count} answers sampled by the policy: mean {statistics.mean:.3f}, standard deviation {statistics.std:.3f}"
+    )
     write_json(directory / RECORD, make_record(
         f"rm-{kind}", task, config, tiny=tiny, report=report, policy_fingerprint=policy_fingerprint))  # fmt: skip
-    metrics.write({"step": step, **{f"final/{k}": v for k, v in report["pairs"]["all"].items() if not isinstance(v, list)}})
+    metrics.write(
+        {"step": step, **{f"final/{k}": v for k, v in report["pairs"]["all"].items() if not isinstance(v, list)}}
+    )
     say(f"saved {directory}")
 
 

@@ -82,7 +82,10 @@ def main(argv=None):
     config.answer_format = task.answer_format
     check_same_task(record, task, f"--model {config.model}")
     tiny = config.model == "tiny" or record.get("tiny", False)
-    config.task, config.data_seed = config.task or task.name, config.seed if config.data_seed is None else config.data_seed
+    config.task, config.data_seed = (
+        config.task or task.name,
+        config.seed if config.data_seed is None else config.data_seed,
+    )
     config.learning_rate = config.learning_rate or (1e-3 if tiny else 1e-5)
     config.dropout = (0.2 if tiny else 0.0) if config.dropout is None else config.dropout
     device, autocast = set_up(config.precision, config.seed)
@@ -93,7 +96,9 @@ def main(argv=None):
     directory = check_run_directory(config.output_dir or f"runs/{task.name}/sft", config.overwrite, [config.model])
     show_config(config, "train_sft")
     if config.model == "tiny":
-        model, tokenizer = build_tiny(splits, task, TinyConfig(epochs=config.tiny_epochs), config.seed, device, autocast)
+        model, tokenizer = build_tiny(
+            splits, task, TinyConfig(epochs=config.tiny_epochs), config.seed, device, autocast
+        )
     encoder = Encoder(tokenizer, model)
 
     labelled = encoder.fit(splits.labelled, task, config.max_new_tokens, say)
@@ -103,7 +108,9 @@ def main(argv=None):
         check_writer(config.rationales, labelled, task, config.rationale_model)
     open_run_directory(directory, config.overwrite)
     if task.answer_format == "rationale":
-        writer = make_writer(config.rationales, labelled, task, config=config, device=device, directory=directory.parent, log=say)
+        writer = make_writer(
+            config.rationales, labelled, task, config=config, device=device, directory=directory.parent, log=say
+        )
     rows = []
     for example in labelled:
         rationale = writer.write(example, example.label) if task.answer_format == "rationale" else None
@@ -116,7 +123,12 @@ def main(argv=None):
         warmup_share=config.warmup, schedule=config.schedule, weight_decay=config.weight_decay,
     )  # fmt: skip
     set_dropout(model, config.dropout)
-    metrics, progress, step, best = MetricsLog(directory), tqdm(total=steps, desc="sft", mininterval=2, disable=None), 0, None
+    metrics, progress, step, best = (
+        MetricsLog(directory),
+        tqdm(total=steps, desc="sft", mininterval=2, disable=None),
+        0,
+        None,
+    )
     for epoch in range(config.epochs):
         model.train()
         epoch_loss, epoch_tokens = 0.0, 0

@@ -90,13 +90,25 @@ def stage(directory, command, threads=1):
     with open(directory.parent / f"{directory.name}.log", "w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
     shown = [Path(part).name if Path(part).is_absolute() else part for part in command[1:]]
-    mark.write_text(json.dumps({"command": " ".join(["python", *shown]), "seconds": round(time.monotonic() - start, 1)}))
+    mark.write_text(
+        json.dumps({"command": " ".join(["python", *shown]), "seconds": round(time.monotonic() - start, 1)})
+    )
 
 
 def one_seed(args, directory, seed, data, base):
     script = lambda name: str(ROOT / name)  # noqa: E731
     common = ["--seed", str(seed)]
-    sft = [script("train_sft.py"), "--model", base, "--task", args.task, *data, "--labelled", str(args.labelled), *common]
+    sft = [
+        script("train_sft.py"),
+        "--model",
+        base,
+        "--task",
+        args.task,
+        *data,
+        "--labelled",
+        str(args.labelled),
+        *common,
+    ]
     if not args.no_label_only:
         stage(directory / "sft-label-only", [*sft, "--answer_format", "label", *args.sft.split()])
     stage(directory / "sft", [*sft, *args.sft.split()])
@@ -110,7 +122,9 @@ def one_seed(args, directory, seed, data, base):
         own = {"label": models, "rationale": rationale, "mixed": models + rationale, "gold": []}[reward]
         if reward == "gold":  # the value model starts as RLLR's does, so that only the reward differs
             own = ["--value_init", str(directory / "rm-label")]
-        stage(directory / f"ppo-{reward}", [script("train_ppo.py"), "--reward", reward, *policy, *own, *args.ppo.split()])
+        stage(
+            directory / f"ppo-{reward}", [script("train_ppo.py"), "--reward", reward, *policy, *own, *args.ppo.split()]
+        )
 
 
 def evaluate(args, directory, report):
@@ -127,7 +141,9 @@ def write_table(args, runs):
         directory = runs / f"seed{seed}"
         present = [name for name, place in METHODS.items() if (directory / place).is_dir()]
         for n, name in enumerate(present):
-            rows = [json.loads(line) for line in (directory / "evaluation" / f"answers-{n}.jsonl").open(encoding="utf-8")]
+            rows = [
+                json.loads(line) for line in (directory / "evaluation" / f"answers-{n}.jsonl").open(encoding="utf-8")
+            ]
             right.setdefault(name, []).append([row["label"] == row["gold"] for row in rows])
             failures.setdefault(name, []).append(np.mean([row["label"] is None for row in rows]))
     rng = np.random.default_rng(0)
@@ -135,14 +151,20 @@ def write_table(args, runs):
     drawn = rng.integers(0, base.shape[1], (4000, base.shape[1]))
     for name, values in right.items():
         values = np.array(values, float)
-        row = {"method": name, "accuracy": values.mean(), "seeds": values.mean(1).tolist(), "parse_failures": float(np.mean(failures[name]))}
+        row = {
+            "method": name,
+            "accuracy": values.mean(),
+            "seeds": values.mean(1).tolist(),
+            "parse_failures": float(np.mean(failures[name])),
+        }
         if name != BASE:
             difference = (values - base).mean(0)
             low, high = np.percentile(difference[drawn].mean(1), [2.5, 97.5])
             row |= {"difference": difference.mean(), "interval": [low, high]}
         table.append(row)
     reward_models = {
-        seed: {kind: read(runs / f"seed{seed}" / f"rm-{kind}" / "rllr.json") for kind in ("label", "rationale")} for seed in args.seeds
+        seed: {kind: read(runs / f"seed{seed}" / f"rm-{kind}" / "rllr.json") for kind in ("label", "rationale")}
+        for seed in args.seeds
     }
     seconds = {
         mark.name.removesuffix(".done.json"): json.loads(mark.read_text())["seconds"]
@@ -173,7 +195,10 @@ def machine():
     import torch
     import transformers
 
-    name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    name = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+        platform.machine(),
+    )
     return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
@@ -187,12 +212,25 @@ def markdown(result):
     ]  # fmt: skip
     for row in result["table"]:
         seeds = " | ".join(f"{100 * value:.1f}" for value in row["seeds"])
-        difference = "" if "difference" not in row else (
-            f"{100 * row['difference']:+.2f} ({100 * row['interval'][0]:+.2f} .. {100 * row['interval'][1]:+.2f})"
+        difference = (
+            ""
+            if "difference" not in row
+            else (
+                f"{100 * row['difference']:+.2f} ({100 * row['interval'][0]:+.2f} .. {100 * row['interval'][1]:+.2f})"
+            )
         )
-        lines.append(f"| {row['method']} | {seeds} | {100 * row['accuracy']:.1f} | {difference} | {100 * row['parse_failures']:.1f} % |")
-    lines += ["", "Reward models on held-out pairs, and the label reward model as a classifier beside the SFT policy:", ""]
-    lines += ["| seed | label pairs | rationale pairs | as a classifier, dev half that chooses | SFT policy there |", "|---|---|---|---|---|"]
+        lines.append(
+            f"| {row['method']} | {seeds} | {100 * row['accuracy']:.1f} | {difference} | {100 * row['parse_failures']:.1f} % |"
+        )
+    lines += [
+        "",
+        "Reward models on held-out pairs, and the label reward model as a classifier beside the SFT policy:",
+        "",
+    ]
+    lines += [
+        "| seed | label pairs | rationale pairs | as a classifier, dev half that chooses | SFT policy there |",
+        "|---|---|---|---|---|",
+    ]
     for seed, models in result["reward_models"].items():
         share = lambda model: f"{100 * model['pairs']['all']['accuracy']:.1f}" if model else ""  # noqa: E731
         judged = (models["label"] or {}).get("classifier", {}).get("eval", {})
@@ -200,7 +238,11 @@ def markdown(result):
             f"| {seed} | {share(models['label'])} | {share(models['rationale'])} | {100 * judged.get('reward_model', 0):.1f} "
             f"| {100 * judged.get('policy', 0):.1f} |"
         )
-    lines += ["", "Wall time in seconds, one thread, first seed: " + ", ".join(f"{k} {v:.0f}" for k, v in result["seconds"].items())]
+    lines += [
+        "",
+        "Wall time in seconds, one thread, first seed: "
+        + ", ".join(f"{k} {v:.0f}" for k, v in result["seconds"].items()),
+    ]
     lines += ["", f"    {result['command']}", "", "Stages of the first seed:", ""]
     lines += [f"    {command}" for command in result["commands"].values()] + ["", result["machine"], ""]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Flags from a dataclass: one field, one flag, one comment that is also its help text.
 
-    config = parse_config(PPOConfig)          # sys.argv, optionally --config file.yaml|json; flags override the file
+config = parse_config(PPOConfig)          # sys.argv, optionally --config file.yaml|json; flags override the file
 """
 
 import argparse
@@ -33,7 +33,9 @@ def parse_config(cls, argv=None, description=None):
         kind, optional = _type(field)
         help_text = f"{comments.get(name, '')} (default: {_show(field.default)})".replace("%", "%%").strip()
         if kind is bool:
-            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text)
+            parser.add_argument(
+                f"--{name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text
+            )
         elif _is_list(field):
             parser.add_argument(f"--{name}", nargs="+", default=argparse.SUPPRESS, help=help_text)
         else:
@@ -48,7 +50,9 @@ def parse_config(cls, argv=None, description=None):
             values[key] = _convert(fields[key], value, f"{config_file}: {key}")
     for key, value in flags.items():
         values[key] = value if isinstance(value, bool) else _convert(fields[key], value, f"--{key}")
-    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    missing = [
+        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
     missing = [f"--{name}" for name in missing if name not in values]
     if missing:
         raise InputError(f"required: {', '.join(missing)} (--help lists the flags)")

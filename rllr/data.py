@@ -54,15 +54,24 @@ def load_examples(source, task: Task, *, require_labels=True, columns=None, labe
     columns = source.columns if columns is None else columns
     label_map = source.label_map if label_map is None else label_map
     if source.dataset:
-        return load_hub_examples(source.dataset, task, config=source.dataset_config, split=source.split, log=log,
-                                 columns=columns, label_map=label_map, require_labels=require_labels)
+        return load_hub_examples(
+            source.dataset,
+            task,
+            config=source.dataset_config,
+            split=source.split,
+            log=log,
+            columns=columns,
+            label_map=label_map,
+            require_labels=require_labels,
+        )
     if source.path.partition(":")[0] == "demo":
         return _demo_examples(source.path.partition(":")[2] or "train", task)
     return _to_examples(read_table(source.path), task, columns, label_map, require_labels, log)
 
 
-def load_hub_examples(name: str, task: Task, *, config=None, split="train", columns=None, label_map=None,
-                      require_labels=True, log=print) -> list[Example]:
+def load_hub_examples(
+    name: str, task: Task, *, config=None, split="train", columns=None, label_map=None, require_labels=True, log=print
+) -> list[Example]:
     """Examples from a hub data set, or a local directory laid out like one. Raises InputError as above."""
     import datasets  # here, because the import takes two seconds that a JSONL file need not wait for
 
@@ -86,8 +95,10 @@ def load_pairs(path, log=print) -> list[dict]:
     ranking = "prompt" not in table.columns and {"instruction", "output"} <= set(table.columns)
     missing = [name for name in ("prompt", "chosen", "rejected") if name not in table.columns]
     if missing and not ranking:
-        raise InputError(f"{table.name}: no column {missing[0]!r}; a pair has prompt, chosen and rejected "
-                         f"(or instruction, input, output: [chosen, rejected]); {_present(table.columns)}")
+        raise InputError(
+            f"{table.name}: no column {missing[0]!r}; a pair has prompt, chosen and rejected "
+            f"(or instruction, input, output: [chosen, rejected]); {_present(table.columns)}"
+        )
     pairs, dropped = [], defaultdict(list)
     for n, row in table.rows:
         if ranking:
@@ -112,8 +123,11 @@ def select_labelled(examples: list[Example], n: int, seed: int) -> tuple[list[Ex
     if not 1 <= n <= len(candidates):
         raise InputError(f"cannot keep the labels of {n} examples: only {len(candidates)} have one (the least is 1)")
     chosen = set(sorted(candidates, key=_shuffle_key(examples, "labelled", seed))[:n])
-    unlabelled = [replace(example, label=None, score=None, rationale=None, rationales={})
-                  for i, example in enumerate(examples) if i not in chosen]
+    unlabelled = [
+        replace(example, label=None, score=None, rationale=None, rationales={})
+        for i, example in enumerate(examples)
+        if i not in chosen
+    ]
     return [example for i, example in enumerate(examples) if i in chosen], unlabelled
 
 
@@ -124,12 +138,14 @@ def split_holdout(examples: list[Example], amount: int | float, seed: int) -> tu
     if not 1 <= n < total:
         raise InputError(f"cannot hold out {amount} of {total} examples: give a share below 1 or a smaller number")
     held = set(sorted(range(total), key=_shuffle_key(examples, "holdout", seed))[:n])
-    return ([example for i, example in enumerate(examples) if i not in held],
-            [example for i, example in enumerate(examples) if i in held])
+    return (
+        [example for i, example in enumerate(examples) if i not in held],
+        [example for i, example in enumerate(examples) if i in held],
+    )
 
 
 def parse_mapping_flag(value: str | dict | None, flag: str = "--columns") -> dict[str, str]:
-    """"text=sentence,label=gold" as a dict; a dict is checked likewise. Raises InputError that names the flag."""
+    """ "text=sentence,label=gold" as a dict; a dict is checked likewise. Raises InputError that names the flag."""
     entries = [(str(left), right) for left, right in value.items()] if isinstance(value, dict) else []
     for entry in value.split(",") if isinstance(value, str) and value.strip() else ():
         left, _, right = (part.strip() for part in entry.partition("="))
@@ -141,8 +157,10 @@ def parse_mapping_flag(value: str | dict | None, flag: str = "--columns") -> dic
         raise InputError(f"{flag} {value!r}: a name is given twice")
     for name in mapping if flag.endswith("columns") else ():
         if name not in FIELDS:
-            raise InputError(f"{flag} {name}={mapping[name]}: unknown field {name!r}; write field=column, the field "
-                             f"being one of {', '.join(FIELDS)}")
+            raise InputError(
+                f"{flag} {name}={mapping[name]}: unknown field {name!r}; write field=column, the field "
+                f"being one of {', '.join(FIELDS)}"
+            )
     return mapping
 
 
@@ -185,19 +203,25 @@ class _RowReader:
         self.rllr = "text" not in self.columns and {"instruction", "output"} <= set(present)
         if self.rllr:
             self.columns = {"text": "instruction", "label": "output", "rationale": "rationale"} | self.columns
-        self.label_map = {word.strip().casefold(): self._mapped_label(word, label)
-                          for word, label in parse_mapping_flag(label_map, "--label_map").items()}
+        self.label_map = {
+            word.strip().casefold(): self._mapped_label(word, label)
+            for word, label in parse_mapping_flag(label_map, "--label_map").items()
+        }
         has_label = "label" in self.columns or task.ordinal and "score" in self.columns
         for name in ["text"] + ["text_b"] * task.is_pair + ["label"] * (require_labels and not has_label):
             if name not in self.columns:
-                raise InputError(f"{table.name}: no column for the field {name!r} of task {task.name}; "
-                                 f"{_present(present)}; say which it is with --columns {name}=<column>")
+                raise InputError(
+                    f"{table.name}: no column for the field {name!r} of task {task.name}; "
+                    f"{_present(present)}; say which it is with --columns {name}=<column>"
+                )
 
     def _mapped_label(self, word: str, label: str) -> str:
         canonical = self.task.canonical_label(str(label))
         if canonical is None:
-            raise InputError(f"--label_map {word}={label}: {label!r} is not a label of task {self.task.name}: "
-                             f"{', '.join(self.task.labels)}")
+            raise InputError(
+                f"--label_map {word}={label}: {label!r} is not a label of task {self.task.name}: "
+                f"{', '.join(self.task.labels)}"
+            )
         return canonical
 
     def example(self, n: int, row: dict) -> Example:
@@ -259,8 +283,12 @@ class _RowReader:
             return self.task.canonical_label(words[0]) if words else None
         theirs = f" (the data set's labels: {', '.join(names)})" if names else ""
         hint = "; is it a score? --columns score=<column>" if self.task.ordinal and isinstance(value, float) else ""
-        raise self._error(n, name, f"is {brief(words[0])}{theirs}, not a label of task {self.task.name}: "
-                                   f"{', '.join(self.task.labels)}; map it with --label_map <theirs>=<ours>,...{hint}")
+        raise self._error(
+            n,
+            name,
+            f"is {brief(words[0])}{theirs}, not a label of task {self.task.name}: "
+            f"{', '.join(self.task.labels)}; map it with --label_map <theirs>=<ours>,...{hint}",
+        )
 
     def _score(self, n: int, row: dict) -> float | None:
         value = self._value(row, "score")

@@ -34,7 +34,9 @@ class Encoder:
         pad_id = tokenizer.pad_token_id
         self.pad_id = pad_id if pad_id is not None and pad_id < vocabulary_size else None  # None: any id fills padding
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.special_tokens = [token for token in dict.fromkeys([*added, *tokenizer.all_special_tokens]) if len(token) > 1]
+        self.special_tokens = [
+            token for token in dict.fromkeys([*added, *tokenizer.all_special_tokens]) if len(token) > 1
+        ]
 
     def _plain(self, text):
         """A text in which no special token is spelled out: "</s>" in a user's data must not end a turn. A space breaks it."""
@@ -104,7 +106,9 @@ class Encoder:
         fitted = [self._cut(example, task, budget) for example in examples]
         cut = [new.id for new, old in zip(fitted, examples) if new is not old]
         if cut:
-            log(f"{len(cut)} of {len(examples)} texts were cut to fit the context of {self.context} tokens: {_name(cut)}")
+            log(
+                f"{len(cut)} of {len(examples)} texts were cut to fit the context of {self.context} tokens: {_name(cut)}"
+            )
         return fitted
 
     def _cut(self, example, task, budget):

@@ -37,7 +37,12 @@ def answer_rows(model, encoder, task, examples, max_new_tokens, batch_size=64, a
     prompts = [encoder.prompt_ids(task.render_prompt(example.text, example.text_b)) for example in examples]
     with autocast():
         rollout = generate(
-            model, prompts, max_new_tokens=max_new_tokens, eos_token_id=encoder.stop_ids, greedy=True, batch_size=batch_size
+            model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=encoder.stop_ids,
+            greedy=True,
+            batch_size=batch_size,
         )
     texts = [encoder.decode(response) for response in rollout.responses()]
     return [Answer(text, parse_answer(task, text), cut) for text, cut in zip(texts, rollout.truncated.tolist())]
@@ -141,7 +146,9 @@ def mcnemar(first_right, second_right) -> float:
     n, k = only_first + only_second, min(only_first, only_second)
     if n == 0:
         return 1.0
-    log_tail = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2) for i in range(k + 1)]
+    log_tail = [
+        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2) for i in range(k + 1)
+    ]
     return min(1.0, 2 * math.fsum(math.exp(term) for term in log_tail))
 
 
@@ -197,7 +204,9 @@ def table(task, results) -> str:
     scale, unit = (100, " %") if percent else (1, "")
     digits = 1 if percent else 3
     width = max(len("model"), *(len(row["model"]) for row in results))
-    lines = [f"{'model':{width}}  {task.metric:>10}  {'95 % interval':>16}  {'parse fail.':>11}  difference to the first"]
+    lines = [
+        f"{'model':{width}}  {task.metric:>10}  {'95 % interval':>16}  {'parse fail.':>11}  difference to the first"
+    ]
     for row in results:
         low, high = (scale * v for v in row["interval"])
         line = f"{row['model']:{width}}  {scale * row[task.metric]:>{10 - len(unit)}.{digits}f}{unit}"
@@ -235,7 +244,9 @@ def main(argv=None):
     task = resolve_task(config, records[config.models[0]])
     inherit(config, records[config.models[0]])
     device, autocast = set_up(config.precision, config.seed)
-    tokenizers = {name: load_tokenizer(name) for name in config.models}  # all of them are there before the first one works
+    tokenizers = {
+        name: load_tokenizer(name) for name in config.models
+    }  # all of them are there before the first one works
     for name, record in records.items():
         check_same_task(record, task, f"--models {name}")
     examples = load_evaluation(config, task, config.part, say)
@@ -245,7 +256,9 @@ def main(argv=None):
         model = load_policy(name, device=device)
         encoder = Encoder(tokenizers[name], model)
         fitted = encoder.fit(examples, own_task, config.max_new_tokens, say)
-        answers[name] = answer_rows(model, encoder, own_task, fitted, config.max_new_tokens, config.batch_size, autocast)
+        answers[name] = answer_rows(
+            model, encoder, own_task, fitted, config.max_new_tokens, config.batch_size, autocast
+        )
     results = compare(task, examples, answers, config.seed)
     say(f"\n{task.name}, {len(examples)} rows, greedy answers\n{table(task, results)}")
     if config.output_dir:

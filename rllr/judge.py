@@ -72,7 +72,9 @@ class ScoreStatistics:
             assert statistics.std >= MIN_STD and len(statistics.quantiles) == GRID
             return statistics
         except FileNotFoundError:
-            raise InputError(f"{path}: not there; train_rm.py writes it beside the reward model (or use --score_norm none)") from None
+            raise InputError(
+                f"{path}: not there; train_rm.py writes it beside the reward model (or use --score_norm none)"
+            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AssertionError):
             raise InputError(f"{path}: damaged; train the reward model again (or use --score_norm none)") from None
 
@@ -110,7 +112,9 @@ class RewardModelScorer:
             return
         n, total = len(raw), self.count + len(raw)
         shift = float(raw.mean()) - self.mean
-        squares = self.variance * (self.count - 1) + float(raw.var(unbiased=False)) * n + shift**2 * self.count * n / total
+        squares = (
+            self.variance * (self.count - 1) + float(raw.var(unbiased=False)) * n + shift**2 * self.count * n / total
+        )
         self.mean, self.variance, self.count = self.mean + shift * n / total, squares / (total - 1), total
 
     def threshold(self, spec):
@@ -119,7 +123,9 @@ class RewardModelScorer:
         if not (isinstance(spec, str) and spec.startswith("q")):
             return float(spec)
         if self.statistics is None:
-            raise InputError(f"--threshold {spec} needs {STATISTICS} beside the reward model; train_rm.py writes it, or give a number")
+            raise InputError(
+                f"--threshold {spec} needs {STATISTICS} beside the reward model; train_rm.py writes it, or give a number"
+            )
         place = float(spec[1:]) * (GRID - 1)
         low = self.statistics.quantiles[math.floor(place)]
         raw = low + (place - math.floor(place)) * (self.statistics.quantiles[math.ceil(place)] - low)
@@ -156,7 +162,9 @@ def load_function(spec):
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
-        raise InputError(f"--reward {spec}: cannot be imported ({error}); give module:function from the Python path") from None
+        raise InputError(
+            f"--reward {spec}: cannot be imported ({error}); give module:function from the Python path"
+        ) from None
     if not callable(function):
         raise InputError(f"--reward {spec}: is a {type(function).__name__}, not a function")
 
@@ -167,7 +175,9 @@ def load_function(spec):
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"--reward {spec}: must return {len(samples.answers)} numbers ({error})") from None
         if scores.shape != (len(samples.answers),):
-            raise InputError(f"--reward {spec}: must return {len(samples.answers)} numbers, returned shape {tuple(scores.shape)}")
+            raise InputError(
+                f"--reward {spec}: must return {len(samples.answers)} numbers, returned shape {tuple(scores.shape)}"
+            )
         return scores.detach()
 
     return checked

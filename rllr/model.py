@@ -56,7 +56,9 @@ def _check_logits(model, name):
     ours, theirs = lm_logits(model, hidden_states(model, ids)), model(input_ids=ids, use_cache=False).logits.float()
     model.train(was_training)
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * max(1.0, float(theirs.abs().max()))):
-        raise InputError(f"{name}: the LM head of {type(model).__name__} does more than a linear map; rllr does not support it")
+        raise InputError(
+            f"{name}: the LM head of {type(model).__name__} does more than a linear map; rllr does not support it"
+        )
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -199,7 +201,9 @@ class ScalarHeadModel(nn.Module):
         _require_model_directory(path)
         weights = _read_head(Path(path))
         if HEAD_WEIGHT not in weights:
-            raise InputError(f"{path}: no {HEAD_WEIGHT} among the weights, so it holds no reward or value model (train_rm.py makes one)")
+            raise InputError(
+                f"{path}: no {HEAD_WEIGHT} among the weights, so it holds no reward or value model (train_rm.py makes one)"
+            )
         backbone = load_backbone(path, dtype=dtype, device=device)
         weight, bias = weights[HEAD_WEIGHT], weights.get(HEAD_BIAS)
         head = nn.Linear(weight.shape[1], 1, bias=cls.has_bias, device=device, dtype=dtype)
@@ -224,7 +228,10 @@ class ScalarHeadModel(nn.Module):
         write_safetensors(state, path / "model.safetensors")
         config = self.config.to_dict()
         classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-        config |= {"architectures": [classes.get(self.config.model_type, type(self).__name__)], "pad_token_id": pad_token_id}
+        config |= {
+            "architectures": [classes.get(self.config.model_type, type(self).__name__)],
+            "pad_token_id": pad_token_id,
+        }
         config |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}, "dtype": "float32"}
         (path / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
         if tokenizer is not None:
@@ -250,7 +257,9 @@ class RewardModel(ScalarHeadModel):
 
     def forward(self, sequences, prompt_lens, response_mask):
         """sequences [B, T], prompt_lens [B], response_mask [B, R] -> scores [B], float32."""
-        last = prompt_lens + response_mask.sum(1) - 1  # the last response token itself: EOS, or where the answer was cut
+        last = (
+            prompt_lens + response_mask.sum(1) - 1
+        )  # the last response token itself: EOS, or where the answer was cut
         hidden = hidden_states(self, sequences)
         return self.scores_at(hidden[torch.arange(len(sequences), device=hidden.device), last])
 

@@ -60,7 +60,12 @@ class ModelWriter(GivenWriter):
     def _ask(self, batch, task, model, encoder, max_new_tokens):
         prompts = [encoder.prompt_ids(self._prompt(example, label, task)) for example, label in batch]
         rollout = generate(
-            model, prompts, max_new_tokens=max_new_tokens, eos_token_id=encoder.stop_ids, greedy=True, batch_size=len(prompts)
+            model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=encoder.stop_ids,
+            greedy=True,
+            batch_size=len(prompts),
         )
         # One line, so that the label line stays the last and only one of its kind.
         return [" ".join(encoder.decode(response).split()) or "no reason given" for response in rollout.responses()]
@@ -82,7 +87,9 @@ def read_cache(cache_file):
                     row = json.loads(line)
                     written[row["id"], row["label"]] = row["rationale"], row.get("asked")
                 except (ValueError, KeyError, TypeError):  # ValueError: not JSON, or not UTF-8
-                    raise InputError(f"{cache_file}:{number}: not a cached rationale; delete the line or the file") from None
+                    raise InputError(
+                        f"{cache_file}:{number}: not a cached rationale; delete the line or the file"
+                    ) from None
     except FileNotFoundError:
         pass
     return written

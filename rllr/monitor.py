@@ -6,7 +6,9 @@ from .ppo import explained_variance, kl_estimate, masked_mean
 from .training import say
 
 
-def step_metrics(step, config, rollout, batch, samples, judges, judged, scores, rewards, raw_advantages, stats, threshold, kl_coef):
+def step_metrics(
+    step, config, rollout, batch, samples, judges, judged, scores, rewards, raw_advantages, stats, threshold, kl_coef
+):
     """Every act in numbers, under the names that the README and the docs use."""
     kl_tokens = kl_estimate(batch.logprobs, batch.ref_logprobs)
     spread = (raw_advantages - masked_mean(raw_advantages, batch.mask)).square()
@@ -33,7 +35,9 @@ def judge_metrics(judges, judged, samples, scores, threshold):
     """Act 3 in numbers; accuracy only where PPO may know gold labels. Parse failures' mean score beside the others'."""
     found = {f"judge/{name}_score": values.mean() for name, values in judged.items()}
     found |= {
-        f"judge/{name}_clipped": judge.clipped_share for name, judge in judges.items() if hasattr(judge, "clipped_share")
+        f"judge/{name}_clipped": judge.clipped_share
+        for name, judge in judges.items()
+        if hasattr(judge, "clipped_share")
     }
     failed = torch.tensor([label is None for label in samples.labels], device=scores.device)
     found |= {"judge/score": scores.mean()}
@@ -61,4 +65,6 @@ def show_rollout(samples, judged, scores, count=2):
     for i in range(min(count, len(samples.answers))):
         parts = "  ".join(f"{name} {values[i].item():+.2f}" for name, values in judged.items())
         say(f"  prompt  {samples.prompts[i]!r}\n  answer  {samples.answers[i]!r}")
-        say(f"  label   {samples.labels[i] or 'parse failure'} (gold: {samples.gold_labels[i] or 'not known here'})  {parts}  score {scores[i].item():+.2f}\n")
+        say(
+            f"  label   {samples.labels[i] or 'parse failure'} (gold: {samples.gold_labels[i] or 'not known here'})  {parts}  score {scores[i].item():+.2f}\n"
+        )

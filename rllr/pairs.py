@@ -42,7 +42,9 @@ def label_sensitive_pairs(examples, task, writer, *, rationales="independent", n
     and counted. Raises InputError for a row without a label.
     """
     if rationales not in LABEL_PAIRS or negatives not in ("one", "all"):
-        raise InputError(f"--label_pairs {rationales!r}: choose independent or paper; negatives {negatives!r}: one or all")
+        raise InputError(
+            f"--label_pairs {rationales!r}: choose independent or paper; negatives {negatives!r}: one or all"
+        )
     pairs = []
     for example in examples:
         rng = random.Random(f"label/{seed}/{example.id}")
@@ -112,7 +114,9 @@ def write_pairs(path, pairs):
 
 def split_by_prompt(pairs, share=0.1):
     """(train, held out) pairs of a file: a share of the prompts, chosen by a hash, is held out with all its pairs."""
-    prompts = sorted({pair.prompt for pair in pairs}, key=lambda p: hashlib.sha256(p.encode("utf-8", "replace")).digest())
+    prompts = sorted(
+        {pair.prompt for pair in pairs}, key=lambda p: hashlib.sha256(p.encode("utf-8", "replace")).digest()
+    )
     if len(prompts) < 2:
         raise InputError(f"--pairs: {len(pairs)} pairs over {len(prompts)} prompt: give at least two, one to hold out")
     held = set(prompts[: max(1, round(share * len(prompts)))])

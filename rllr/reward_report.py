@@ -26,9 +26,13 @@ class Sampled:
 
 def sampled_scores(policy, encoder, task, examples, config, autocast) -> Sampled:
     """Sample an answer for each of at most config.statistics_prompts rows that trained no stage."""
-    examples = random.Random(f"statistics/{config.seed}").sample(examples, min(len(examples), config.statistics_prompts))
+    examples = random.Random(f"statistics/{config.seed}").sample(
+        examples, min(len(examples), config.statistics_prompts)
+    )
     if len(examples) < MIN_PROMPTS:
-        say(f"warning: score statistics rest on {len(examples)} prompts, fewer than {MIN_PROMPTS}; more unlabelled rows would help")
+        say(
+            f"warning: score statistics rest on {len(examples)} prompts, fewer than {MIN_PROMPTS}; more unlabelled rows would help"
+        )
     prompts = [encoder.prompt_ids(task.render_prompt(example.text, example.text_b)) for example in examples]
     generator = torch.Generator(policy.device).manual_seed(config.seed)
     with autocast():
@@ -39,7 +43,9 @@ def sampled_scores(policy, encoder, task, examples, config, autocast) -> Sampled
     whole = [i for i, cut in enumerate(rollout.truncated.tolist()) if not cut]
     responses = rollout.responses()
     if len(whole) < len(prompts):
-        say(f"{len(prompts) - len(whole)} of {len(prompts)} sampled answers were cut at {config.max_new_tokens} tokens and left out")
+        say(
+            f"{len(prompts) - len(whole)} of {len(prompts)} sampled answers were cut at {config.max_new_tokens} tokens and left out"
+        )
     if len(whole) < 2:
         raise InputError(
             f"only {len(whole)} of {len(prompts)} answers sampled by the policy ended within --max_new_tokens "
@@ -57,7 +63,12 @@ def pair_report(pairs, chosen, rejected) -> dict:
         margin = margins[[kind in ("all", pair.kind) for pair in pairs]]
         share = float(((margin > 0).double() + 0.5 * (margin == 0).double()).mean())
         low, high = wilson_interval(share, len(margin))
-        report[kind] = {"pairs": len(margin), "accuracy": share, "interval": [low, high], "margin": float(margin.mean())}
+        report[kind] = {
+            "pairs": len(margin),
+            "accuracy": share,
+            "interval": [low, high],
+            "margin": float(margin.mean()),
+        }
         say(
             f"held-out pairs  {kind:26}  n {len(margin):5}  accuracy {100 * share:5.1f} % ({100 * low:.1f} .. {100 * high:.1f})"
             f"  margin {float(margin.mean()):+.3f}"
@@ -68,7 +79,9 @@ def pair_report(pairs, chosen, rejected) -> dict:
 def show_pairs(pairs, chosen, rejected, count=2):
     """The first held-out pairs with the scores of both sides."""
     for pair, high, low in list(zip(pairs, chosen.tolist(), rejected.tolist()))[:count]:
-        say(f"  prompt    {pair.prompt!r}\n  chosen    {high:+.2f}  {pair.chosen!r}\n  rejected  {low:+.2f}  {pair.rejected!r}\n")
+        say(
+            f"  prompt    {pair.prompt!r}\n  chosen    {high:+.2f}  {pair.chosen!r}\n  rejected  {low:+.2f}  {pair.rejected!r}\n"
+        )
 
 
 def wilson_interval(share, n, z=1.959964):

@@ -25,21 +25,32 @@ def load_judges(config, task, tokenizer, policy_fingerprint, device, autocast):
                 raise InputError(f"--reward mixed needs a {part} reward model: --{part}_rm {directory} is not there")
             check_same_task(read_record(directory), task, f"--{part}_rm {directory}")
             judges[part] = load_scorer(
-                directory, tokenizer, config.score_norm, config.score_clip, config.eval_batch_size, device, autocast, f"--{part}_rm"
+                directory,
+                tokenizer,
+                config.score_norm,
+                config.score_clip,
+                config.eval_batch_size,
+                device,
+                autocast,
+                f"--{part}_rm",
             )
             setattr(config, f"{part}_rm", str(directory))  # the resolved config names what was used
             stored = judges[part].statistics
             if stored and stored.policy_fingerprint != policy_fingerprint:
                 say(f"warning: the {part} reward model was measured on answers of another policy than {config.policy}")
     # What a threshold or the missing-EOS rule lacks is said now, before the run writes anything.
-    eos_cap(config, judges, config.reward, judges["label"].threshold(config.threshold) if config.reward == "mixed" else None)
+    eos_cap(
+        config, judges, config.reward, judges["label"].threshold(config.threshold) if config.reward == "mixed" else None
+    )
     return config.reward, judges
 
 
 def load_value_model(config, device):
     """The value model: from the reward model, in the units of the reward; else --value_init; else SFT with a zero head."""
     own_reward = config.reward == "gold" or ":" in config.reward
-    source = config.value_init or (None if own_reward else config.rationale_rm if config.reward == "rationale" else config.label_rm)
+    source = config.value_init or (
+        None if own_reward else config.rationale_rm if config.reward == "rationale" else config.label_rm
+    )
     if source is None:
         say("value model: SFT backbone with a zero head")
         return ValueModel.from_policy(load_policy(config.policy, device=device))
@@ -59,7 +70,9 @@ def eos_cap(config, judges, mode, threshold):
     if config.score_norm != "none":
         return 0.0, 1.0
     if None in statistics:
-        raise InputError("--score_norm none still needs score_statistics.json for the missing-EOS rule; run train_rm.py again")
+        raise InputError(
+            "--score_norm none still needs score_statistics.json for the missing-EOS rule; run train_rm.py again"
+        )
     means = {name: judge.statistics.mean for name, judge in judges.items()}
     if mode == "mixed":
         means["label"] = min(means["label"], threshold)

@@ -54,8 +54,12 @@ def generate(
     off while sampling. The same generator state, prompts and batch_size give the same answers.
     """
     if max_new_tokens < 1 or not temperature > 0:
-        raise ValueError(f"max_new_tokens must be at least 1 and temperature above 0, got {max_new_tokens}, {temperature}")
-    stop_ids = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), device=model.device)
+        raise ValueError(
+            f"max_new_tokens must be at least 1 and temperature above 0, got {max_new_tokens}, {temperature}"
+        )
+    stop_ids = torch.tensor(
+        [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), device=model.device
+    )
     check_cache_support(model, max(map(len, prompts)) + max_new_tokens)
     was_training = model.training
     model.eval()
@@ -63,7 +67,9 @@ def generate(
         responses, logprobs = [None] * len(prompts), [None] * len(prompts)
         for rows in batches_by_length([len(prompt) for prompt in prompts], batch_size):
             pick = _Sampler(temperature, greedy, generator)
-            for row, tokens, token_logprobs in _decode([prompts[r] for r in rows], model, stop_ids, max_new_tokens, pick):
+            for row, tokens, token_logprobs in _decode(
+                [prompts[r] for r in rows], model, stop_ids, max_new_tokens, pick
+            ):
                 responses[rows[row]], logprobs[rows[row]] = tokens, token_logprobs
     finally:
         model.train(was_training)
@@ -142,4 +148,6 @@ def check_cache_support(model, length):
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in kinds or (getattr(config, "layer_types", None) is None and window)
     if slides and window and getattr(config, "use_sliding_window", True) and window < length:
-        raise ValueError(f"sliding window of {window} tokens is shorter than prompt + answer ({length}): shorten the prompt")
+        raise ValueError(
+            f"sliding window of {window} tokens is shorter than prompt + answer ({length}): shorten the prompt"
+        )

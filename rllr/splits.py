@@ -1,9 +1,9 @@
 """Which rows serve which stage. Settled by the SFT run, recorded beside its model, and taken over by the later stages.
 
-    labelled    SFT and both reward models train on these
-    held_out    labelled too, but set aside from all training: pairs that evaluate and stop a reward model
-    unlabelled  prompts of PPO; their labels, where a file has them, are removed
-    eval        dev rows: they choose epoch, step and recipe
+labelled    SFT and both reward models train on these
+held_out    labelled too, but set aside from all training: pairs that evaluate and stop a reward model
+unlabelled  prompts of PPO; their labels, where a file has them, are removed
+eval        dev rows: they choose epoch, step and recipe
 """
 
 from dataclasses import asdict, dataclass
@@ -56,7 +56,9 @@ def load_splits(config: DataConfig, task: Task, log=print) -> Splits:
     if config.labelled:
         known = sum(row.label is not None for row in rows)
         if not 1 <= config.labelled <= known:
-            raise InputError(f"--labelled {config.labelled}: there are {known} training rows with a label; give 1 to {known}")
+            raise InputError(
+                f"--labelled {config.labelled}: there are {known} training rows with a label; give 1 to {known}"
+            )
         labelled, unlabelled = select_labelled(rows, config.labelled, seed)
     else:
         labelled = [row for row in rows if row.label is not None]
@@ -98,7 +100,11 @@ def _load(config, task, part, log):
         default = {"train": "train", "eval": "validation"}[part]
         split = getattr(config, f"{part}_split") or default
         source = Source(
-            dataset=config.dataset, dataset_config=config.dataset_config, split=split, columns=columns, label_map=label_map
+            dataset=config.dataset,
+            dataset_config=config.dataset_config,
+            split=split,
+            columns=columns,
+            label_map=label_map,
         )
     elif task.name == "demo":
         source = Source(path="demo:train" if part == "train" else "demo:dev")

@@ -150,8 +150,10 @@ def _read_csv(path: Path, content: str, delimiter: str = ",", quoting: int = csv
                 if len(set(header)) < len(header):
                     raise InputError(f"{path}:{line}: the header names a column twice: {', '.join(header)}")
             elif cells and len(cells) != len(header):
-                raise InputError(f"{path}:{line}: has {len(cells)} fields where the header has {len(header)}; "
-                                 f"put quotes around a field that holds the delimiter {delimiter!r}")
+                raise InputError(
+                    f"{path}:{line}: has {len(cells)} fields where the header has {len(header)}; "
+                    f"put quotes around a field that holds the delimiter {delimiter!r}"
+                )
             elif cells:
                 yield line, dict(zip(header, cells))
     except csv.Error as error:

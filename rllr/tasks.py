@@ -67,14 +67,18 @@ class Task:
         if any(not label or "\n" in label for label in labels):
             raise InputError(f"{where}: field 'labels' has an empty or many-line label: {list(self.labels)}")
         if len({label.casefold() for label in labels}) < len(labels):
-            raise InputError(f"{where}: field 'labels' has two labels that differ only in case or space: {list(self.labels)}")
+            raise InputError(
+                f"{where}: field 'labels' has two labels that differ only in case or space: {list(self.labels)}"
+            )
         if "{text}" not in self.prompt:
             raise InputError(f"{where}: field 'prompt' must contain {{text}} (and {{text_b}} for a pair task)")
         for name in (self.metric, *self.metrics):
             if name not in METRICS:
                 raise InputError(f"{where}: unknown metric {name!r}; choose from {', '.join(METRICS)}")
         if self.metric not in self.metrics:
-            raise InputError(f"{where}: field 'metric' is {self.metric!r}, which is not among 'metrics' {list(self.metrics)}")
+            raise InputError(
+                f"{where}: field 'metric' is {self.metric!r}, which is not among 'metrics' {list(self.metrics)}"
+            )
         if self.ordinal or {"pearson", "spearman"} & set(self.metrics):
             for label in labels:
                 if not re.fullmatch(r"-?[0-9]+", label):
@@ -116,7 +120,7 @@ def parse_answer(task: Task, text: str) -> str | None:
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines or not lines[-1].casefold().startswith(LABEL_PREFIX.casefold()):
         return None
-    return task.canonical_label(lines[-1][len(LABEL_PREFIX):])
+    return task.canonical_label(lines[-1][len(LABEL_PREFIX) :])
 
 
 def split_answer(task: Task, text: str) -> tuple[str, str | None]:
@@ -145,8 +149,7 @@ TASKS: dict[str, Task] = {
         Task(
             "stsb",
             ("0", "1", "2", "3", "4", "5"),
-            "First sentence: {text}\nSecond sentence: {text_b}\n"
-            "How similar in meaning, 0 to 5? {instruction}",
+            "First sentence: {text}\nSecond sentence: {text_b}\nHow similar in meaning, 0 to 5? {instruction}",
             metric="pearson",
             metrics=("pearson", "spearman", "accuracy"),
             ordinal=True,
@@ -154,20 +157,17 @@ TASKS: dict[str, Task] = {
         Task(
             "mrpc",
             ("equivalent", "not_equivalent"),
-            "First sentence: {text}\nSecond sentence: {text_b}\n"
-            "Equivalent or not_equivalent in meaning? {instruction}",
+            "First sentence: {text}\nSecond sentence: {text_b}\nEquivalent or not_equivalent in meaning? {instruction}",
         ),
         Task(
             "qqp",
             ("duplicate", "not_duplicate"),
-            "First question: {text}\nSecond question: {text_b}\n"
-            "Duplicate or not_duplicate? {instruction}",
+            "First question: {text}\nSecond question: {text_b}\nDuplicate or not_duplicate? {instruction}",
         ),
         Task(
             "mnli",
             ("contradiction", "entailment", "neutral"),
-            "Premise: {text}\nHypothesis: {text_b}\n"
-            "Contradiction, entailment or neutral? {instruction}",
+            "Premise: {text}\nHypothesis: {text_b}\nContradiction, entailment or neutral? {instruction}",
         ),
         Task(
             "agnews",
@@ -228,7 +228,9 @@ def _task_from_file(path: Path) -> Task:
             raise InputError(f"{path}: field {key!r} is missing")
     for key in ("labels", "metrics"):
         if key in mapping:
-            if not isinstance(mapping[key], list) or any(isinstance(v, (list, dict, bool, type(None))) for v in mapping[key]):
+            if not isinstance(mapping[key], list) or any(
+                isinstance(v, (list, dict, bool, type(None))) for v in mapping[key]
+            ):
                 raise InputError(f"{path}: field {key!r} must be a list of words (quote yes, no, on and off in YAML)")
             mapping[key] = tuple(str(value) for value in mapping[key])
     for key in ("name", "prompt", "metric", "answer_format"):

@@ -114,7 +114,9 @@ def _warm_up(model, encoder, examples, task, config, seed, device, autocast):
             optimizer_step(model, optimizer, scheduler, 1.0)
             total, count = total + loss.item(), count + int(mask.sum())
             progress.update()
-        say(f"tiny: epoch {epoch + 1}/{config.epochs}  loss {total / count:.3f} nats per token  {time.monotonic() - start:.0f} s")
+        say(
+            f"tiny: epoch {epoch + 1}/{config.epochs}  loss {total / count:.3f} nats per token  {time.monotonic() - start:.0f} s"
+        )
     progress.close()
     model.eval()
 
@@ -139,7 +141,9 @@ class Config(TinyConfig, DataConfig):
 @command
 def main(argv=None):
     config = parse_config(Config, argv, __doc__)
-    check_positive(config, "hidden_size", "layers", "heads", "vocabulary", "context", "epochs", "learning_rate", "batch_size")
+    check_positive(
+        config, "hidden_size", "layers", "heads", "vocabulary", "context", "epochs", "learning_rate", "batch_size"
+    )
     if config.hidden_size % config.heads or config.hidden_size // config.heads % 2:
         raise InputError(f"--hidden_size {config.hidden_size}: must be an even multiple of --heads {config.heads}")
     check_range(config, "dropout", 0, 0.9)

@@ -74,16 +74,22 @@ def check_run_directory(path, overwrite, inputs=()):
             raise InputError(f"--output_dir {path}: is a file")
         ancestor = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
-            raise InputError(f"--output_dir {path}: cannot be written: {ancestor} is no directory that you may write to")
+            raise InputError(
+                f"--output_dir {path}: cannot be written: {ancestor} is no directory that you may write to"
+            )
         if path.is_dir() and any(path.iterdir()):
             ours = (path / RECORD).is_file() or (path / "metrics.jsonl").is_file()
             if not overwrite:
-                raise InputError(f"--output_dir {path}: already holds {'a run' if ours else 'files'}; give another or --overwrite")
+                raise InputError(
+                    f"--output_dir {path}: already holds {'a run' if ours else 'files'}; give another or --overwrite"
+                )
             if not ours:
                 raise InputError(f"--output_dir {path}: holds files that no run of rllr wrote; not overwriting them")
             for name in filter(None, inputs):
                 if Path(name).exists() and Path(name).resolve().is_relative_to(path.resolve()):
-                    raise InputError(f"--output_dir {path}: --overwrite would delete {name}, which this run reads; give another")
+                    raise InputError(
+                        f"--output_dir {path}: --overwrite would delete {name}, which this run reads; give another"
+                    )
     except OSError as error:
         raise InputError(f"--output_dir {path}: cannot be read: {error.strerror or error}") from None
     return path
@@ -155,13 +161,17 @@ def task_of_record(record):
     try:
         return Task(**{**fields, "labels": tuple(fields["labels"]), "metrics": tuple(fields["metrics"])})
     except (TypeError, KeyError):
-        raise InputError(f"{RECORD}: field 'task' is damaged ({fields!r:.60}); restore the file or train the model again") from None
+        raise InputError(
+            f"{RECORD}: field 'task' is damaged ({fields!r:.60}); restore the file or train the model again"
+        ) from None
 
 
 def resolve_task(config, record, default="demo"):
     """The task that --task names, else the one recorded with the model; --answer_format overrides either."""
     recorded = task_of_record(record)
-    moved = config.task == record.get("data", {}).get("task") and not Path(config.task or "").exists()  # its file is gone
+    moved = (
+        config.task == record.get("data", {}).get("task") and not Path(config.task or "").exists()
+    )  # its file is gone
     if recorded and (moved or config.task in (None, recorded.name)):
         return dataclasses.replace(recorded, answer_format=config.answer_format or recorded.answer_format)
     return load_task(config.task or default, config.answer_format)
@@ -252,7 +262,9 @@ def make_optimizer(model, learning_rate, steps, *, warmup_share=0.0, schedule="l
         if step < warmup:
             return (step + 1) / warmup
         progress = (step - warmup) / max(1, steps - warmup)
-        return {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * min(1, progress))), "constant": 1.0}[schedule]
+        return {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * min(1, progress))), "constant": 1.0}[
+            schedule
+        ]
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, factor(step)))
 
@@ -284,7 +296,9 @@ def shuffled_batches(rows, batch_size, seed, epoch):
     order = list(range(len(rows)))
     rng.shuffle(order)
     pool = 16 * batch_size
-    chunks = [sorted(order[i : i + pool], key=lambda r: len(rows[r][0]) + len(rows[r][1])) for i in range(0, len(order), pool)]
+    chunks = [
+        sorted(order[i : i + pool], key=lambda r: len(rows[r][0]) + len(rows[r][1])) for i in range(0, len(order), pool)
+    ]
     batches = [chunk[i : i + batch_size] for chunk in chunks for i in range(0, len(chunk), batch_size)]
     rng.shuffle(batches)
     return [[rows[r] for r in batch] for batch in batches]

@@ -116,7 +116,9 @@ def improve(policy, value_model, policy_optimizer, value_optimizer, batch, plan,
         if not history:
             first_ratio_error = check_first_ratio(stats, config.precision)
         history.append(stats)
-        if config.max_update_kl and stats["approx_kl"] > config.max_update_kl:  # far enough from pi_old for this rollout
+        if (
+            config.max_update_kl and stats["approx_kl"] > config.max_update_kl
+        ):  # far enough from pi_old for this rollout
             policy_optimizer[0].zero_grad(set_to_none=True)
             value_optimizer[0].zero_grad(set_to_none=True)
             break
@@ -151,7 +153,9 @@ def _losses(policy, value_model, batch, rows, token_count, config, autocast):
     loss.backward()
     with autocast():
         new_values = value_model(sequences, prompt_lens, mask)
-    critic_loss, critic_stats = value_loss(new_values, old["values"], old["returns"], mask, config.value_clip, reduce=share)
+    critic_loss, critic_stats = value_loss(
+        new_values, old["values"], old["returns"], mask, config.value_clip, reduce=share
+    )
     _require_finite(critic_loss, "value loss")
     critic_loss.backward()
     with torch.no_grad():

@@ -102,7 +102,7 @@ MUTANTS = [
     ("ppo.AdaptiveKL.update", "error * n / self.horizon", "error / self.horizon"),
     ("ppo.FixedKL.update", "pass", "self.value = observed"),
     ("ppo.explained_variance", "1 - unexplained", "unexplained"),
-    ("ppo.explained_variance", "(error - masked_mean(error, mask))", "error"),
+    ("ppo.explained_variance", "error - masked_mean(error, mask), mask)", "error, mask)"),
     ("ppo.explained_variance", "torch.where(spread > 0, ", "torch.where(spread >= 0, "),
     ("rewards.label_sensitive_reward", "clamp(max=threshold)", "clamp(min=threshold)"),
     ("rewards.label_sensitive_reward", "clamp(max=threshold) +", "clamp(max=threshold) -"),
