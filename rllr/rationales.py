@@ -9,6 +9,7 @@ worded for a label. Pairs need the two apart: a label-sensitive pair may put the
 import json
 import math
 import re
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ SMOOTHING = 0.5  # added to each count of the log-odds (half an occurrence: Jeff
 NAMED_WORDS = 2  # evidence words a rationale names
 
 
-class RationaleWriter:
+class RationaleWriter(ABC):
     """A rationale for any label of any row.
 
     basis(example, label)   what best supports this label, right or wrong
@@ -33,14 +34,14 @@ class RationaleWriter:
     word(basis, label)      the rationale's text
     """
 
-    def basis(self, example, label):
-        raise NotImplementedError
+    @abstractmethod
+    def basis(self, example, label): ...
 
-    def draw(self, example, rng):
-        raise NotImplementedError
+    @abstractmethod
+    def draw(self, example, rng): ...
 
-    def word(self, basis, label) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def word(self, basis, label) -> str: ...
 
     def write(self, example, label) -> str:
         """The rationale that argues for this label: what SFT learns for the gold label."""
