@@ -15,7 +15,7 @@ $(VENV)/installed: requirements.txt requirements-test.txt
 demo: $(VENV)/installed
 	$(BIN)/python train_sft.py --overwrite --labelled 800 --epochs 30 --eval_rows 600
 	$(BIN)/python train_rm.py --overwrite --epochs 16 --patience 5 --dropout 0.1
-	$(BIN)/python train_ppo.py --overwrite --eval_every 40 --learning_rate 5e-4 --value_learning_rate 1e-3 --kl_coef 0.05 --ppo_epochs 2
+	$(BIN)/python train_ppo.py --overwrite --eval_every 40 --ppo_epochs 2
 	$(BIN)/python -m rllr.evaluate --part test --models $(RUNS)/sft $(RUNS)/ppo-label/last --output_dir $(RUNS)/evaluation --overwrite
 
 test: $(VENV)/installed
