@@ -10,7 +10,6 @@ words. Writes runs/<task>/ppo-<reward>/last and /best (by the dev metric), metri
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -25,11 +24,9 @@ from rllr.ppo import AdaptiveKL, FixedKL, gae, masked_whiten
 from rllr.rewards import label_sensitive_reward, missing_eos_rule, shape_rewards
 from rllr.roles import eos_cap, load_judges, load_value_model
 from rllr.rollout import generate
-from rllr.splits import DataConfig, gold_labels, inherit, load_splits
-from rllr.tasks import load_task
+from rllr.splits import DataConfig, gold_labels, load_splits, take_over
 from rllr.training import (
-    Clock, MetricsLog, check_same_task, make_optimizer, make_record, open_run_directory, read_record,
-    resolve_task, save_policy, say, set_up, show_config,
+    Clock, MetricsLog, make_optimizer, make_record, open_run_directory, save_policy, say, set_up, show_config,
 )  # fmt: skip
 from rllr.update import PromptStream, analyse, improve, samples_of, write_batch
 
@@ -107,14 +104,9 @@ class Config(DataConfig):
 def main(argv=None):
     config = parse_config(Config, argv, __doc__)
     config.validate()
-    config.policy = config.policy or f"runs/{load_task(config.task or 'demo').name}/sft"
-    if not Path(config.policy).is_dir() and config.policy.count("/") != 1:
-        raise InputError(f"--policy {config.policy}: no such directory; train_sft.py makes one")
-    record = read_record(config.policy)
-    task = resolve_task(config, record)
-    for contradiction in inherit(config, record):
+    record, task, contradictions = take_over(config)
+    for contradiction in contradictions:
         say(f"warning: {contradiction}")
-    check_same_task(record, task, f"--policy {config.policy}")
     config.task, tiny = config.task or task.name, record.get("tiny", False)
     config.learning_rate = config.learning_rate or (2e-4 if tiny else 1e-6)
     config.value_learning_rate = config.value_learning_rate or (5e-4 if tiny else 5e-6)

@@ -11,7 +11,6 @@ units. Writes runs/<task>/rm-label (or rm-rationale): a model directory that als
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -28,11 +27,10 @@ from rllr.pairs import (
 from rllr.rationales import WRITERS, check_writer, default_label_pairs, default_writer, make_writer
 from rllr.reward_report import classifier_report, pair_report, sampled_scores, show_pairs
 from rllr.rewards import pairwise_accuracy, pairwise_loss
-from rllr.splits import DataConfig, inherit, load_splits
-from rllr.tasks import load_task
+from rllr.splits import DataConfig, load_splits, take_over
 from rllr.training import (
-    RECORD, MetricsLog, check_same_task, make_optimizer, make_record, open_run_directory, optimizer_step, pack,
-    read_record, require_finite, resolve_task, say, set_up, show_config, shuffled_batches, split_rows, write_json,
+    RECORD, MetricsLog, make_optimizer, make_record, open_run_directory, optimizer_step, pack,
+    require_finite, say, set_up, show_config, shuffled_batches, split_rows, write_json,
 )  # fmt: skip
 
 
@@ -146,13 +144,7 @@ def score_pairs(model, rows, encoder, config, autocast):
 def main(argv=None):
     config = parse_config(Config, argv, __doc__)
     config.validate()
-    config.policy = config.policy or f"runs/{load_task(config.task or 'demo').name}/sft"
-    if not Path(config.policy).is_dir() and not config.policy.count("/") == 1:
-        raise InputError(f"--policy {config.policy}: no such directory; train_sft.py makes one")
-    record = read_record(config.policy)
-    task = resolve_task(config, record)
-    contradictions = inherit(config, record)
-    check_same_task(record, task, f"--policy {config.policy}")
+    record, task, contradictions = take_over(config)
     for line in contradictions:
         say(f"warning: {line}: rows that evaluate here may have trained the policy")
     tiny, kind = record.get("tiny", False), config.pairs if config.pairs in ("label", "rationale") else "file"

@@ -7,10 +7,12 @@ eval        dev rows: they choose epoch, step and recipe
 """
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from .data import Source, load_examples, parse_mapping_flag, select_labelled, split_holdout
 from .errors import InputError
-from .tasks import Task
+from .tasks import Task, load_task
+from .training import check_same_task, read_record, resolve_task
 
 EVAL_SHARE = 0.1  # of the rows, where no evaluation data is given
 
@@ -126,3 +128,18 @@ def inherit(config: DataConfig, record: dict, names=None):
         elif theirs is not None and mine != theirs:
             contradictions.append(f"--{name} {mine} (the policy was trained with {theirs})")
     return contradictions
+
+
+def take_over(config):
+    """(record, task, contradictions) of the policy a later stage starts from; fills config.policy and the data settings.
+
+    InputError where there is no such policy, or where it was trained on another task.
+    """
+    config.policy = config.policy or f"runs/{load_task(config.task or 'demo').name}/sft"
+    if not Path(config.policy).is_dir() and config.policy.count("/") != 1:  # one slash may be a hub name
+        raise InputError(f"--policy {config.policy}: no such directory; train_sft.py makes one")
+    record = read_record(config.policy)
+    task = resolve_task(config, record)
+    contradictions = inherit(config, record)
+    check_same_task(record, task, f"--policy {config.policy}")
+    return record, task, contradictions
