@@ -70,6 +70,7 @@ class Config(DataConfig):
     eval_every: int = 20  # steps between evaluations on dev
     eval_rows: int = 0  # dev rows per evaluation; 0: all
     eval_batch_size: int = 256  # prompts decoded together
+    log_every: int = 5  # steps between printed lines; metrics.jsonl has every step
     show_every: int = 20  # steps between printed samples
     precision: str = "fp32"  # fp32, or bf16 for autocast (GPU)
     seed: int = 0  # prompt order, sampling and minibatches: a stream of its own each
@@ -77,7 +78,7 @@ class Config(DataConfig):
     def validate(self):
         check_positive(self, "rollout_prompts", "ppo_epochs", "minibatches", "learning_rate", "value_learning_rate", "steps",
                        "score_clip", "kl_target", "kl_horizon", "max_update_kl", "max_grad_norm", "temperature", "clip",
-                       "value_clip", "max_new_tokens", "eval_every", "eval_batch_size", "show_every")  # fmt: skip
+                       "value_clip", "max_new_tokens", "eval_every", "eval_batch_size", "log_every", "show_every")  # fmt: skip
         check_positive(self, "kl_coef", "missing_eos_penalty", "micro_batch_size", "eval_rows", zero=True)
         check_range(self, "gamma", 0, 1)
         check_range(self, "lam", 0, 1)
@@ -236,7 +237,7 @@ def main(argv=None):
                 line |= {f"eval/{name}": value for name, value in evaluate(step)[0].items()}
         times = clock.take()
         line["act/tokens_per_second"] = rollout.response_lens.sum() / max(times["time/rollout"], 1e-9)
-        metrics.write(line | times, step_line(step, config, line))
+        metrics.write(line | times, step_line(step, config, line) if step % config.log_every == 0 else None)
         if step % config.show_every == 0:
             show_rollout(samples, judged, scores)
 

@@ -29,7 +29,7 @@ from rllr.reward_report import classifier_report, pair_report, sampled_scores, s
 from rllr.rewards import pairwise_accuracy, pairwise_loss
 from rllr.splits import DataConfig, load_splits, take_over
 from rllr.training import (
-    RECORD, MetricsLog, make_optimizer, make_record, open_run_directory, optimizer_step, pack,
+    RECORD, MetricsLog, make_optimizer, make_record, name_faults, open_run_directory, optimizer_step, pack,
     require_finite, say, set_up, show_config, shuffled_batches, split_rows, write_json,
 )  # fmt: skip
 
@@ -218,17 +218,15 @@ def main(argv=None):
         for batch in shuffled_batches(train_rows, config.batch_size, config.seed, epoch):
             model.train()
             batch_loss = 0.0
-            for micro_batch in split_rows(batch, config.micro_batch_size):
-                with autocast():
-                    loss = rm_loss(model, micro_batch, len(batch), encoder, config)
-                require_finite(
-                    loss, "the reward model's loss", step, lambda: f"The best state so far is in {directory}."
-                )
-                loss.backward()
-                batch_loss += loss.item()
-            learning_rate = scheduler.get_last_lr()[0]
-            grad_norm = optimizer_step(model, optimizer, scheduler, config.max_grad_norm)
-            step += 1
+            learning_rate, step = scheduler.get_last_lr()[0], step + 1
+            with name_faults(step, f"The best state so far is in {directory}."):
+                for micro_batch in split_rows(batch, config.micro_batch_size):
+                    with autocast():
+                        loss = rm_loss(model, micro_batch, len(batch), encoder, config)
+                    require_finite(loss, "the reward model's loss")
+                    loss.backward()
+                    batch_loss += loss.item()
+                grad_norm = optimizer_step(model, optimizer, scheduler, config.max_grad_norm)
             progress.update()
             line = f"step {step}/{steps}  loss {batch_loss:.3f}  grad norm {grad_norm:.2f}"
             metrics.write({"step": step, "epoch": epoch, "loss": batch_loss, "grad_norm": grad_norm, "lr": learning_rate},

@@ -23,8 +23,8 @@ from rllr.rationales import WRITERS, check_writer, default_writer, make_writer
 from rllr.splits import DataConfig, inherit, load_splits
 from rllr.tiny import TinyConfig, build_tiny
 from rllr.training import (
-    MetricsLog, check_run_directory, check_same_task, make_optimizer, make_record, open_run_directory, optimizer_step, pack,
-    read_record, require_finite, resolve_task, save_policy, say, set_up, show_config, shuffled_batches, split_rows,
+    MetricsLog, check_run_directory, check_same_task, make_optimizer, make_record, name_faults, open_run_directory, optimizer_step,
+    pack, read_record, require_finite, resolve_task, save_policy, say, set_up, show_config, shuffled_batches, split_rows,
 )  # fmt: skip
 
 
@@ -134,15 +134,15 @@ def main(argv=None):
         epoch_loss, epoch_tokens = 0.0, 0
         for batch in shuffled_batches(rows, config.batch_size, config.seed, epoch):
             answer_tokens, batch_loss = sum(len(answer) for _, answer in batch), 0.0
-            for micro_batch in split_rows(batch, config.micro_batch_size):
-                with autocast():
-                    loss = sft_loss(model, micro_batch, answer_tokens, encoder)
-                require_finite(loss, "the SFT loss", step, lambda: f"The best epoch so far is in {directory}.")
-                loss.backward()
-                batch_loss += loss.item()
-            learning_rate = scheduler.get_last_lr()[0]
-            grad_norm = optimizer_step(model, optimizer, scheduler, config.max_grad_norm)
-            step += 1
+            learning_rate, step = scheduler.get_last_lr()[0], step + 1
+            with name_faults(step, f"The best epoch so far is in {directory}."):
+                for micro_batch in split_rows(batch, config.micro_batch_size):
+                    with autocast():
+                        loss = sft_loss(model, micro_batch, answer_tokens, encoder)
+                    require_finite(loss, "the SFT loss")
+                    loss.backward()
+                    batch_loss += loss.item()
+                grad_norm = optimizer_step(model, optimizer, scheduler, config.max_grad_norm)
             epoch_loss, epoch_tokens = epoch_loss + batch_loss * answer_tokens, epoch_tokens + answer_tokens
             line = f"step {step}/{steps}  loss {batch_loss:.3f}  grad norm {grad_norm:.2f}"
             metrics.write({"step": step, "epoch": epoch, "loss": batch_loss, "grad_norm": grad_norm, "lr": learning_rate},

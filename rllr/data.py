@@ -43,11 +43,11 @@ class Source:
 # ---- the public functions
 
 
-def load_examples(source, task: Task, *, require_labels=True, columns=None, label_map=None, log=print) -> list[Example]:
+def load_examples(source, task: Task, *, labels="required", columns=None, label_map=None, log=print) -> list[Example]:
     """Examples from a path or a `Source`. `columns` and `label_map` are dicts or flag strings ("text=sentence").
 
-    Rows with an empty text, or without a label where labels are required, are dropped; `log` gets a line that counts
-    and names them. Raises InputError for everything else that is wrong with the file, the mapping or a row.
+    labels: "required", "optional", or "ignored": then label, score and rationale columns are not even read. Rows with an
+    empty text, or without a label where labels are required, are dropped; `log` gets a line that counts and names them. Raises InputError for everything else that is wrong with the file, the mapping or a row.
     """
     if not isinstance(source, Source):
         source = Source(path=str(source))
@@ -62,15 +62,15 @@ def load_examples(source, task: Task, *, require_labels=True, columns=None, labe
             log=log,
             columns=columns,
             label_map=label_map,
-            require_labels=require_labels,
+            labels=labels,
         )
     if source.path.partition(":")[0] == "demo":
         return _demo_examples(source.path.partition(":")[2] or "train", task)
-    return _to_examples(read_table(source.path), task, columns, label_map, require_labels, log)
+    return _to_examples(read_table(source.path), task, columns, label_map, labels, log)
 
 
 def load_hub_examples(
-    name: str, task: Task, *, config=None, split="train", columns=None, label_map=None, require_labels=True, log=print
+    name: str, task: Task, *, config=None, split="train", columns=None, label_map=None, labels="required", log=print
 ) -> list[Example]:
     """Examples from a hub data set, or a local directory laid out like one. Raises InputError as above."""
     import datasets  # here, because the import takes two seconds that a JSONL file need not wait for
@@ -82,7 +82,7 @@ def load_hub_examples(
         flags = f"--dataset {name}" + (f" --dataset_config {config}" if config else "")
         raise InputError(f"{flags}, split {split!r}: cannot be loaded: {first_line(error)}") from error
     table = Table(full_name, full_name, rows, "row", names)
-    return _to_examples(table, task, columns, label_map, require_labels, log)
+    return _to_examples(table, task, columns, label_map, labels, log)
 
 
 def load_pairs(path, log=print) -> list[dict]:
@@ -167,14 +167,14 @@ def parse_mapping_flag(value: str | dict | None, flag: str = "--columns") -> dic
 # ---- rows to examples
 
 
-def _to_examples(table: Table, task: Task, columns, label_map, require_labels: bool, log) -> list[Example]:
-    reader = _RowReader(table, task, columns, label_map, require_labels)
+def _to_examples(table: Table, task: Task, columns, label_map, labels: str, log) -> list[Example]:
+    reader = _RowReader(table, task, columns, label_map, labels)
     examples, dropped, times_seen, repeated = [], defaultdict(list), defaultdict(int), []
     for n, row in table.rows:
         example = reader.example(n, row)
         if not example.text or task.is_pair and not example.text_b:
             dropped["empty text"].append(n)
-        elif require_labels and example.label is None:
+        elif labels == "required" and example.label is None:
             dropped["no label"].append(n)
         else:
             unique = example.id
@@ -191,7 +191,7 @@ def _to_examples(table: Table, task: Task, columns, label_map, require_labels: b
 class _RowReader:
     """Turns a row into an Example. Every complaint names the place, the field and the column it came from."""
 
-    def __init__(self, table: Table, task: Task, columns, label_map, require_labels: bool):
+    def __init__(self, table: Table, task: Task, columns, label_map, labels: str):
         self.table, self.task, mapping = table, task, parse_mapping_flag(columns)
         present = table.columns
         for name, column in mapping.items():
@@ -200,15 +200,18 @@ class _RowReader:
         # A column given to one field is not read for another as well: after score=label, `label` holds no labels.
         self.columns = {name: name for name in FIELDS if name in present and name not in mapping.values()} | mapping
         # The authors' own format: the label and the rationale are both inside `output`.
-        self.rllr = "text" not in self.columns and {"instruction", "output"} <= set(present)
+        needed = {"instruction"} if labels == "ignored" else {"instruction", "output"}
+        self.rllr = "text" not in self.columns and needed <= set(present)
         if self.rllr:
             self.columns = {"text": "instruction", "label": "output", "rationale": "rationale"} | self.columns
+        if labels == "ignored":
+            self.columns = {name: column for name, column in self.columns.items() if name in ("id", "text", "text_b")}
         self.label_map = {
             word.strip().casefold(): self._mapped_label(word, label)
             for word, label in parse_mapping_flag(label_map, "--label_map").items()
         }
         has_label = "label" in self.columns or task.ordinal and "score" in self.columns
-        for name in ["text"] + ["text_b"] * task.is_pair + ["label"] * (require_labels and not has_label):
+        for name in ["text"] + ["text_b"] * task.is_pair + ["label"] * (labels == "required" and not has_label):
             if name not in self.columns:
                 raise InputError(
                     f"{table.name}: no column for the field {name!r} of task {task.name}; "
@@ -246,13 +249,17 @@ class _RowReader:
 
     def _unpack_output(self, n: int, row: dict) -> dict:
         """{instruction, input, output} with text, label and rationale put where `self.columns` looks for them."""
-        output = row.get("output")
-        if isinstance(output, list):
+        text = self.table.text(n, row, "input")
+        row = row | ({"instruction": text} if text else {})
+        if "label" not in self.columns:
+            return row
+        if isinstance(row.get("output"), list):
             raise self._error(n, "label", "is a list: this is ranking data, for preference pairs (load_pairs)")
-        output, text = self.table.text(n, row, "output"), self.table.text(n, row, "input")
+        output = self.table.text(n, row, "output")
         rationale, label = split_answer(self.task, output or "")
-        found = {"output": output, "rationale": None} if label is None else {"output": label, "rationale": rationale}
-        return row | found | ({"instruction": text} if text else {})
+        return row | (
+            {"output": output, "rationale": None} if label is None else {"output": label, "rationale": rationale}
+        )
 
     def _value(self, row: dict, name: str):
         return row.get(self.columns[name]) if name in self.columns else None

@@ -67,7 +67,8 @@ def rationale_sensitive_pairs(examples, task, writer, *, seed=0, log=print):
     """The gold label on both sides; chosen: the writer's rationale for it, rejected: a worse one.
 
     Half of the worse ones come from another text (kind rationale/other_text), half rest on what speaks for a wrong label
-    of the same text (rationale/wrong_evidence), all worded for the gold label. Otherwise as `label_sensitive_pairs`.
+    of the same text (rationale/wrong_evidence), all worded for the gold label. Which other text it is depends on the rows
+    given and their order. Otherwise as `label_sensitive_pairs`.
     """
     if len(examples) < 2:
         raise InputError(f"rationale-sensitive pairs need at least two rows, got {len(examples)}")

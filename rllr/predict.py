@@ -66,12 +66,12 @@ def main(argv=None):
 
     columns, tokenizer = parse_mapping_flag(config.columns, "--columns"), load_tokenizer(config.model)
     if config.input:
-        examples = load_examples(config.input, task, require_labels=False, columns=columns, log=log)
+        examples = load_examples(config.input, task, labels="ignored", columns=columns, log=log)
     else:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "stdin.jsonl"
             file.write_text(read_stdin(sys.stdin), encoding="utf-8")
-            examples = load_examples(file, task, require_labels=False, columns=columns, log=log)
+            examples = load_examples(file, task, labels="ignored", columns=columns, log=log)
     model = load_policy(config.model, device=device)
     encoder = Encoder(tokenizer, model)
     fitted = encoder.fit(examples, task, config.max_new_tokens, log)

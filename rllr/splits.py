@@ -114,7 +114,7 @@ def _load(config, task, part, log):
         return None
     else:
         raise InputError(f"task {task.name!r} needs data: --train_file FILE, or --dataset NAME from the hub")
-    return load_examples(source, task, require_labels=part == "eval", log=log)
+    return load_examples(source, task, labels="required" if part == "eval" else "optional", log=log)
 
 
 def inherit(config: DataConfig, record: dict, names=None):

@@ -9,6 +9,7 @@ import random
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -280,11 +281,19 @@ def optimizer_step(model, optimizer, scheduler, max_grad_norm):
     return norm
 
 
-def require_finite(loss, what, step, save):
-    """Stop a run whose loss is not finite, before the optimiser spreads it. `save()` keeps the last good state."""
+def require_finite(loss, what):
+    """Stop a run whose loss is not finite, before the optimiser spreads it."""
     if not torch.isfinite(loss).all():
-        saved = save()
-        raise RunError(f"step {step}: {what} is {loss.item()}; stopped before the update. {saved}")
+        raise RunError(f"{what} is {loss.item()}; stopped before the update.")
+
+
+@contextmanager
+def name_faults(step, where):
+    """A RunError from inside also says at which step it came and `where` the last good state is."""
+    try:
+        yield
+    except RunError as error:
+        raise RunError(f"step {step}: {error} {where}") from None
 
 
 def shuffled_batches(rows, batch_size, seed, epoch):

@@ -12,7 +12,7 @@ from .logprobs import token_logprobs, token_logprobs_and_entropy
 from .model import write_safetensors
 from .ppo import policy_loss, value_loss
 from .tasks import parse_answer
-from .training import optimizer_step, split_rows
+from .training import optimizer_step, require_finite, split_rows
 
 # |ratio - 1| on the first minibatch, where it must be 1: (mean, max) to warn at and to stop at.
 RATIO_WARN = {"fp32": (2e-5, 1e-3), "bf16": (2e-2, 0.5)}
@@ -149,14 +149,14 @@ def _losses(policy, value_model, batch, rows, token_count, config, autocast):
     with autocast():
         new_logprobs = token_logprobs(policy, sequences, prompt_lens, mask, config.temperature)
     loss, stats = policy_loss(new_logprobs, old["logprobs"], old["advantages"], mask, config.clip, reduce=share)
-    _require_finite(loss, "policy loss")
+    require_finite(loss, "the policy loss")
     loss.backward()
     with autocast():
         new_values = value_model(sequences, prompt_lens, mask)
     critic_loss, critic_stats = value_loss(
         new_values, old["values"], old["returns"], mask, config.value_clip, reduce=share
     )
-    _require_finite(critic_loss, "value loss")
+    require_finite(critic_loss, "the value loss")
     critic_loss.backward()
     with torch.no_grad():
         error = ((new_logprobs - old["logprobs"]).masked_fill(~mask, 0.0).exp() - 1).abs()
@@ -165,11 +165,6 @@ def _losses(policy, value_model, batch, rows, token_count, config, autocast):
         "value_clipfrac": critic_stats["clipfrac"],
         "ratio_error_mean": share(error, mask), "ratio_error_max": error.masked_fill(~mask, 0.0).max(),
     }  # fmt: skip
-
-
-def _require_finite(loss, name):
-    if not torch.isfinite(loss):
-        raise RunError(f"the {name} is {loss.item()}; stopped before the update.")
 
 
 def check_first_ratio(stats, precision):

@@ -127,7 +127,7 @@ def test_tsv_unwraps_quotes_that_pair_up(tmp_path):
     path = write(tmp_path / "a.tsv", 'text\tlabel\n"a ""great"" film"\tpositive\n')
     assert read(path)[0].text == 'a "great" film'
     path = write(tmp_path / "b.tsv", 'text\n"two\nlines"\n')
-    assert [e.text for e in read(path, require_labels=False)] == ["two\nlines"]
+    assert [e.text for e in read(path, labels="optional")] == ["two\nlines"]
 
 
 def test_columns_are_renamed_by_dict_flag_and_source(tmp_path):
@@ -210,10 +210,20 @@ def test_dropped_rows_are_counted_and_named(tmp_path):
                    "2 dropped (no label): line 3, line 4"]
 
 
+@pytest.mark.parametrize("row", [
+    {"text": "fine", "label": "splendid", "score": "high", "rationales": 3},
+    {"instruction": "fine", "input": "", "output": ["one", "two"]}, {"instruction": "fine", "output": 7.5},
+    {"instruction": "fine"},
+])  # fmt: skip
+def test_ignored_labels_may_be_anything(tmp_path, row):
+    (example,) = read(write(tmp_path / "new.jsonl", json.dumps(row)), labels="ignored")
+    assert (example.text, example.label, example.score, example.rationales) == ("fine", None, None, {})
+
+
 def test_unlabelled_rows_are_kept_where_labels_are_not_required(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "x"}, {"text": "y", "label": "positive"}])
-    assert [e.label for e in read(path, require_labels=False)] == [None, "positive"]
-    assert [e.label for e in read(write(tmp_path / "b.csv", "text\nx\n"), require_labels=False)] == [None]
+    assert [e.label for e in read(path, labels="optional")] == [None, "positive"]
+    assert [e.label for e in read(write(tmp_path / "b.csv", "text\nx\n"), labels="optional")] == [None]
 
 
 def test_no_row_left_is_an_error(tmp_path):
@@ -429,7 +439,7 @@ def test_hub_marks_a_missing_label_with_minus_one(hub):
     log = []
     assert [e.label for e in read(Source(dataset="glue"), SST2, log=log.append)] == ["positive"]
     assert "1 dropped (no label): row 1" in log[0]
-    assert [e.label for e in read(Source(dataset="glue"), SST2, require_labels=False)] == [None, "positive"]
+    assert [e.label for e in read(Source(dataset="glue"), SST2, labels="optional")] == [None, "positive"]
 
 
 def test_a_local_directory_laid_out_like_a_hub_data_set(tmp_path, monkeypatch):

@@ -469,7 +469,7 @@ def test_non_finite_loss_stops_sft_and_rm(toy, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             run(module.main, *flags, "--batch_size", 16, "--epochs", 4, *ANSWER, "--output_dir", tmp_path / name)
         message = capsys.readouterr().err
-        assert stop.value.code == 1 and "step 3" in message and "nan" in message and str(tmp_path / name) in message
+        assert stop.value.code == 1 and "step 4" in message and "nan" in message and str(tmp_path / name) in message
         assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / name).values())
 
 

@@ -25,7 +25,7 @@ from rllr.splits import DataConfig, inherit
 from rllr.tasks import TASKS, Task
 from rllr.training import (
     RECORD, Clock, MetricsLog, check_run_directory, check_same_task, make_optimizer, make_record, open_run_directory,
-    optimizer_step, pack, read_record, require_finite, resolve_task, save_policy, shuffled_batches, split_rows,
+    name_faults, optimizer_step, pack, read_record, require_finite, resolve_task, save_policy, shuffled_batches, split_rows,
     task_of_record, write_json,
 )  # fmt: skip
 from rllr.update import Batch, _losses, analyse, improve
@@ -281,17 +281,11 @@ def test_optimizer_step_clips_and_returns_the_norm_before():
 
 @pytest.mark.parametrize("value, shown", [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
 def test_a_loss_that_is_not_finite_stops_the_run(value, shown):
-    saved = []
-
-    def save():
-        saved.append(1)
-        return "The rest is in runs/x."
-
-    require_finite(torch.tensor(3.0), "the loss", 7, save)
-    assert saved == []
-    with pytest.raises(RunError, match=f"^step 7: the loss is {shown}; stopped before the update. The rest is in"):
-        require_finite(torch.tensor(value), "the loss", 7, save)
-    assert saved == [1]
+    with name_faults(7, "The rest is in runs/x."):
+        require_finite(torch.tensor(3.0), "the loss")
+    with pytest.raises(RunError, match=f"^step 7: the loss is {shown}; stopped before the update. The rest is in runs/x.$"):
+        with name_faults(7, "The rest is in runs/x."):
+            require_finite(torch.tensor(value), "the loss")
 
 
 # ---- batches
