@@ -35,6 +35,18 @@ def response_positions(prompt_lens, response_mask):
     return (prompt_lens.unsqueeze(1) - 1 + steps).masked_fill(~response_mask, 0)
 
 
+def response_places(prompt_lens, response_mask):
+    """(rows [N], positions [N]) where the N real response tokens are predicted, row by row."""
+    rows = torch.arange(len(response_mask), device=response_mask.device).unsqueeze(1).expand_as(response_mask)
+    return rows[response_mask], response_positions(prompt_lens, response_mask)[response_mask]
+
+
+def unflatten(values, response_mask):
+    """Values [N] of the real response tokens, row by row, as [B, R] with 0 outside the mask."""
+    flat = torch.zeros(response_mask.shape, dtype=values.dtype, device=values.device)
+    return flat.masked_scatter(response_mask, values)
+
+
 def response_tokens(sequences, prompt_lens, response_mask):
     """The response's token ids [B, R]; 0 outside the mask."""
     positions = response_positions(prompt_lens, response_mask) + 1

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .layout import response_positions, response_tokens
-from .model import hidden_states, lm_logits
+from .layout import response_places, response_tokens, unflatten
+from .model import hidden_at, lm_logits
 
 CHUNK_TOKENS = 4096  # tokens whose logits exist at a time: 4096 x 150k vocabulary x 4 bytes = 2.5 GB
 
@@ -31,10 +31,8 @@ def token_logprobs_and_entropy(model, sequences, prompt_lens, response_mask, tem
 
 
 def _score(chunk_function, outputs, model, sequences, prompt_lens, response_mask, temperature):
-    hidden = hidden_states(model, sequences)  # [B, T, H]
-    rows = torch.arange(len(sequences), device=sequences.device).unsqueeze(1).expand_as(response_mask)
-    positions = response_positions(prompt_lens, response_mask)
-    hidden = hidden[rows[response_mask], positions[response_mask]]  # [N, H], N real response tokens
+    places = response_places(prompt_lens, response_mask)
+    hidden = hidden_at(model, sequences, prompt_lens, response_mask, *places)  # [N, H], N real response tokens
     tokens = response_tokens(sequences, prompt_lens, response_mask)[response_mask]  # [N]
     pieces = []
     for start in range(0, max(len(tokens), 1), CHUNK_TOKENS):
@@ -43,11 +41,7 @@ def _score(chunk_function, outputs, model, sequences, prompt_lens, response_mask
             pieces.append(checkpoint(chunk_function, *chunk, use_reentrant=False))
         else:
             pieces.append(chunk_function(*chunk))
-    flat = [torch.cat([piece[i] for piece in pieces]) for i in range(outputs)]
-    return tuple(
-        torch.zeros(response_mask.shape, dtype=values.dtype, device=values.device).masked_scatter(response_mask, values)
-        for values in flat
-    )
+    return tuple(unflatten(torch.cat([piece[i] for piece in pieces]), response_mask) for i in range(outputs))
 
 
 def _chunk_logprobs(model, hidden, tokens, temperature):

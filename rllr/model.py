@@ -1,7 +1,7 @@
 """Backbones, the scalar head of reward and value models, saving and loading.
 
-A backbone is a Hugging Face decoder without its head. `hidden_states` and `lm_logits` are the only two ways this project
-calls a model's insides, so an adapter that switches roles on a shared base has one place to stand.
+A backbone is a Hugging Face decoder without its head. `hidden_at` (over `hidden_states`) and `lm_logits` are the only two
+ways, beside rollouts, in which this project calls a model's insides, so an adapter that switches roles on a shared base has one place to stand.
 """
 
 import hashlib
@@ -16,10 +16,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from .engine.attention import can_pack, packed_forward
 from .errors import InputError
-from .layout import response_positions
+from .layout import response_places, unflatten
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what transformers lets through
+PACK_BELOW = 0.8  # share of real tokens below which packing beats padding (attention runs per sequence then)
 HEAD_WEIGHT, HEAD_BIAS = "score.weight", "score.bias"  # the names transformers' sequence classifiers use
 
 
@@ -31,6 +33,21 @@ def backbone_of(model):
 def hidden_states(model, sequences):
     """Final hidden states [B, T, H] of right-padded sequences [B, T]; no mask is needed (see `rllr.layout`)."""
     return backbone_of(model)(input_ids=sequences, use_cache=False).last_hidden_state
+
+
+def hidden_at(model, sequences, prompt_lens, response_mask, rows, positions):
+    """Final hidden states [N, H] at N places (row, position) of right-padded sequences [B, T].
+
+    On CPU the padding is not even computed where the model's family allows it: the sequences go through packed, one
+    behind the other (`rllr.engine.attention`).
+    """
+    backbone = backbone_of(model)
+    lengths = prompt_lens + response_mask.sum(1)
+    if sequences.device.type == "cpu" and int(lengths.sum()) < PACK_BELOW * sequences.numel() and can_pack(backbone):
+        real = torch.arange(sequences.shape[1]) < lengths.unsqueeze(1)
+        hidden = packed_forward(backbone, sequences[real].unsqueeze(0), lengths.tolist(), use_cache=False)
+        return hidden[0, (lengths.cumsum(0) - lengths)[rows] + positions]
+    return hidden_states(model, sequences)[rows, positions]
 
 
 def lm_logits(model, hidden):
@@ -257,18 +274,16 @@ class RewardModel(ScalarHeadModel):
 
     def forward(self, sequences, prompt_lens, response_mask):
         """sequences [B, T], prompt_lens [B], response_mask [B, R] -> scores [B], float32."""
-        last = (
-            prompt_lens + response_mask.sum(1) - 1
-        )  # the last response token itself: EOS, or where the answer was cut
-        hidden = hidden_states(self, sequences)
-        return self.scores_at(hidden[torch.arange(len(sequences), device=hidden.device), last])
+        # The last response token itself: EOS, or where the answer was cut.
+        last = prompt_lens + response_mask.sum(1) - 1
+        rows = torch.arange(len(sequences), device=sequences.device)
+        return self.scores_at(hidden_at(self, sequences, prompt_lens, response_mask, rows, last))
 
     def span_scores(self, sequences, prompt_lens, response_mask):
         """The head at every response token [B, R], 0 outside the mask; only `--loss span` trains on these."""
-        positions = (response_positions(prompt_lens, response_mask) + 1).masked_fill(~response_mask, 0)
-        hidden = hidden_states(self, sequences)
-        rows = torch.arange(len(sequences), device=hidden.device).unsqueeze(1)
-        return self.scores_at(hidden[rows, positions]).masked_fill(~response_mask, 0.0)
+        rows, positions = response_places(prompt_lens, response_mask)
+        scores = self.scores_at(hidden_at(self, sequences, prompt_lens, response_mask, rows, positions + 1))
+        return unflatten(scores, response_mask)
 
 
 class ValueModel(ScalarHeadModel):
@@ -293,10 +308,9 @@ class ValueModel(ScalarHeadModel):
 
     def forward(self, sequences, prompt_lens, response_mask):
         """sequences [B, T], prompt_lens [B], response_mask [B, R] -> values [B, R], float32, 0 outside the mask."""
-        hidden = hidden_states(self, sequences)
-        rows = torch.arange(len(sequences), device=hidden.device).unsqueeze(1)
-        values = self.scores_at(hidden[rows, response_positions(prompt_lens, response_mask)])
-        return values.masked_fill(~response_mask, 0.0)
+        rows, positions = response_places(prompt_lens, response_mask)
+        values = self.scores_at(hidden_at(self, sequences, prompt_lens, response_mask, rows, positions))
+        return unflatten(values, response_mask)
 
 
 def load_backbone(path, *, dtype=torch.float32, device="cpu"):

@@ -198,7 +198,7 @@ def test_the_ratio_check_sees_a_shift_by_one(monkeypatch, family):
     model = tiny_model(family)
     batch = pack_sequences(PROMPTS, RESPONSES)
     old = token_logprobs(model, *batch)
-    right = rllr.logprobs.response_positions
-    monkeypatch.setattr(rllr.logprobs, "response_positions", lambda lens, mask: right(lens + 1, mask))
+    right = rllr.logprobs.response_places
+    monkeypatch.setattr(rllr.logprobs, "response_places", lambda lens, mask: right(lens + 1, mask))
     new = token_logprobs(model, *batch)
     assert ((new - old).exp() - 1).abs()[batch[2]].mean() > 1e-3

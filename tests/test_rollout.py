@@ -8,7 +8,8 @@ from families import EOS, VOCAB, tiny_model
 
 import rllr.rollout
 from rllr.logprobs import token_logprobs
-from rllr.rollout import _Sampler, check_cache_support, generate
+from rllr.engine.sampling import Sampler
+from rllr.rollout import check_cache_support, generate
 
 PROMPTS = [[5, 6, 7], [3], [11, 12, 13, 14, 15, 16], [9, 8], [40, 41, 42, 43]]
 
@@ -49,15 +50,18 @@ def test_greedy_equals_a_naive_loop(model):
     assert rollout.responses() == [naive_greedy(model, prompt, stops, 12) for prompt in PROMPTS]
 
 
-def test_compaction_and_batch_size_change_nothing_under_greedy(model, monkeypatch):
-    """Finished rows that are dropped with the wrong index, and neighbours that are seen."""
-    stops = list(range(2, 12))
-    expected = sample(model, greedy=True, eos_token_id=stops)
-    for share, batch_size in [(0.0, 5), (2.0, 5), (0.25, 1), (0.25, 2), (0.5, 3)]:
-        monkeypatch.setattr(rllr.rollout, "COMPACT_SHARE", share)
-        other = sample(model, greedy=True, eos_token_id=stops, batch_size=batch_size)
-        assert torch.equal(other.sequences, expected.sequences)
-        torch.testing.assert_close(other.rollout_logprobs, expected.rollout_logprobs, rtol=0, atol=1e-5)
+def test_slots_and_groups_change_nothing_under_greedy(model, monkeypatch):
+    """Slots that are moved or refilled with the wrong index, and neighbours or former owners that are seen."""
+    stops, prompts = list(range(2, 12)), PROMPTS + [[row + 20] * (1 + row % 7) for row in range(9)]
+    expected = [naive_greedy(model, prompt, set(stops), 12) for prompt in prompts]
+    assert len(set(map(len, expected))) > 1
+    first = sample(model, prompts, greedy=True, eos_token_id=stops, batch_size=14)
+    for share, batch_size, tokens in [(0.1, 5, 1024), (1.0, 5, 1024), (0.1, 1, 1024), (0.5, 2, 1024), (0.3, 4, 3)]:
+        monkeypatch.setattr(rllr.rollout, "ADMIT_SHARE", share)
+        monkeypatch.setattr(rllr.rollout, "PREFILL_TOKENS", {"cpu": tokens})
+        other = sample(model, prompts, greedy=True, eos_token_id=stops, batch_size=batch_size)
+        assert other.responses() == first.responses() == expected
+        torch.testing.assert_close(other.rollout_logprobs, first.rollout_logprobs, rtol=0, atol=1e-5)
 
 
 # ---- what a rollout is -----------------------------------------------------------------------------------------------
@@ -76,7 +80,8 @@ class Scripted(torch.nn.Module):
         return self.backbone
 
     def backbone(self, input_ids, **arguments):
-        self.calls.append({"input_ids": input_ids, "training": self.training, **arguments})
+        seen = {name: x.clone() if torch.is_tensor(x) else x for name, x in arguments.items()}
+        self.calls.append({"input_ids": input_ids, "training": self.training, **seen})
         following = torch.nn.functional.one_hot((input_ids + 1) % self.vocab, self.vocab).float()
         return SimpleNamespace(last_hidden_state=self.sure * following)
 
@@ -126,16 +131,15 @@ def test_one_new_token():
     assert rollout.responses() == [[11], [21]] and rollout.truncated.tolist() == [False, True]
 
 
-def test_positions_and_mask_given_to_the_model(monkeypatch):
-    """A row's positions go on from its own prompt; the mask hides its padding in the middle."""
-    monkeypatch.setattr(rllr.rollout, "COMPACT_SHARE", 2.0)
+def test_positions_and_mask_given_to_the_model():
+    """A row's positions go on from its own prompt; the mask hides what lies behind its newest token."""
     model = Scripted()
     sample(model, [[10], [3, 20, 40]], eos_token_id=60, max_new_tokens=3)
     first, second, third = model.calls
     assert first["input_ids"].tolist() == [[3, 20, 40], [10, 0, 0]]  # longest first
     assert second["position_ids"].tolist() == [[3], [1]] and third["position_ids"].tolist() == [[4], [2]]
-    assert second["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 0, 0, 1]]
-    assert third["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 0, 0, 1, 1]]
+    assert second["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert third["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
 
 
 def test_no_work_after_the_last_token():
@@ -209,7 +213,7 @@ def test_draws_follow_the_exact_distribution(temperature):
     logits = torch.tensor([-torch.inf, 0.5, -1.0, -torch.inf, 1.5, 0.0, -2.0, 1.0, -torch.inf])
     p = (logits.double() / temperature).softmax(-1)
     draws = 20_000
-    sampler = _Sampler(temperature, False, torch.Generator().manual_seed(3))
+    sampler = Sampler(temperature, False, torch.Generator().manual_seed(3))
     tokens, logprobs = sampler(logits.expand(draws, -1))
     counts = torch.bincount(tokens, minlength=len(p)).double()
     possible = p > 0
@@ -236,11 +240,11 @@ def test_the_ends_of_the_uniform_draw(monkeypatch, uniform, expected):
     """0 must not give the impossible first token, nor the largest draw one past the last possible token."""
     monkeypatch.setattr(torch, "rand", lambda *shape, **rest: torch.full(shape, uniform, dtype=torch.float64))
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
-    assert _Sampler(1.0, False, None)(logits)[0].item() == expected
+    assert Sampler(1.0, False, None)(logits)[0].item() == expected
 
 
 def test_greedy_records_the_logprob_at_temperature():
-    token, logprob = _Sampler(0.5, True, None)(torch.tensor([[0.0, 1.0]]))
+    token, logprob = Sampler(0.5, True, None)(torch.tensor([[0.0, 1.0]]))
     assert token.item() == 1
     assert logprob.item() == pytest.approx(torch.tensor([0.0, 2.0]).log_softmax(0)[1].item(), abs=1e-6)
 

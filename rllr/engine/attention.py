@@ -1,0 +1,89 @@
+"""Attention over packed rows: several sequences behind one another in one row, no padding computed.
+
+transformers lets a model's attention be replaced by name (its attention interface). Ours splits queries, keys and values
+into the sequences and attends within each. Only models that take positions from `position_ids` and attention from the
+interface can be packed; `can_pack` tries it out on the model itself and compares, because some families swallow the
+arguments silently (Bloom's alibi, OPT's positions).
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "rllr_packed"
+
+
+def packed_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, segment_lens=None, softcap=None, **kwargs
+):
+    """Causal attention within each segment. query [1, heads, N, D], key and value [1, kv heads, N, D] -> [1, N, heads, D].
+
+    segment_lens: the sequences' lengths, which sum to N.
+    """
+    if segment_lens is None or softcap is not None or kwargs.get("s_aux") is not None:
+        raise NotImplementedError("attention that packing does not know")
+    grouped = query.shape[1] != key.shape[1]
+    pieces = [
+        scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
+        for q, k, v in zip(*(x.split(segment_lens, dim=2) for x in (query, key, value)))
+    ]
+    return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
+
+
+@contextmanager
+def _attention(backbone, name):
+    """The backbone's attention replaced within the block. No mask is made for a name transformers knows no mask for."""
+    config = backbone.config
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def packed_forward(backbone, input_ids, segment_lens, **arguments):
+    """Hidden states [1, N, H] of sequences behind one another. input_ids [1, N]; segment_lens: list of N's parts."""
+    positions = torch.cat([torch.arange(length, device=input_ids.device) for length in segment_lens]).unsqueeze(0)
+    with _attention(backbone, NAME):
+        return backbone(
+            input_ids=input_ids, position_ids=positions, segment_lens=segment_lens, **arguments
+        ).last_hidden_state
+
+
+@torch.no_grad()
+def can_pack(backbone):
+    """Whether packed rows give this model the numbers of separate ones. Tried once, remembered on the backbone."""
+    if not takes_our_attention(backbone):
+        return False
+    if not hasattr(backbone, "_rllr_can_pack"):
+        backbone._rllr_can_pack = _try_packing(backbone)
+    return backbone._rllr_can_pack
+
+
+def takes_our_attention(backbone):
+    """Whether the model calls its attention through transformers' interface, with masks that it does not read itself."""
+    return getattr(backbone, "_supports_attention_backend", False) and backbone.config._attn_implementation == "sdpa"
+
+
+def _try_packing(backbone):
+    config = backbone.config
+    was_training = backbone.training
+    backbone.eval()
+    device = next(backbone.parameters()).device
+    rows = [torch.arange(start, start + size, device=device) % config.vocab_size for start, size in ((3, 5), (7, 2), (1, 7))]
+    try:
+        packed = packed_forward(backbone, torch.cat(rows).unsqueeze(0), [len(row) for row in rows], use_cache=False)[0]
+    except (NotImplementedError, TypeError):  # another kind of attention, or a forward that takes no further arguments
+        return False
+    finally:
+        backbone.train(was_training)
+    backbone.eval()
+    alone = torch.cat([backbone(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state[0] for row in rows])
+    backbone.train(was_training)
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-8}.get(packed.dtype, 5e-2)
+    return torch.allclose(packed, alone, rtol=tolerance, atol=tolerance * float(alone.abs().max()))

@@ -1,0 +1,134 @@
+"""The decoding loop's state: which answer is in which slot, and one step for all of them.
+
+Live answers always fill the first slots, so a step works on views and computes nothing for empty ones. When an answer
+ends, the last live slot moves into its place; when enough slots are free, new prompts are written behind.
+"""
+
+import torch
+
+from .attention import can_pack, packed_forward, takes_our_attention
+from .cache import SlotCache
+
+
+class Decoder:
+    """Answers being written by one model in `slots` slots of `length` columns.
+
+    head: hidden [n, H] -> logits [n, V]; sampler: logits -> (token, log-probability). `admit` starts answers, `step` gives
+    each live answer its next token, `harvest` hands out those that ended. All without gradient.
+    """
+
+    def __init__(self, backbone, head, sampler, *, slots, length, max_new_tokens, stop_ids, device):
+        self.backbone, self.head, self.sampler, self.device = backbone, head, sampler, device
+        self.cache = SlotCache(slots, length)
+        self.stop_ids, self.max_new_tokens = stop_ids, max_new_tokens
+        long = {"dtype": torch.long, "device": device}
+        self.tokens = torch.zeros(slots, **long)  # the newest token of each answer, not yet seen by the model
+        self.positions = torch.zeros(slots, **long)  # where that token stands
+        self.counts = torch.zeros(slots, **long)  # tokens written so far
+        self.answers = torch.zeros(slots, max_new_tokens, **long)
+        self.logprobs = torch.zeros(slots, max_new_tokens, device=device)
+        self.ended = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.columns = torch.arange(length, device=device)
+        self.slot_ids = torch.arange(slots, device=device)
+        self.owners = []  # of each live slot: what `admit` was told
+        self.reach = []  # the same positions as Python numbers, so that no step needs to ask the device for them
+        # A ready-made mask saves building one per step; families that read the 2-D mask themselves (alibi) must get that.
+        self.ready_mask = takes_our_attention(backbone)
+
+    @property
+    def live(self):
+        return len(self.owners)
+
+    @property
+    def free(self):
+        return len(self.slot_ids) - self.live
+
+    @torch.no_grad()
+    def admit(self, prompts, owners, copies=1):
+        """Run prompts (lists of ids) and sample the first token of `copies` answers each, in as many free slots.
+
+        owners: one per answer, handed back by `harvest`; the copies of a prompt stand together.
+        """
+        first, lens = self.live, [len(prompt) for prompt in prompts]
+        slots = torch.arange(first, first + len(prompts) * copies, device=self.device)
+        hidden = self._prefill(prompts, lens, slots[::copies])  # [prompts, H]
+        if copies > 1:
+            for copy in range(1, copies):
+                self.cache.move(slots[::copies], slots[copy::copies], max(lens))
+            hidden = hidden.repeat_interleave(copies, 0)
+        positions = torch.tensor(lens, device=self.device).repeat_interleave(copies)
+        self.owners += owners
+        self.reach += positions.tolist()
+        self.positions[slots] = positions - 1  # `_take` moves on by one
+        self.counts[slots], self.ended[slots] = 0, False
+        self._take(hidden, slots)
+
+    def _prefill(self, prompts, lens, slots):
+        """Hidden states [prompts, H] after the last prompt token; keys and values go to the slots."""
+        lengths = torch.tensor(lens, device=self.device)
+        if len(prompts) > 1 and self.device.type == "cpu" and can_pack(self.backbone):
+            ids = torch.tensor([token for prompt in prompts for token in prompt]).unsqueeze(0)
+            columns = torch.cat([self.columns[:length] for length in lens]).unsqueeze(0)
+            self.cache.write_at(slots.repeat_interleave(lengths).unsqueeze(0), columns)
+            hidden = packed_forward(self.backbone, ids, lens, past_key_values=self.cache, use_cache=True)
+            return hidden[0, lengths.cumsum(0) - 1]
+        width = max(lens)
+        ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=self.device)
+        columns = self.columns[:width].expand(len(prompts), -1)
+        self.cache.write_at(slots.unsqueeze(1).expand(-1, width), columns)
+        hidden = self.backbone(input_ids=ids, past_key_values=self.cache, use_cache=True).last_hidden_state
+        return hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
+
+    @torch.no_grad()
+    def step(self):
+        """The next token of every live answer."""
+        live, width = self.live, max(self.reach) + 1
+        slots, positions = self.slot_ids[:live], self.positions[:live].unsqueeze(1)
+        self.cache.write_at(slots.unsqueeze(1), positions, rows=live, width=width)
+        mask = self.columns[:width] <= positions  # [live, width]
+        hidden = self.backbone(
+            input_ids=self.tokens[:live].unsqueeze(1),
+            attention_mask=mask[:, None, None, :] if self.ready_mask else mask.long(),
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+        self.reach = [position + 1 for position in self.reach]
+        self._take(hidden, slots)
+
+    def _take(self, hidden, slots):
+        """Sample a token per slot and write it down."""
+        token, logprob = self.sampler(self.head(hidden))
+        counts = self.counts[slots]
+        self.answers[slots, counts], self.logprobs[slots, counts] = token, logprob
+        self.tokens[slots], self.counts[slots] = token, counts + 1
+        self.positions[slots] += 1
+        self.ended[slots] = torch.isin(token, self.stop_ids) | (counts + 1 == self.max_new_tokens)
+
+    def harvest(self):
+        """[(owner, tokens, log-probabilities [n])] of the answers that have ended; their slots are free again."""
+        ended = self.ended[: self.live].tolist()
+        if not any(ended):
+            return []
+        done = [slot for slot, end in enumerate(ended) if end]
+        counts = self.counts[done].tolist()
+        answers, logprobs = self.answers[done].tolist(), self.logprobs[done]
+        results = [
+            (self.owners[slot], answer[:count], logprob[:count])
+            for slot, count, answer, logprob in zip(done, counts, answers, logprobs)
+        ]
+        self._close_gaps(done)
+        return results
+
+    def _close_gaps(self, done):
+        """Move the last live slots into those that ended, so that the live ones are the first again."""
+        kept = self.live - len(done)
+        gaps = [slot for slot in done if slot < kept]
+        movers = [slot for slot in range(kept, self.live) if slot not in done]
+        if gaps:
+            for state in (self.tokens, self.positions, self.counts, self.answers, self.logprobs, self.ended):
+                state[gaps] = state[movers]
+            self.cache.move(movers, gaps, max(self.reach[slot] for slot in movers))
+            for gap, mover in zip(gaps, movers):
+                self.owners[gap], self.reach[gap] = self.owners[mover], self.reach[mover]
+        del self.owners[kept:], self.reach[kept:]
