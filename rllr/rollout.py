@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .engine.decoder import Decoder
+from .engine.linear import fast_linears
 from .engine.sampling import Sampler
 from .layout import pack_sequences
 from .model import backbone_of, lm_logits
@@ -70,7 +71,8 @@ def generate(
             backbone_of(model), lambda hidden: lm_logits(model, hidden), Sampler(temperature, greedy, generator),
             slots=min(batch_size, len(prompts)), length=length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, device=device,
         )  # fmt: skip
-        responses, logprobs = _run(decoder, prompts)
+        with fast_linears(model):
+            responses, logprobs = _run(decoder, prompts)
     finally:
         model.train(was_training)
     sequences, prompt_lens, response_mask = pack_sequences(prompts, responses, pad_token_id, device)
