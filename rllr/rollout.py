@@ -6,6 +6,7 @@ own in the cache and its own positions, so its numbers do not depend on its neig
 next prompt (`rllr.engine`).
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -49,32 +50,40 @@ def generate(
     greedy=False,
     generator=None,
     batch_size=64,
+    answers_per_prompt=1,
+    cache_bytes=None,
 ):
-    """Sample (or, greedy, take the likeliest of) one answer per prompt.
+    """Sample (or, greedy, take the likeliest of) answers to prompts; the rows of a prompt's answers stand together.
 
     prompts: list of token-id lists; eos_token_id: an int or a list, any of which ends an answer and belongs to it.
-    A sampled pad id is an ordinary token. At most `batch_size` answers are written at a time; prompts are started longest
-    first. Dropout is off while sampling. The same generator state, prompts and batch_size give the same answers.
+    A sampled pad id is an ordinary token. At most `batch_size` answers are written at a time, fewer where their keys and
+    values would take more than `cache_bytes` (default: half of the free memory on a GPU); prompts are started longest
+    first, and run through the model once for all their answers. Dropout is off while sampling. The same generator state,
+    prompts and limits give the same answers.
     """
     if max_new_tokens < 1 or not temperature > 0:
         raise ValueError(
             f"max_new_tokens must be at least 1 and temperature above 0, got {max_new_tokens}, {temperature}"
         )
+    if answers_per_prompt < 1 or batch_size < 1:
+        raise ValueError(f"answers_per_prompt and batch_size must be at least 1, got {answers_per_prompt}, {batch_size}")
     device = model.device
     stop_ids = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), device=device)
     length = max(map(len, prompts)) + max_new_tokens
     check_cache_support(model, length)
+    slots = min(batch_size, len(prompts) * answers_per_prompt, slots_within(cache_bytes, model, length))
     was_training = model.training
     model.eval()
     try:
         decoder = Decoder(
             backbone_of(model), lambda hidden: lm_logits(model, hidden), Sampler(temperature, greedy, generator),
-            slots=min(batch_size, len(prompts)), length=length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, device=device,
+            slots=slots, length=length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, device=device,
         )  # fmt: skip
         with fast_linears(model):
-            responses, logprobs = _run(decoder, prompts)
+            responses, logprobs = _run(decoder, prompts, answers_per_prompt)
     finally:
         model.train(was_training)
+    prompts = [prompt for prompt in prompts for _ in range(answers_per_prompt)]
     sequences, prompt_lens, response_mask = pack_sequences(prompts, responses, pad_token_id, device)
     recorded = torch.zeros(response_mask.shape, device=device)
     recorded[response_mask] = torch.cat(logprobs).to(device)
@@ -83,35 +92,58 @@ def generate(
     return Rollout(sequences, prompt_lens, response_mask.sum(1), response_mask, recorded, truncated)
 
 
-def _run(decoder, prompts):
-    """(responses, log-probabilities), lists in the order of the prompts."""
+def _run(decoder, prompts, answers):
+    """(responses, log-probabilities), lists in the order of the prompts, `answers` of each."""
     queue = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # taken from the end: the longest first
-    responses, logprobs = [None] * len(prompts), [None] * len(prompts)
-    admit_at = max(1, int(ADMIT_SHARE * decoder.free))
+    responses, logprobs = [None] * len(prompts) * answers, [None] * len(prompts) * answers
+    together = answers if answers <= decoder.free else 1  # answers of one prompt that share its forward
+    queue = [(row, first) for row in queue for first in range(0, answers, together)]
+    admit_at = max(together, int(ADMIT_SHARE * decoder.free))
     while queue or decoder.live:
         if queue and (decoder.free >= admit_at or not decoder.live):
-            while queue and decoder.free:
-                rows = _next_group(queue, prompts, decoder)
-                decoder.admit([prompts[row] for row in rows], rows)
+            while queue and decoder.free >= together:
+                group = _next_group(queue, prompts, decoder, together)
+                owners = [row * answers + first + copy for row, first in group for copy in range(together)]
+                decoder.admit([prompts[row] for row, _ in group], owners, together)
         else:
             decoder.step()
-        for row, response, scored in decoder.harvest():
-            responses[row], logprobs[row] = response, scored
+        for owner, response, scored in decoder.harvest():
+            responses[owner], logprobs[owner] = response, scored
     return responses, logprobs
 
 
-def _next_group(queue, prompts, decoder):
-    """Rows taken off the queue: as many as there are free slots, within the budget of prompt tokens; at least one."""
-    budget, rows = PREFILL_TOKENS["cpu" if decoder.device.type == "cpu" else "other"], []
-    while queue and len(rows) < decoder.free and (not rows or len(prompts[queue[-1]]) <= budget):
-        budget -= len(prompts[queue[-1]])
-        rows.append(queue.pop())
-    return rows
+def _next_group(queue, prompts, decoder, together):
+    """Taken off the queue: as many as find free slots, within the budget of prompt tokens; at least one."""
+    budget, group = PREFILL_TOKENS["cpu" if decoder.device.type == "cpu" else "other"], []
+    while queue and (len(group) + 1) * together <= decoder.free and (not group or len(prompts[queue[-1][0]]) <= budget):
+        budget -= len(prompts[queue[-1][0]])
+        group.append(queue.pop())
+    return group
+
+
+def slots_within(cache_bytes, model, length):
+    """How many answers' keys and values fit into `cache_bytes`; at least one. Without a limit on CPU, as many as you like."""
+    if cache_bytes is None and model.device.type != "cuda":
+        return sys.maxsize
+    if cache_bytes is None:
+        cache_bytes = torch.cuda.mem_get_info(model.device)[0] // 2
+    config = model.config
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    per_token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
+    return max(1, int(cache_bytes // (per_token * length * next(model.parameters()).element_size())))
 
 
 def check_cache_support(model, length):
-    """Refuse what this cache cannot do exactly: a sliding window shorter than the sequence, recurrent layers."""
+    """Refuse what this cache cannot do exactly: a sliding window shorter than the sequence, recurrent layers, rotary
+    embeddings that change with the length of the batch."""
     config = model.config
+    for scaling in (getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)):
+        kind = (scaling or {}).get("rope_type", (scaling or {}).get("type"))
+        if kind in ("dynamic", "longrope"):
+            raise ValueError(
+                f"rollouts cannot reproduce rotary embeddings of type {kind!r}: they depend on the longest row of a batch"
+            )
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= {"full_attention", "sliding_attention"}:
         raise ValueError(f"rollouts need attention layers only; {type(model).__name__} has {sorted(kinds)}")

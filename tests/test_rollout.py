@@ -9,7 +9,7 @@ from families import EOS, VOCAB, tiny_model
 import rllr.rollout
 from rllr.logprobs import token_logprobs
 from rllr.engine.sampling import Sampler
-from rllr.rollout import check_cache_support, generate
+from rllr.rollout import check_cache_support, generate, slots_within
 
 PROMPTS = [[5, 6, 7], [3], [11, 12, 13, 14, 15, 16], [9, 8], [40, 41, 42, 43]]
 
@@ -160,6 +160,36 @@ def test_finished_rows_leave_the_batch():
     assert [len(call["input_ids"]) for call in model.calls] == [4, 3, 2] + [1] * 6
 
 
+@pytest.mark.parametrize("batch_size", [64, 6, 4, 2])
+def test_several_answers_per_prompt(model, batch_size):
+    """They stand together in the order of the prompts, each as if its prompt had been run for it alone; 2 slots are too
+    few for three answers to share a forward."""
+    stops = list(range(2, 12))
+    rollout = sample(model, eos_token_id=stops, answers_per_prompt=3, batch_size=batch_size)
+    assert rollout.prompt_lens.tolist() == [len(prompt) for prompt in PROMPTS for _ in range(3)]
+    assert [row[: len(p)] for row, p in zip(rollout.sequences[::3].tolist(), PROMPTS)] == PROMPTS
+    assert len({tuple(response) for response in rollout.responses()}) > len(PROMPTS)
+    scored = token_logprobs(model, rollout.sequences, rollout.prompt_lens, rollout.response_mask)
+    torch.testing.assert_close(rollout.rollout_logprobs, scored.detach(), rtol=0, atol=1e-5)
+
+
+def test_answers_of_a_prompt_share_its_forward():
+    model = Scripted()
+    rollout = sample(model, [[10], [20, 30]], eos_token_id=60, max_new_tokens=2, answers_per_prompt=4)
+    assert rollout.responses() == [[11, 12]] * 4 + [[31, 32]] * 4
+    assert [len(call["input_ids"]) for call in model.calls] == [2, 8]
+
+
+def test_a_memory_limit_lowers_the_number_of_slots(llama):
+    """Two layers of two key-value heads of 8 numbers, keys and values, 4 bytes: 256 bytes a token."""
+    assert [slots_within(limit, llama, 10) for limit in (0, 2560, 5119, 5120, 25600)] == [1, 1, 1, 2, 10]
+    assert slots_within(2560, llama.bfloat16(), 10) == 2
+    seen, llama = [], tiny_model("llama")
+    llama.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True)
+    sample(llama, [[5, 6]] * 6, max_new_tokens=8, cache_bytes=2 * 2560)
+    assert max(seen) == 2
+
+
 def test_batch_size_is_a_limit():
     model = Scripted()
     sample(model, [[10]] * 5, eos_token_id=11, batch_size=2)
@@ -268,6 +298,16 @@ def fake(**config):
 def test_recurrent_layers_are_refused(kinds):
     with pytest.raises(ValueError, match="attention layers only"):
         check_cache_support(fake(layer_types=kinds), 4)
+
+
+@pytest.mark.parametrize("kind, refused", [("dynamic", True), ("longrope", True), ("linear", False), ("default", False)])
+def test_rotary_embeddings_that_depend_on_the_longest_row_are_refused(kind, refused):
+    config = fake(rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 2.0})
+    if refused:
+        with pytest.raises(ValueError, match=kind):
+            check_cache_support(config, 9)
+    else:
+        check_cache_support(config, 9)
 
 
 @pytest.mark.parametrize(
