@@ -48,6 +48,7 @@ class Config(DataConfig):
     ppo_epochs: int = 1  # passes over a rollout
     minibatches: int = 2  # optimiser steps per pass
     micro_batch_size: int = 0  # answers per forward; 0: the whole minibatch. Does not change the gradient
+    tokens_per_batch: int = 0  # padded tokens per forward; 0: no limit. Does not change the gradient either
     learning_rate: float | None = None  # of the policy (tiny 2e-4, any other model 1e-6), linear decay to 0
     value_learning_rate: float | None = None  # of the value model (tiny 5e-4, any other model 5e-6), linear decay
     value_init: str | None = None  # directory the value model starts from (the reward model; SFT backbone, zero head)
@@ -79,7 +80,7 @@ class Config(DataConfig):
         check_positive(self, "rollout_prompts", "ppo_epochs", "minibatches", "learning_rate", "value_learning_rate", "steps",
                        "score_clip", "kl_target", "kl_horizon", "max_update_kl", "max_grad_norm", "temperature", "clip",
                        "value_clip", "max_new_tokens", "eval_every", "eval_batch_size", "log_every", "show_every")  # fmt: skip
-        check_positive(self, "kl_coef", "missing_eos_penalty", "micro_batch_size", "eval_rows", zero=True)
+        check_positive(self, "kl_coef", "missing_eos_penalty", "micro_batch_size", "tokens_per_batch", "eval_rows", zero=True)
         check_range(self, "gamma", 0, 1)
         check_range(self, "lam", 0, 1)
         check_choice(self, "score_norm", ("stored", "running", "none"))

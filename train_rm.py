@@ -53,6 +53,7 @@ class Config(DataConfig):
     checks_per_epoch: int = 2  # evaluations on the held-out pairs
     batch_size: int = 32  # pairs per optimiser step
     micro_batch_size: int = 0  # pairs per forward; 0: the whole batch. Does not change the gradient
+    tokens_per_batch: int = 0  # padded tokens per forward; 0: no limit. Does not change the gradient either
     learning_rate: float | None = None  # AdamW peak (tiny 5e-4, any other model 5e-6)
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01  # not on biases and norms
@@ -69,7 +70,7 @@ class Config(DataConfig):
     def validate(self):
         check_positive(self, "epochs", "batch_size", "learning_rate", "max_grad_norm", "max_new_tokens", "temperature",
                        "patience", "checks_per_epoch", "pairs_per_row", "eval_batch_size", "log_every", "statistics_prompts")  # fmt: skip
-        check_positive(self, "micro_batch_size", "weight_decay", "margin", "center_coef", zero=True)
+        check_positive(self, "micro_batch_size", "tokens_per_batch", "weight_decay", "margin", "center_coef", zero=True)
         check_range(self, "warmup", 0, 1)
         check_range(self, "dropout", 0, 0.9)
         check_choice(self, "loss", ("eos", "span"))
@@ -220,7 +221,8 @@ def main(argv=None):
             batch_loss = 0.0
             learning_rate, step = scheduler.get_last_lr()[0], step + 1
             with name_faults(step, f"The best state so far is in {directory}."):
-                for micro_batch in split_rows(batch, config.micro_batch_size):
+                lengths = [2 * (len(prompt) + max(len(chosen), len(rejected))) for prompt, chosen, rejected in batch]
+                for micro_batch in split_rows(batch, lengths, config.micro_batch_size, config.tokens_per_batch):
                     with autocast():
                         loss = rm_loss(model, micro_batch, len(batch), encoder, config)
                     require_finite(loss, "the reward model's loss")

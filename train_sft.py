@@ -39,6 +39,7 @@ class Config(DataConfig):
     epochs: int = 6  # passes over the labelled rows
     batch_size: int = 32  # answers per optimiser step
     micro_batch_size: int = 0  # answers per forward; 0: the whole batch. Does not change the gradient
+    tokens_per_batch: int = 0  # padded tokens per forward; 0: no limit. Does not change the gradient either
     learning_rate: float | None = None  # AdamW peak (tiny 1e-3, any other model 1e-5)
     warmup: float = 0.05  # share of the steps
     schedule: str = "linear"  # linear, cosine or constant, after the warm-up
@@ -56,7 +57,7 @@ class Config(DataConfig):
     def validate(self):
         check_positive(self, "epochs", "batch_size", "learning_rate", "max_grad_norm", "max_new_tokens", "eval_batch_size",
                        "log_every")  # fmt: skip
-        check_positive(self, "micro_batch_size", "weight_decay", "show", "labelled", "eval_rows", zero=True)
+        check_positive(self, "micro_batch_size", "tokens_per_batch", "weight_decay", "show", "labelled", "eval_rows", zero=True)
         check_range(self, "warmup", 0, 1)
         check_range(self, "dropout", 0, 0.9)
         check_range(self, "held_out", 0.001, 0.9)
@@ -136,7 +137,8 @@ def main(argv=None):
             answer_tokens, batch_loss = sum(len(answer) for _, answer in batch), 0.0
             learning_rate, step = scheduler.get_last_lr()[0], step + 1
             with name_faults(step, f"The best epoch so far is in {directory}."):
-                for micro_batch in split_rows(batch, config.micro_batch_size):
+                lengths = [len(prompt) + len(answer) for prompt, answer in batch]
+                for micro_batch in split_rows(batch, lengths, config.micro_batch_size, config.tokens_per_batch):
                     with autocast():
                         loss = sft_loss(model, micro_batch, answer_tokens, encoder)
                     require_finite(loss, "the SFT loss")

@@ -319,7 +319,19 @@ def pack(rows, pad_token_id, device):
     return pack_sequences(prompts, responses, pad_token_id, device)
 
 
-def split_rows(rows, size):
-    """Micro-batches of at most `size` rows; all in one where size is 0."""
-    size = size or len(rows)
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+def split_rows(rows, lengths, size=0, tokens=0):
+    """Micro-batches of at most `size` rows, and of at most `tokens` padded tokens (its rows x the longest of them).
+
+    0: no limit. lengths: of each row, in tokens. With a limit on tokens, rows of similar length come together; a row that is
+    longer than the limit goes alone.
+    """
+    if not tokens:
+        size = size or len(rows)
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
+    batches, width = [], 0
+    for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
+        if not batches or len(batches[-1]) == (size or len(rows)) or (len(batches[-1]) + 1) * width > tokens:
+            batches.append([])
+            width = lengths[i]
+        batches[-1].append(rows[i])
+    return batches

@@ -63,6 +63,11 @@ class Batch:
         """(sequences, prompt_lens, mask) of some rows, trimmed to their own width."""
         return trim(self.sequences[rows], self.prompt_lens[rows], self.mask[rows])
 
+    def micro_batches(self, minibatch, config):
+        """A minibatch's rows as lists of rows that go through a model together."""
+        lengths = (self.prompt_lens + self.mask.sum(1))[minibatch].tolist() if config.tokens_per_batch else []
+        return split_rows(minibatch, lengths, config.micro_batch_size, config.tokens_per_batch)
+
 
 @torch.no_grad()
 def analyse(policy, reference, value_model, rollout, plan, config, autocast) -> Batch:
@@ -71,7 +76,7 @@ def analyse(policy, reference, value_model, rollout, plan, config, autocast) -> 
     zeros = lambda: torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)  # noqa: E731
     batch = Batch(rollout.sequences, rollout.prompt_lens, mask, zeros(), zeros(), zeros(), zeros())
     for minibatch in plan[0]:
-        for rows in split_rows(minibatch, config.micro_batch_size):
+        for rows in batch.micro_batches(minibatch, config):
             packed = batch.rows(rows)
             width = packed[2].shape[1]
             with autocast():
@@ -110,7 +115,7 @@ def improve(policy, value_model, policy_optimizer, value_optimizer, batch, plan,
         token_count = batch.mask[minibatch].sum()
         parts = [
             _losses(policy, value_model, batch, rows, token_count, config, autocast)
-            for rows in split_rows(minibatch, config.micro_batch_size)
+            for rows in batch.micro_batches(minibatch, config)
         ]
         stats = {name: _combine(name, [part[name] for part in parts]) for name in parts[0]}
         if not history:

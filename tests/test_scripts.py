@@ -130,11 +130,11 @@ def test_micro_batches_do_not_change_training(toy, tmp_path, name, arguments):
     main, source = (train_sft.main, "--model") if name == "train_sft" else (train_rm.main, "--policy")
     start = [*(toy.data if name == "train_sft" else []), source, toy.base if name == "train_sft" else toy.sft]
     lines = []
-    for size in (0, 2):
-        run(main, *start, *arguments, "--epochs", 1, "--batch_size", 8, "--micro_batch_size", size, "--dropout", 0,
-            "--learning_rate", 1e-3, "--max_new_tokens", 12, "--output_dir", tmp_path / str(size))  # fmt: skip
-        lines.append(read_metrics(tmp_path / str(size)))
-    assert not differing(*lines, tolerance=1e-4)
+    for split in (["--micro_batch_size", 0], ["--micro_batch_size", 2], ["--tokens_per_batch", 80]):
+        run(main, *start, *arguments, "--epochs", 1, "--batch_size", 8, *split, "--dropout", 0,
+            "--learning_rate", 1e-3, "--max_new_tokens", 12, "--output_dir", tmp_path / str(split[1]))  # fmt: skip
+        lines.append(read_metrics(tmp_path / str(split[1])))
+    assert not differing(*lines[:2], tolerance=1e-4) and not differing(*lines[::2], tolerance=1e-4)
 
 
 def test_label_format_trains_without_rationales(toy, tmp_path):
@@ -314,10 +314,10 @@ def test_sft_and_rm_same_seed_same_run(toy, tmp_path):
 
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_ppo_micro_batches_do_not_change_the_run(toy, tmp_path, epochs):
-    for size in (0, 1):
-        flags = ["--ppo_epochs", epochs, "--micro_batch_size", size]
-        toy.ppo(tmp_path / str(size), "--label_rm", toy.label_rm, *flags, steps=3)
-    assert not differing(read_metrics(tmp_path / "0"), read_metrics(tmp_path / "1"), tolerance=1e-4)
+    for name, split in (("0", []), ("1", ["--micro_batch_size", 1]), ("2", ["--tokens_per_batch", 60])):
+        toy.ppo(tmp_path / name, "--label_rm", toy.label_rm, "--ppo_epochs", epochs, *split, steps=3)
+    for name in ("1", "2"):
+        assert not differing(read_metrics(tmp_path / "0"), read_metrics(tmp_path / name), tolerance=1e-4)
 
 
 def test_max_update_kl_skips_the_rest_of_a_rollout(toy, tmp_path):

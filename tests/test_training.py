@@ -325,16 +325,26 @@ def test_batches_hold_rows_of_similar_length_in_random_order():
 
 def test_split_rows_and_pack():
     rows = [([1], [2]), ([3, 4], [5, 6]), ([7], [8, 9, 10])]
-    assert split_rows(rows, 0) == [rows] and split_rows(rows, 2) == [rows[:2], rows[2:]]
-    assert split_rows(rows, 3) == split_rows(rows, 9) == [rows]
+    lengths = [2, 4, 4]
+    assert split_rows(rows, lengths) == [rows] and split_rows(rows, lengths, 2) == [rows[:2], rows[2:]]
+    assert split_rows(rows, lengths, 3) == split_rows(rows, lengths, 9) == [rows]
     sequences, prompt_lens, mask = pack(rows, 0, "cpu")
     assert sequences.tolist() == [[1, 2, 0, 0], [3, 4, 5, 6], [7, 8, 9, 10]]
     assert prompt_lens.tolist() == [1, 2, 1] and mask.sum(1).tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("size, tokens, expected", [
+    (0, 100, ["ebdac"]), (0, 14, ["eb", "da", "c"]), (0, 13, ["e", "bd", "ac"]), (0, 3, list("ebdac")), (2, 100, ["eb", "da", "c"]),
+    (1, 14, list("ebdac")), (0, 20, ["eb", "dac"]),
+])  # fmt: skip
+def test_split_rows_by_tokens(size, tokens, expected):
+    """Longest first (ties in their order): the padded size is the first row's length times the rows."""
+    assert ["".join(part) for part in split_rows("abcde", [5, 6, 4, 6, 7], size, tokens)] == expected
+
+
 # ---- whatever the split into micro-batches, the gradient is the same (float64: what is left is rounding)
 
-SPLITS = (1, 3, 0)  # 0: all in one
+SPLITS = (1, 3, -20, 0)  # rows; negative: tokens; 0: all in one
 FAKE_ENCODER = SimpleNamespace(pad_id=None)
 
 
@@ -360,8 +370,13 @@ def gradients(*models):
     return torch.cat([grad.flatten() for grad in found])
 
 
+def cut(rows, lengths, size):
+    """Micro-batches of `size` rows, or, where it is negative, of that many tokens."""
+    return split_rows(rows, lengths, max(size, 0), max(-size, 0))
+
+
 def assert_split_invariant(run):
-    """`run(size)` -> (loss, gradient) with micro-batches of that size."""
+    """`run(size)` -> (loss, gradient) with micro-batches as `cut` makes them."""
     expected_loss, expected = run(0)
     assert expected.abs().max() > 1e-3
     for size in SPLITS[:-1]:
@@ -376,7 +391,7 @@ def test_sft_gradient_does_not_depend_on_the_split():
 
     def run(size):
         total = 0.0
-        for part in split_rows(rows, size):
+        for part in cut(rows, [len(prompt) + len(answer) for prompt, answer in rows], size):
             loss = sft_loss(model, part, tokens, FAKE_ENCODER)
             loss.backward()
             total += loss.item()
@@ -400,7 +415,7 @@ def test_rm_gradient_does_not_depend_on_the_split(loss_name):
 
     def run(size):
         total = 0.0
-        for part in split_rows(rows, size):
+        for part in cut(rows, [sum(map(len, row)) for row in rows], size):
             loss = rm_loss(model, part, len(rows), FAKE_ENCODER, config)
             loss.backward()
             total += loss.item()
@@ -431,7 +446,7 @@ def test_rm_gradient_does_not_depend_on_the_split(loss_name):
 def ppo_config(**more):
     return SimpleNamespace(
         **{"temperature": 0.7, "clip": 0.2, "value_clip": 0.2, "max_grad_norm": 1.0, "precision": "fp32",
-           "max_update_kl": None, "micro_batch_size": 0} | more
+           "max_update_kl": None, "micro_batch_size": 0, "tokens_per_batch": 0} | more
     )  # fmt: skip
 
 
@@ -458,7 +473,7 @@ def test_ppo_gradients_do_not_depend_on_the_split():
 
     def run(size):
         totals = {}
-        for rows in split_rows(minibatch, size):
+        for rows in cut(minibatch, (batch.prompt_lens + batch.mask.sum(1))[minibatch].tolist(), size):
             for name, value in _losses(policy, value_model, batch, rows, tokens, config, nullcontext).items():
                 assert not value.requires_grad
                 totals[name] = totals.get(name, 0.0) + value.item()
@@ -493,16 +508,17 @@ def test_a_whole_update_does_not_depend_on_the_split(monkeypatch):
     monkeypatch.setattr(rllr.update, "_losses", watched)
     plan = [[[0, 5, 2, 7], [1, 3, 4, 6]], [[6, 5, 4, 3], [2, 1, 0, 7]]]
     start, weights, statistics = policy_model(), [], []
-    for size in (0, 1, 2):
+    for size in (0, 1, 2, -12):
         policy, value_model = policy_model(), ValueModel.from_policy(policy_model())
-        config = ppo_config(micro_batch_size=size)
+        config = ppo_config(**({"tokens_per_batch": -size} if size < 0 else {"micro_batch_size": size}))
         batch = scored_batch(policy, value_model, random_rows(8, 1), config)
         batch.logprobs = token_logprobs(policy, *batch.rows(list(range(8))), config.temperature).detach()
         optimizers = [make_optimizer(model, 1e-3, 10) for model in (policy, value_model)]
         stats = improve(policy, value_model, *optimizers, batch, plan, config, nullcontext)
         assert stats["first_ratio_error"] < 1e-12 and stats["approx_kl"] > 1e-4  # of the later minibatches
         assert stats["ratio_mean"] == pytest.approx(1, abs=0.1) and stats["ratio_max"] > stats["ratio_mean"]
-        assert stats["ratio_max"] == max(largest) and len(largest) == 4 * (4 // size if size else 1)
+        parts = 4 * (4 // size if size else 1)
+        assert stats["ratio_max"] == max(largest) and (len(largest) == parts if size >= 0 else 4 < len(largest) < 16)
         largest.clear()
         statistics.append({name: float(value) for name, value in stats.items()})
         weights.append(torch.cat([p.detach().flatten() for m in (policy, value_model) for p in m.parameters()]))
@@ -523,7 +539,7 @@ def test_scoring_does_not_depend_on_the_split():
     assert len(set(rollout.response_lens.tolist())) > 2
     packed = (rollout.sequences, rollout.prompt_lens, rollout.response_mask)
     for size in SPLITS:
-        config = ppo_config(micro_batch_size=size)
+        config = ppo_config(**({"tokens_per_batch": -size} if size < 0 else {"micro_batch_size": size}))
         batch = analyse(policy, reference, value_model, rollout, [[[6, 1, 3, 5], [0, 2, 4]]], config, nullcontext)
         with torch.no_grad():
             assert torch.allclose(batch.logprobs, token_logprobs(policy, *packed, 0.7), atol=1e-4)
