@@ -18,7 +18,7 @@ from .layout import pack_sequences
 from .model import backbone_of, lm_logits
 
 ADMIT_SHARE = 0.125  # share of free slots at which new prompts are let in: in groups, as their forward stops the others
-PREFILL_TOKENS = {"cpu": 1024, "other": 16384}  # prompt tokens, at most, that go through the model together
+PREFILL_TOKENS = {"cpu": 4096, "other": 16384}  # prompt tokens, at most, that go through the model together
 
 
 @dataclass

@@ -12,11 +12,16 @@ import torch
 from torch import nn
 
 
+FEW_ROWS = 16  # below, torch's own product is the faster one again,
+LARGE_WEIGHT = 4_000_000  # except with very large matrices (an LM head)
+
+
 class OneDnnLinear(nn.Linear):
     """`nn.Linear` whose float32 product on CPU goes through oneDNN. Instances are ordinary layers, lent this class."""
 
     def forward(self, x):
-        if x.dtype != torch.float32 or self.weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        small = x.numel() < FEW_ROWS * self.in_features and self.weight.numel() < LARGE_WEIGHT
+        if small or x.dtype != torch.float32 or self.weight.dtype != x.dtype or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
