@@ -51,6 +51,7 @@ class Config(DataConfig):
     tokens_per_batch: int = 0  # padded tokens per forward; 0: no limit. Does not change the gradient either
     learning_rate: float | None = None  # of the policy (tiny 2e-4, any other model 1e-6), linear decay to 0
     value_learning_rate: float | None = None  # of the value model (tiny 5e-4, any other model 5e-6), linear decay
+    warmup: float = 0.0  # share of the updates in which the policy's learning rate rises; the value model learns meanwhile
     value_init: str | None = None  # directory the value model starts from (the reward model; SFT backbone, zero head)
     kl_coef: float = 0.1  # beta: weight of the per-token KL to the SFT policy in the reward
     kl_kind: str = "k1"  # estimator of that KL: k1 or k3
@@ -81,6 +82,7 @@ class Config(DataConfig):
                        "score_clip", "kl_target", "kl_horizon", "max_update_kl", "max_grad_norm", "temperature", "clip",
                        "value_clip", "max_new_tokens", "eval_every", "eval_batch_size", "log_every", "show_every")  # fmt: skip
         check_positive(self, "kl_coef", "missing_eos_penalty", "micro_batch_size", "tokens_per_batch", "eval_rows", zero=True)
+        check_range(self, "warmup", 0, 1)
         check_range(self, "gamma", 0, 1)
         check_range(self, "lam", 0, 1)
         check_choice(self, "score_norm", ("stored", "running", "none"))
@@ -147,7 +149,7 @@ def main(argv=None):
     stream = PromptStream(prompts, config.rollout_prompts, config.seed)
     sampling = torch.Generator(device).manual_seed(config.seed)
     updates = config.steps * config.ppo_epochs * config.minibatches
-    policy_optimizer = make_optimizer(policy, config.learning_rate, updates)
+    policy_optimizer = make_optimizer(policy, config.learning_rate, updates, warmup_share=config.warmup)
     value_optimizer = make_optimizer(value_model, config.value_learning_rate, updates)
     kl = FixedKL(config.kl_coef)
     if config.kl_control == "adaptive":

@@ -331,6 +331,14 @@ def test_max_update_kl_skips_the_rest_of_a_rollout(toy, tmp_path):
     assert all(line["improve/approx_kl"] > 1e-9 for line in everything + skipping)  # the one that was too far shows
 
 
+@pytest.mark.parametrize("warmup, expected", [(0, [5e-4, 0]), (0.5, [1e-3, 0])])
+def test_warmup_of_the_policy(toy, tmp_path, warmup, expected):
+    """Four updates in two steps: the rate after the second and after the last; with a warm-up of two the peak comes later."""
+    toy.ppo(tmp_path / "ppo", "--reward", "gold", "--learning_rate", 1e-3, "--warmup", warmup, steps=2)
+    lines = read_metrics(tmp_path / "ppo", "judge/score")
+    assert [line["improve/lr"] for line in lines] == pytest.approx(expected)
+
+
 def test_score_norm(toy, tmp_path):
     flags = ["--label_rm", toy.label_rm, "--missing_eos_penalty", 0, "--max_new_tokens", 20]
     statistics = json.loads((toy.label_rm / "score_statistics.json").read_text())

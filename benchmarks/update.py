@@ -1,0 +1,133 @@
+"""One optimiser step's forward and backward: ours against the plain way, padded batches with full logits.
+
+    python benchmarks/update.py --shape S --sequences 16
+
+Same weights, same sequences (prompts of 16 to 96 tokens, answers of 1 to 64), float32; the gradient's norm must agree.
+Peak memory is taken in a process of its own per variant, net of what it holds before the step.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import torch
+from common import draw_lengths, draw_prompts, make_model, measure, median, ratios, set_up, write_result
+
+
+def draw_batch(count, vocab):
+    from rllr.layout import pack_sequences
+
+    prompts = draw_prompts(count, vocab)
+    answers = [[5 + (row * 7 + t) % (vocab - 5) for t in range(n)] for row, n in enumerate(draw_lengths(count))]
+    return pack_sequences(prompts, answers), prompts, answers
+
+
+def plain_step(model, packed, rows):
+    """[B, T] with a padding mask, logits [B, T, V], log-softmax of all of them."""
+    sequences, prompt_lens, mask = packed
+    attention = (torch.arange(sequences.shape[1]) < (prompt_lens + mask.sum(1)).unsqueeze(1)).long()
+    logits = model(input_ids=sequences, attention_mask=attention, use_cache=False).logits[:, :-1]
+    logprobs = logits.log_softmax(-1).gather(-1, sequences[:, 1:].unsqueeze(-1)).squeeze(-1)
+    steps = torch.arange(sequences.shape[1] - 1)
+    start, end = prompt_lens.unsqueeze(1) - 1, (prompt_lens + mask.sum(1)).unsqueeze(1) - 1
+    (-(logprobs * ((steps >= start) & (steps < end))).sum() / mask.sum()).backward()
+
+
+def our_step(model, packed, rows, pack_below=None, micro_batch=0, tokens=0):
+    """`token_logprobs`; micro-batches add up to the same gradient."""
+    import rllr.model
+    from rllr.layout import trim
+    from rllr.logprobs import token_logprobs
+    from rllr.training import split_rows
+
+    before = rllr.model.PACK_BELOW
+    rllr.model.PACK_BELOW = before if pack_below is None else pack_below
+    try:
+        sequences, prompt_lens, mask = packed
+        count, lengths = mask.sum(), (prompt_lens + mask.sum(1)).tolist()
+        for part in split_rows(rows, lengths, micro_batch, tokens):
+            logprobs = token_logprobs(model, *trim(sequences[part], prompt_lens[part], mask[part]))
+            (-logprobs.sum() / count).backward()
+    finally:
+        rllr.model.PACK_BELOW = before
+
+
+VARIANTS = {
+    "padded, full logits": plain_step,
+    "padded, response-only": lambda *a: our_step(*a, pack_below=0.0),
+    "rllr (packed, response-only)": our_step,
+    "rllr, micro-batches of 4": lambda *a: our_step(*a, micro_batch=4),
+    "rllr, 512 tokens per batch": lambda *a: our_step(*a, tokens=512),
+}
+
+
+def one(name, shape, count):
+    """Peak memory above the resting level, in MB, and the gradient's norm, of a single step in this fresh process."""
+    model = make_model(shape).train()
+    packed = draw_batch(count, model.config.vocab_size)[0]
+    for parameter in model.parameters():  # gradients are there at every step but the first
+        parameter.grad = torch.zeros_like(parameter)
+    small = draw_batch(2, model.config.vocab_size)[0]
+    VARIANTS[name](model, small, [0, 1])  # libraries' own buffers
+    for parameter in model.parameters():
+        parameter.grad.zero_()
+    with open("/proc/self/clear_refs", "w") as file:  # Linux: forget the peak so far
+        file.write("5")
+    before = status_mb("VmRSS")
+    VARIANTS[name](model, packed, list(range(count)))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+    return {"peak_mb": status_mb("VmHWM") - before, "grad_norm": norm}
+
+
+def status_mb(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field + ":")) / 1024
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="S", choices=["S", "M", "L"])
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--one", choices=list(VARIANTS), help="used by this script itself: a variant's peak memory")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.one:
+        print(json.dumps(one(args.one, args.shape, args.sequences)))
+        return
+    memory = {}
+    for name in VARIANTS:
+        command = [sys.executable, __file__, "--shape", args.shape, "--sequences", str(args.sequences), "--one", name]
+        memory[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    set_up(args.threads)
+    model = make_model(args.shape).train()
+    packed, prompts, answers = draw_batch(args.sequences, model.config.vocab_size)
+    rows = list(range(args.sequences))
+
+    def step(run):
+        model.zero_grad(set_to_none=True)
+        run(model, packed, rows)
+
+    times = measure({name: lambda run=run: step(run) for name, run in VARIANTS.items()}, args.repeats)
+    base = next(iter(VARIANTS))
+    norms = [entry["grad_norm"] for entry in memory.values()]
+    assert max(norms) - min(norms) < 1e-4 * max(norms), norms
+    real = sum(map(len, prompts)) + sum(map(len, answers))
+    lines = [
+        f"{args.sequences} sequences, {real} real of {packed[0].numel()} padded tokens, float32; median of {args.repeats}, "
+        f"in turns. Gradient norms agree within {(max(norms) - min(norms)) / max(norms):.0e}.",
+        "",
+        "| variant | CPU s | times faster | peak memory of a step, MB | times smaller |",
+        "|---|---|---|---|---|",
+    ]
+    for name, ratio in ratios(times, base).items():
+        peak = memory[name]["peak_mb"]
+        lines.append(f"| {name} | {median(times[name]):.3f} | {ratio:.2f} | {peak:.0f} | {memory[base]['peak_mb'] / peak:.2f} |")
+    record = {"shape": args.shape, "sequences": args.sequences, "times": times, "ratios": ratios(times, base), "memory": memory}
+    write_result("update", f"{args.shape}, {args.sequences} sequences", lines, record)
+
+
+if __name__ == "__main__":
+    main()
