@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from .engine.attention import can_pack, packed_forward
+from .engine.linear import fast_linears
 from .errors import InputError
 from .layout import response_places, unflatten
 
@@ -32,7 +33,9 @@ def backbone_of(model):
 
 def hidden_states(model, sequences):
     """Final hidden states [B, T, H] of right-padded sequences [B, T]; no mask is needed (see `rllr.layout`)."""
-    return backbone_of(model)(input_ids=sequences, use_cache=False).last_hidden_state
+    backbone = backbone_of(model)
+    with fast_linears(backbone):
+        return backbone(input_ids=sequences, use_cache=False).last_hidden_state
 
 
 def hidden_at(model, sequences, prompt_lens, response_mask, rows, positions):
@@ -45,14 +48,17 @@ def hidden_at(model, sequences, prompt_lens, response_mask, rows, positions):
     lengths = prompt_lens + response_mask.sum(1)
     if sequences.device.type == "cpu" and int(lengths.sum()) < PACK_BELOW * sequences.numel() and can_pack(backbone):
         real = torch.arange(sequences.shape[1]) < lengths.unsqueeze(1)
-        hidden = packed_forward(backbone, sequences[real].unsqueeze(0), lengths.tolist(), use_cache=False)
+        with fast_linears(backbone):
+            hidden = packed_forward(backbone, sequences[real].unsqueeze(0), lengths.tolist(), use_cache=False)
         return hidden[0, (lengths.cumsum(0) - lengths)[rows] + positions]
     return hidden_states(model, sequences)[rows, positions]
 
 
 def lm_logits(model, hidden):
     """Next-token logits [..., V] of hidden states [..., H], float32 at least, as the model's own forward gives them."""
-    logits = model.get_output_embeddings()(hidden)
+    head = model.get_output_embeddings()
+    with fast_linears(head):
+        logits = head(hidden)
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     config = model.config
     if getattr(config, "logit_scale", None):  # Cohere
