@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from rllr.config import check_choice, check_divisible, check_positive, check_range, parse_config
 from rllr.encoding import Encoder
-from rllr.errors import command
+from rllr.errors import InputError, command
 from rllr.evaluate import answer_rows, metric_line, score_answers, show_samples
 from rllr.logprobs import token_logprobs
 from rllr.model import fingerprint, load_policy, load_tokenizer, set_dropout
@@ -66,6 +66,11 @@ class Config(LoRAConfig, DataConfig):
         check_choice(self, "rationales", (None, *WRITERS))
         check_divisible(self, "batch_size", "micro_batch_size")
         check_lora(self)
+        if self.lora_rank and self.model == "tiny":
+            raise InputError(
+                "--lora_rank with --model tiny: a model built from scratch has nothing to adapt; train it in full, and use "
+                "adapters in train_rm.py and train_ppo.py, or give a pretrained --model"
+            )
 
 
 def sft_loss(model, rows, answer_tokens, encoder):
@@ -111,10 +116,7 @@ def main(argv=None):
     open_run_directory(directory, config.overwrite)
     base = model
     if config.lora_rank:
-        if config.model == "tiny":
-            save_policy(base, encoder, directory / "base", make_record("tiny", task, config, tiny=True))
-        on = {"path": str(directory / "base") if config.model == "tiny" else config.model, "fingerprint": fingerprint(base)}
-        base.name_or_path = on["path"]
+        on = {"path": config.model, "fingerprint": fingerprint(base)}
         model = new_role(cast_parameters(base, DTYPES[config.base_dtype]), "sft", config, config.seed)
     if task.answer_format == "rationale":
         writer = make_writer(

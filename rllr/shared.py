@@ -59,6 +59,7 @@ class RoleBackbone(nn.Module):
         super().__init__()
         self.role, self._model = role, (model,)  # in a tuple, so that the base's weights are no parameters of the role
         self.adapter = get_adapter(model, role) if role else None
+        self.eval()
 
     @property
     def shared_model(self):
