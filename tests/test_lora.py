@@ -105,6 +105,10 @@ def test_off_and_untrained_are_the_base_to_the_bit(family):
         assert torch.equal(logits(model, None), expected)
     assert torch.equal(logits(model, "fresh"), expected)
     assert model.state_dict().keys() == base.state_dict().keys() and fingerprint(model) == fingerprint(base)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model, "a"):
+            parameter.fill_(float("nan"))
+    assert torch.equal(logits(model), expected)  # off means not computed, not multiplied by 0
 
 
 def test_first_weights_are_kaiming_uniform_from_the_seed():
