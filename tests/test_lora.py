@@ -18,14 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from rllr import evaluate, shared
+from rllr import evaluate, roles, shared, tasks
 from rllr.errors import InputError
 from rllr.layout import pack_sequences
 from rllr.logprobs import token_logprobs
 from rllr.lora import (
     adapter_parameters, add_adapter, checkpoint_contexts, default_targets, get_adapter, merge_adapter, merged_weights, use_adapter,
 )  # fmt: skip
-from rllr.model import RewardModel, ValueModel, fingerprint, load_policy, read_head
+from rllr.model import RewardModel, ValueModel, fingerprint, load_policy, load_tokenizer, read_head
 from rllr.peft_format import load_adapter, save_adapter
 from rllr.rollout import generate
 from rllr.shared import RoleBackbone, RolePolicy, load_scalar_role
@@ -566,11 +566,34 @@ def test_value_adapters_from_elsewhere(toy, rm, tmp_path, flags):
     assert read_metrics(tmp_path / "ppo", "improve/grad_norm_value")[0]["improve/grad_norm_value"] > 0
 
 
+def test_a_value_adapter_starts_from_the_reward_model(toy, rm):
+    ours, base = answers()[0], load_policy(toy.sft)
+    for source in (rm, toy.label_rm):
+        config = train_ppo.Config(policy=str(toy.sft), label_rm=str(source), lora_rank=4)
+        found, tokenizer, task = fingerprint(base), load_tokenizer(toy.sft), tasks.load_task(str(toy.task))
+        base = load_policy(toy.sft)
+        _, judges = roles.load_judges(config, task, tokenizer, found, "cpu", None, base)
+        value = roles.load_value_model(config, "cpu", base, found, judges)
+        statistics = judges["label"].statistics
+        expected = ValueModel.from_pretrained(source).rescale(statistics.mean, statistics.std)
+        torch.testing.assert_close(value(*ours), expected(*ours), atol=1e-4, rtol=1e-4)
+        assert value.backbone.shared_backbone is (base.base_model if source == rm else judges["label"].model.backbone)
+        assert len(list(value.parameters())) == 2 * 4 + 2 and all(p.requires_grad for p in value.parameters())
+
+
 def test_bf16_base(toy, rm, tmp_path):
     toy.ppo(tmp_path / "ppo", "--label_rm", rm, *LORA, "--precision", "bf16", "--base_dtype", "bf16")
     state = load_file(tmp_path / "ppo" / "last" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     assert load_policy(tmp_path / "ppo" / "last").dtype == torch.float32
+
+
+def test_stop_ids_are_saved_with_an_adapter(toy, tmp_path):
+    model = load_policy(toy.sft)
+    add_adapter(model, "policy", 2, 4)
+    model.generation_config.eos_token_id = [7, 8]
+    RolePolicy(model, "policy").save_pretrained(tmp_path)
+    assert load_policy(tmp_path).generation_config.eos_token_id == [7, 8]
 
 
 def test_merge_command(toy, rm, ppo, tmp_path):
