@@ -49,8 +49,8 @@ class Config(LoRAConfig, DataConfig):
     ppo_epochs: int = 1  # passes over a rollout
     minibatches: int = 2  # optimiser steps per pass
     micro_batch_size: int = 0  # answers per forward; 0: the whole minibatch. Does not change the gradient
-    learning_rate: float | None = None  # of the policy (tiny 2e-4, other models 1e-6; adapters ten times as much), linear decay to 0
-    value_learning_rate: float | None = None  # of the value model (tiny 5e-4, others 5e-6; adapters ten times), linear decay
+    learning_rate: float | None = None  # of the policy (tiny 2e-4, others 1e-6; adapters x 10), linear decay
+    value_learning_rate: float | None = None  # of the value model (tiny 5e-4, others 5e-6; adapters x 10)
     value_init: str | None = None  # directory the value model starts from (the reward model; SFT backbone, zero head)
     kl_coef: float = 0.1  # beta: weight of the per-token KL to the SFT policy in the reward
     kl_kind: str = "k1"  # estimator of that KL: k1 or k3

@@ -68,8 +68,8 @@ class Config(LoRAConfig, DataConfig):
         check_lora(self)
         if self.lora_rank and self.model == "tiny":
             raise InputError(
-                "--lora_rank with --model tiny: a model built from scratch has nothing to adapt; train it in full, and use "
-                "adapters in train_rm.py and train_ppo.py, or give a pretrained --model"
+                "--lora_rank with --model tiny: a model built from scratch has nothing to adapt; train it in full, and "
+                "use adapters in train_rm.py and train_ppo.py, or give a pretrained --model"
             )
 
 
@@ -173,7 +173,8 @@ def main(argv=None):
             settings = {"tiny": tiny, "eval": best}
             settings["fingerprint"] = fingerprint(model.merged_state() if config.lora_rank else model)
             if config.lora_rank:  # the later stages read the merged model, the adapter is for whoever wants it
-                save_policy(model, encoder, directory / "adapter", make_record("sft", task, config, base=on, **settings))
+                own = make_record("sft", task, config, base=on, **settings)
+                save_policy(model, encoder, directory / "adapter", own)
             save_policy(model, encoder, directory, make_record("sft", task, config, **settings), config.lora_rank > 0)
     progress.close()
     say(f"best epoch {best['epoch']}: dev {metric_line(best)}; saved {os.fspath(directory)}")

@@ -2,9 +2,9 @@
 
     y = W x + (alpha / r) B A x                          Hu et al. 2021 (arXiv:2106.09685), section 4.1
 
-A forward hook adds the second term to the output of a linear module, so the model itself is untouched: its modules, names
-and `state_dict` stay those of the plain Hugging Face model, its fingerprint covers the base and no adapter, and while all
-adapters are off the hook returns at once: the base's output to the bit. On disk an adapter has PEFT's format.
+A forward hook adds the second term to the output of a linear module, so the model itself is untouched: its modules,
+names and `state_dict` stay those of the plain Hugging Face model, its fingerprint covers the base and no adapter, and
+while all adapters are off the hook returns at once: the base's output to the bit. On disk: `rllr.peft_format`.
 
     python -m rllr.lora merge --adapter runs/sst2/ppo-label/last --output_dir merged      # a plain Hugging Face model
 """
@@ -97,7 +97,8 @@ def add_adapter(model, name, rank, alpha, targets=None, seed=0) -> Adapter:
     return install(model, name, adapter)
 
 
-def install(model, name, adapter):
+def install(model, name, adapter) -> Adapter:
+    """Hang a finished adapter on a model under a name, with a hook on each module that has none yet; freezes the model."""
     backbone = _backbone(model)
     adapters = getattr(backbone, "rllr_adapters", None) or _Adapters()
     if name in adapters.by_name:

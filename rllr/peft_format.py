@@ -17,9 +17,9 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor's name
 HEADS = ("score.weight", "score.bias")  # what may stand beside the pairs: the head of a reward or value model
 # What changes an adapter's arithmetic and is not computed here: refused where a file asks for it.
-UNSUPPORTED = ("use_dora", "use_rslora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "layer_replication",
-               "target_parameters", "trainable_token_indices", "lora_bias", "alora_invocation_tokens", "arrow_config",
-               "kasa_config", "velora_config", "monteclora_config")  # fmt: skip
+UNSUPPORTED = ("use_dora", "use_rslora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "lora_bias",
+               "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
+               "arrow_config", "kasa_config", "velora_config", "monteclora_config")  # fmt: skip
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")  # others (PiSSA, OLoRA, LoftQ) change the base
 
 
@@ -31,8 +31,8 @@ def is_adapter(path):
 def save_adapter(model, name, directory, *, base=None, head=None):
     """Write an adapter of a model as PEFT does.
 
-    base: name of the base it belongs to (else the model's own name); head: {"score.weight": tensor} of a scalar head, which
-    makes it a sequence classifier's adapter with `modules_to_save = ["score"]`.
+    base: name of the base it belongs to (else the model's own name); head: {"score.weight": tensor} of a scalar head,
+    which makes it a sequence classifier's adapter with `modules_to_save = ["score"]`.
     """
     from .model import write_safetensors
 
@@ -75,7 +75,9 @@ def load_adapter(model, directory, name) -> Adapter:
     adapter = Adapter(config["r"], config["lora_alpha"])
     for path, pair in pairs.items():
         if path not in modules:
-            raise InputError(f"{directory}: adapts {path}, which {type(model).__name__} lacks; give the adapter's own base")
+            raise InputError(
+                f"{directory}: adapts {path}, which {type(model).__name__} lacks; give the adapter's own base"
+            )
         (outputs, inputs), rank = linear_shape(modules[path]), config["r"]
         shapes = {"A": (rank, inputs), "B": (outputs, rank)}
         for which, shape in shapes.items():
@@ -96,7 +98,9 @@ def read_adapter_config(directory) -> dict:
     except FileNotFoundError:
         raise InputError(f"{path}: not there, so {directory} holds no adapter") from None
     except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, KeyError):
-        raise InputError(f"{path}: damaged (it must give r and lora_alpha); restore it or train the adapter again") from None
+        raise InputError(
+            f"{path}: damaged (it must give r and lora_alpha); restore it or train the adapter again"
+        ) from None
     if config.get("peft_type", "LORA") != "LORA":
         raise InputError(f"{path}: peft_type {config['peft_type']!r}; only LORA can be loaded")
     asked = [option for option in UNSUPPORTED if config.get(option)]

@@ -73,8 +73,8 @@ def _load_judge(base, part, policy_fingerprint, directory, flag):
 def load_value_model(config, device, base=None, policy_fingerprint=None, judges=None):
     """The value model: from the reward model, in the units of the reward; else --value_init; else SFT with a zero head.
 
-    On a `base` it is an adapter: the reward model's, trained on; a new one on the frozen backbone of a reward model that
-    was trained in full (the judge's own, where it is one); or a new one on the base.
+    On a `base` it is an adapter: the reward model's, trained on; a new one on the frozen backbone of a reward model
+    that was trained in full (the judge's own, where it is one); or a new one on the base.
     """
     own_reward = config.reward == "gold" or ":" in config.reward
     source = config.value_init or (

@@ -1,8 +1,8 @@
-"""Roles as thin views on one frozen base: policy, reference, value and reward models that are an adapter (and a head) each.
+"""Roles as thin views on one frozen base: policy, reference, value and reward models are an adapter (and a head) each.
 
 A role looks like the model it stands for, switches its adapter on for its own forward passes and restores what was on,
-after an exception too. Its `parameters()` are its adapter and its head; the base belongs to no role. The reference is the
-role without an adapter: the base itself, to the bit.
+after an exception too. Its `parameters()` are its adapter and its head; the base belongs to no role. The reference is
+the role without an adapter: the base itself, to the bit.
 """
 
 import json
@@ -48,7 +48,7 @@ def check_lora(config):
 
 
 def rate_factor(config):
-    """By how much default learning rates grow for adapters, which move the weights through a factor that starts at 0."""
+    """By how much default learning rates grow for adapters, whose one factor starts at 0."""
     return 10 if config.lora_rank else 1
 
 
@@ -79,7 +79,7 @@ class RoleBackbone(nn.Module):
 
     @property
     def dtype(self):
-        return torch.promote_types(self.shared_model.dtype, torch.float32)  # of what is trained here: heads and adapters
+        return torch.promote_types(self.shared_model.dtype, torch.float32)  # of what is trained: heads and adapters
 
     def get_input_embeddings(self):
         return self.shared_model.get_input_embeddings()
@@ -144,7 +144,7 @@ class RolePolicy(nn.Module):
         return {name: copies[tensor.data_ptr()] for name, tensor in state.items()}
 
     def save_merged(self, path):
-        """The plain Hugging Face model that base and adapter amount to, merged in float32; the base is left as it is."""
+        """The plain Hugging Face model that base and adapter amount to, merged in float32; the base stays as it is."""
         self.shared_model.save_pretrained(path, state_dict=self.merged_state())
         config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
         write_json(Path(path) / "config.json", config | {"dtype": "float32"})  # whatever the base has in memory
@@ -198,13 +198,13 @@ def check_base(directory, base_fingerprint, where):
         say(f"warning: {where}: no {RECORD} says on which weights this adapter was trained")
     elif recorded["fingerprint"] != base_fingerprint:
         raise InputError(
-            f"{where}: this adapter was trained on other weights (those of {recorded.get('path')} at that time) than the base "
-            "has now; give the base it was trained on, or train it again"
+            f"{where}: this adapter was trained on other weights (those of {recorded.get('path')} at that time) than the "
+            "base has now; give the base it was trained on, or train it again"
         )
 
 
 def load_merged(directory, dtype=torch.float32, device="cpu"):
-    """The causal LM that an adapter's directory amounts to: its base with the adapter merged in, in float32 arithmetic."""
+    """The causal LM that an adapter's directory amounts to: its base with the adapter merged in, in float32."""
     name = read_adapter_config(directory).get("base_model_name_or_path")
     if not name:
         raise InputError(f"{directory}/adapter_config.json: names no base (base_model_name_or_path); add it")
