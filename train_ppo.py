@@ -18,12 +18,13 @@ from rllr.config import check_choice, check_divisible, check_positive, check_ran
 from rllr.encoding import Encoder
 from rllr.errors import InputError, RunError, command
 from rllr.evaluate import answer_rows, metric_line, score_answers, show_samples
-from rllr.model import backbone_of, fingerprint, load_policy, load_tokenizer
+from rllr.model import backbone_of, fingerprint, load_tokenizer
 from rllr.monitor import show_rollout, step_line, step_metrics
 from rllr.ppo import AdaptiveKL, FixedKL, gae, masked_whiten
 from rllr.rewards import label_sensitive_reward, missing_eos_rule, shape_rewards
-from rllr.roles import eos_cap, load_judges, load_value_model
+from rllr.roles import eos_cap, load_judges, load_policy_and_reference, load_value_model
 from rllr.rollout import generate
+from rllr.shared import LoRAConfig, check_lora, rate_factor
 from rllr.splits import DataConfig, gold_labels, load_splits, take_over
 from rllr.training import (
     Clock, MetricsLog, make_optimizer, make_record, open_run_directory, save_policy, say, set_up, show_config,
@@ -32,7 +33,7 @@ from rllr.update import PromptStream, analyse, improve, samples_of, write_batch
 
 
 @dataclass
-class Config(DataConfig):
+class Config(LoRAConfig, DataConfig):
     policy: str | None = None  # the SFT policy: start and reference (runs/<task>/sft)
     reward: str = "label"  # label, rationale, mixed, gold, or module:function
     label_rm: str | None = None  # label-sensitive reward model (runs/<task>/rm-label)
@@ -49,8 +50,8 @@ class Config(DataConfig):
     minibatches: int = 2  # optimiser steps per pass
     micro_batch_size: int = 0  # answers per forward; 0: the whole minibatch. Does not change the gradient
     tokens_per_batch: int = 0  # padded tokens per forward; 0: no limit. Does not change the gradient either
-    learning_rate: float | None = None  # of the policy (tiny 2e-4, any other model 1e-6), linear decay to 0
-    value_learning_rate: float | None = None  # of the value model (tiny 5e-4, any other model 5e-6), linear decay
+    learning_rate: float | None = None  # of the policy (tiny 2e-4, others 1e-6; adapters x 10), linear decay
+    value_learning_rate: float | None = None  # of the value model (tiny 5e-4, others 5e-6; adapters x 10)
     warmup: float = 0.0  # share of the updates in which the policy's learning rate rises; the value model learns meanwhile
     value_init: str | None = None  # directory the value model starts from (the reward model; SFT backbone, zero head)
     kl_coef: float = 0.1  # beta: weight of the per-token KL to the SFT policy in the reward
@@ -90,6 +91,7 @@ class Config(DataConfig):
         check_choice(self, "kl_control", ("fixed", "adaptive"))
         check_choice(self, "precision", ("fp32", "bf16"))
         check_divisible(self, "rollout_prompts", "minibatches")
+        check_lora(self)
         if self.reward not in ("label", "rationale", "mixed", "gold") and ":" not in self.reward:
             raise InputError(f"--reward {self.reward!r}: choose label, rationale, mixed, gold, or give module:function")
         if self.threshold is not None and self.reward != "mixed":
@@ -112,17 +114,18 @@ def main(argv=None):
     for contradiction in contradictions:
         say(f"warning: {contradiction}")
     config.task, tiny = config.task or task.name, record.get("tiny", False)
-    config.learning_rate = config.learning_rate or (2e-4 if tiny else 1e-6)
-    config.value_learning_rate = config.value_learning_rate or (5e-4 if tiny else 5e-6)
+    config.learning_rate = config.learning_rate or (2e-4 if tiny else 1e-6) * rate_factor(config)
+    config.value_learning_rate = config.value_learning_rate or (5e-4 if tiny else 5e-6) * rate_factor(config)
     config.freeze_embeddings = tiny if config.freeze_embeddings is None else config.freeze_embeddings
     device, autocast = set_up(config.precision, config.seed)
 
-    # Models: four separate copies. The policy starts where the reference stays.
-    policy, tokenizer = load_policy(config.policy, device=device), load_tokenizer(config.policy)
-    reference = load_policy(config.policy, device=device).requires_grad_(False)
-    encoder, policy_fingerprint = Encoder(tokenizer, policy), fingerprint(policy)
-    mode, judges = load_judges(config, task, tokenizer, policy_fingerprint, device, autocast)
-    value_model = load_value_model(config, device)
+    # Models: four separate copies or, with --lora_rank, four roles on one frozen base. The policy starts where the
+    # reference stays.
+    policy, reference, frozen, policy_fingerprint = load_policy_and_reference(config, device)
+    tokenizer, base = load_tokenizer(config.policy), frozen if config.lora_rank else None
+    encoder, frozen_fingerprint = Encoder(tokenizer, policy), fingerprint(frozen)
+    mode, judges = load_judges(config, task, tokenizer, policy_fingerprint, device, autocast, base)
+    value_model = load_value_model(config, device, base, policy_fingerprint, judges)
     if config.freeze_embeddings:
         backbone_of(policy).get_input_embeddings().requires_grad_(False)
 
@@ -157,7 +160,8 @@ def main(argv=None):
     metrics, clock, best = MetricsLog(directory), Clock(), None
 
     def save(name, **more):
-        save_policy(policy, encoder, directory / name, make_record("ppo", task, config, tiny=tiny, **more))
+        on = {"base": {"path": config.policy, "fingerprint": policy_fingerprint}} if base else {}
+        save_policy(policy, encoder, directory / name, make_record("ppo", task, config, tiny=tiny, **on, **more))
         return f"The last good policy is in {directory / name}."
 
     def evaluate(step):
@@ -247,7 +251,7 @@ def main(argv=None):
     scores_after, answers = evaluate(config.steps)
     save("last", step=config.steps, eval=scores_after)
     metrics.write({"step": config.steps, **{f"eval/{name}": value for name, value in scores_after.items()}})
-    if fingerprint(reference) != policy_fingerprint:
+    if fingerprint(frozen) != frozen_fingerprint:
         raise RunError("the reference policy changed during training; this is a bug, do not trust the run")
     show_samples(task, evaluation, answers, 2)
     say(

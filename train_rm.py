@@ -27,6 +27,7 @@ from rllr.pairs import (
 from rllr.rationales import WRITERS, check_writer, default_label_pairs, default_writer, make_writer
 from rllr.reward_report import classifier_report, pair_report, sampled_scores, show_pairs
 from rllr.rewards import pairwise_accuracy, pairwise_loss
+from rllr.shared import LoRAConfig, RolePolicy, check_lora, load_base, load_scalar_role, new_role, rate_factor
 from rllr.splits import DataConfig, load_splits, take_over
 from rllr.training import (
     RECORD, MetricsLog, make_optimizer, make_record, name_faults, open_run_directory, optimizer_step, pack,
@@ -35,7 +36,7 @@ from rllr.training import (
 
 
 @dataclass
-class Config(DataConfig):
+class Config(LoRAConfig, DataConfig):
     policy: str | None = None  # the SFT policy's directory (runs/<task>/sft)
     pairs: str = "label"  # label, rationale, or a JSONL file of pairs
     output_dir: str | None = None  # where the reward model goes (runs/<task>/rm-<pairs>)
@@ -54,7 +55,7 @@ class Config(DataConfig):
     batch_size: int = 32  # pairs per optimiser step
     micro_batch_size: int = 0  # pairs per forward; 0: the whole batch. Does not change the gradient
     tokens_per_batch: int = 0  # padded tokens per forward; 0: no limit. Does not change the gradient either
-    learning_rate: float | None = None  # AdamW peak (tiny 5e-4, any other model 5e-6)
+    learning_rate: float | None = None  # AdamW peak (tiny 5e-4, any other model 5e-6; adapters 5e-3, 5e-5)
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01  # not on biases and norms
     dropout: float | None = None  # while training (tiny 0.2, any other model 0)
@@ -79,6 +80,7 @@ class Config(DataConfig):
         check_choice(self, "rationales", (None, *WRITERS))
         check_choice(self, "precision", ("fp32", "bf16"))
         check_divisible(self, "batch_size", "micro_batch_size")
+        check_lora(self)
 
 
 def draw_pairs(config, examples, task, writer, seed):
@@ -149,13 +151,19 @@ def main(argv=None):
     for line in contradictions:
         say(f"warning: {line}: rows that evaluate here may have trained the policy")
     tiny, kind = record.get("tiny", False), config.pairs if config.pairs in ("label", "rationale") else "file"
-    config.learning_rate = config.learning_rate or (5e-4 if tiny else 5e-6)
+    config.learning_rate = config.learning_rate or (5e-4 if tiny else 5e-6) * rate_factor(config)
     config.dropout = (0.2 if tiny else 0.0) if config.dropout is None else config.dropout
     device, autocast = set_up(config.precision, config.seed)
 
     splits = load_splits(config, task, say)
-    policy, tokenizer = load_policy(config.policy, device=device), load_tokenizer(config.policy)
-    encoder, policy_fingerprint = Encoder(tokenizer, policy), fingerprint(policy)
+    if config.lora_rank:  # one base: the policy is the base itself, the reward model an adapter on it
+        base, policy_fingerprint = load_base(config.policy, config, device)
+        start, policy = new_role(base, "reward", config, config.seed), RolePolicy(base, None)
+    else:
+        policy, start = (load_policy(config.policy, device=device) for _ in range(2))
+        policy_fingerprint = fingerprint(policy)
+    tokenizer = load_tokenizer(config.policy)
+    encoder = Encoder(tokenizer, policy)
     labelled, held_out, unlabelled, evaluation = (
         encoder.fit(rows, task, config.max_new_tokens, say)
         for rows in (splits.labelled, splits.held_out, splits.unlabelled, splits.eval)
@@ -193,13 +201,13 @@ def main(argv=None):
     say(f"train: {describe(train_pairs)}\nheld out: {describe(held_pairs)}")
 
     sampled = sampled_scores(policy, encoder, task, unlabelled or held_out, config, autocast)
-    model = RewardModel.from_policy(load_policy(config.policy, device=device), seed=config.seed)
+    model = RewardModel.from_policy(start, seed=config.seed)
     batches_per_epoch = math.ceil(len(train_rows) / config.batch_size)
     steps = config.epochs * batches_per_epoch
     optimizer, scheduler = make_optimizer(
         model, config.learning_rate, steps, warmup_share=config.warmup, weight_decay=config.weight_decay
     )
-    set_dropout(model, config.dropout)
+    set_dropout(base if config.lora_rank else model, config.dropout)
     metrics, progress, step, best, since_best = (
         MetricsLog(directory),
         tqdm(total=steps, desc="rm", mininterval=2, disable=None),
@@ -259,7 +267,10 @@ def main(argv=None):
             break
     progress.close()
 
-    model = RewardModel.from_pretrained(directory, device=device)  # the best state
+    if config.lora_rank:  # the best state
+        model = load_scalar_role(RewardModel, base, directory, "best")
+    else:
+        model = RewardModel.from_pretrained(directory, device=device)
     chosen, rejected = score_pairs(model, held_rows, encoder, config, autocast)
     show_pairs(held_pairs, chosen, rejected)
     report = {"pairs": pair_report(held_pairs, chosen, rejected)}
@@ -275,8 +286,9 @@ def main(argv=None):
     say(
         f"scores on {statistics.count} answers sampled by the policy: mean {statistics.mean:.3f}, standard deviation {statistics.std:.3f}"
     )
+    on = {"base": {"path": config.policy, "fingerprint": policy_fingerprint}} if config.lora_rank else {}
     write_json(directory / RECORD, make_record(
-        f"rm-{kind}", task, config, tiny=tiny, report=report, policy_fingerprint=policy_fingerprint))  # fmt: skip
+        f"rm-{kind}", task, config, tiny=tiny, report=report, policy_fingerprint=policy_fingerprint, **on))  # fmt: skip
     metrics.write(
         {"step": step, **{f"final/{k}": v for k, v in report["pairs"]["all"].items() if not isinstance(v, list)}}
     )

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from rllr.config import check_choice, check_divisible, check_positive, check_range, parse_config
 from rllr.encoding import Encoder
-from rllr.errors import command
+from rllr.errors import InputError, command
 from rllr.evaluate import answer_rows, metric_line, score_answers, show_samples
 from rllr.logprobs import token_logprobs
 from rllr.model import fingerprint, load_policy, load_tokenizer, set_dropout
 from rllr.rationales import WRITERS, check_writer, default_writer, make_writer
+from rllr.shared import DTYPES, LoRAConfig, cast_parameters, check_lora, new_role, rate_factor
 from rllr.splits import DataConfig, inherit, load_splits
 from rllr.tiny import TinyConfig, build_tiny
 from rllr.training import (
@@ -29,7 +30,7 @@ from rllr.training import (
 
 
 @dataclass
-class Config(DataConfig):
+class Config(LoRAConfig, DataConfig):
     model: str = "tiny"  # hub name or directory of a causal LM; tiny: build one from scratch
     output_dir: str | None = None  # where the policy goes (runs/<task>/sft)
     overwrite: bool = False  # replace a run that is already there
@@ -40,7 +41,7 @@ class Config(DataConfig):
     batch_size: int = 32  # answers per optimiser step
     micro_batch_size: int = 0  # answers per forward; 0: the whole batch. Does not change the gradient
     tokens_per_batch: int = 0  # padded tokens per forward; 0: no limit. Does not change the gradient either
-    learning_rate: float | None = None  # AdamW peak (tiny 1e-3, any other model 1e-5)
+    learning_rate: float | None = None  # AdamW peak (tiny 1e-3, any other model 1e-5; adapters 1e-2, 1e-4)
     warmup: float = 0.05  # share of the steps
     schedule: str = "linear"  # linear, cosine or constant, after the warm-up
     weight_decay: float = 0.01  # not on biases and norms
@@ -65,6 +66,12 @@ class Config(DataConfig):
         check_choice(self, "precision", ("fp32", "bf16"))
         check_choice(self, "rationales", (None, *WRITERS))
         check_divisible(self, "batch_size", "micro_batch_size")
+        check_lora(self)
+        if self.lora_rank and self.model == "tiny":
+            raise InputError(
+                "--lora_rank with --model tiny: a model built from scratch has nothing to adapt; train it in full, and "
+                "use adapters in train_rm.py and train_ppo.py, or give a pretrained --model"
+            )
 
 
 def sft_loss(model, rows, answer_tokens, encoder):
@@ -87,7 +94,7 @@ def main(argv=None):
         config.task or task.name,
         config.seed if config.data_seed is None else config.data_seed,
     )
-    config.learning_rate = config.learning_rate or (1e-3 if tiny else 1e-5)
+    config.learning_rate = config.learning_rate or (1e-3 if tiny else 1e-5) * rate_factor(config)
     config.dropout = (0.2 if tiny else 0.0) if config.dropout is None else config.dropout
     device, autocast = set_up(config.precision, config.seed)
 
@@ -108,6 +115,10 @@ def main(argv=None):
     if task.answer_format == "rationale":
         check_writer(config.rationales, labelled, task, config.rationale_model)
     open_run_directory(directory, config.overwrite)
+    base = model
+    if config.lora_rank:
+        on = {"path": config.model, "fingerprint": fingerprint(base)}
+        model = new_role(cast_parameters(base, DTYPES[config.base_dtype]), "sft", config, config.seed)
     if task.answer_format == "rationale":
         writer = make_writer(
             config.rationales, labelled, task, config=config, device=device, directory=directory.parent, log=say
@@ -123,7 +134,7 @@ def main(argv=None):
         model, config.learning_rate, steps,
         warmup_share=config.warmup, schedule=config.schedule, weight_decay=config.weight_decay,
     )  # fmt: skip
-    set_dropout(model, config.dropout)
+    set_dropout(base, config.dropout)
     metrics, progress, step, best = (
         MetricsLog(directory),
         tqdm(total=steps, desc="sft", mininterval=2, disable=None),
@@ -161,8 +172,12 @@ def main(argv=None):
         show_samples(task, evaluation, answers, config.show)
         if best is None or scores[task.metric] > best[task.metric]:
             best = scores | {"epoch": epoch + 1}
-            save_policy(model, encoder, directory, make_record(
-                "sft", task, config, tiny=tiny, eval=best, fingerprint=fingerprint(model)))  # fmt: skip
+            settings = {"tiny": tiny, "eval": best}
+            settings["fingerprint"] = fingerprint(model.merged_state() if config.lora_rank else model)
+            if config.lora_rank:  # the later stages read the merged model, the adapter is for whoever wants it
+                own = make_record("sft", task, config, base=on, **settings)
+                save_policy(model, encoder, directory / "adapter", own)
+            save_policy(model, encoder, directory, make_record("sft", task, config, **settings), config.lora_rank > 0)
     progress.close()
     say(f"best epoch {best['epoch']}: dev {metric_line(best)}; saved {os.fspath(directory)}")
 

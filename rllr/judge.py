@@ -183,13 +183,16 @@ def load_function(spec):
     return checked
 
 
-def load_scorer(directory, tokenizer, norm, clip, batch_size, device, autocast, flag):
-    """The scorer of a reward model directory, once its tokenizer is seen to be the policy's. InputErrors name the flag."""
+def load_scorer(directory, tokenizer, norm, clip, batch_size, device, autocast, flag, load=None):
+    """The scorer of a reward model directory, once its tokenizer is seen to be the policy's. InputErrors name the flag.
+
+    load(directory, flag) makes the model where it is not one of its own but an adapter on a shared base.
+    """
     from .model import RewardModel, load_tokenizer
 
     if not Path(directory).is_dir():
         raise InputError(f"{flag} {directory}: no such directory; train_rm.py makes one")
-    model = RewardModel.from_pretrained(directory, device=device)
+    model = load(directory, flag) if load else RewardModel.from_pretrained(directory, device=device)
     check_same_tokenizer(load_tokenizer(directory), tokenizer, f"{flag} {directory}")
     statistics = ScoreStatistics.load(directory) if norm != "none" or (Path(directory) / STATISTICS).is_file() else None
     for parameter in model.parameters():

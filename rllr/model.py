@@ -20,6 +20,7 @@ from .engine.attention import can_pack, packed_forward
 from .engine.linear import fast_linears
 from .errors import InputError
 from .layout import response_places, unflatten
+from .peft_format import PREFIX, is_adapter
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what transformers lets through
 PACK_BELOW = 0.8  # share of real tokens below which packing beats padding (attention runs per sequence then)
@@ -90,9 +91,14 @@ def _check_logits(model, name):
 def load_policy(name_or_path, *, dtype=torch.float32, device="cpu"):
     """A causal LM by hub name or local directory, in eval mode (dropout off; training stages switch it on).
 
-    Raises InputError where there is no such model, no causal LM class for it, or a head we cannot reproduce.
+    An adapter's directory gives its base with the adapter merged in. Raises InputError where there is no such model, no
+    causal LM class for it, or a head we cannot reproduce.
     """
     _require_model_directory(name_or_path)
+    if is_adapter(name_or_path):
+        if _find_head(name_or_path):
+            raise InputError(f"{name_or_path}: holds a reward or value model's adapter, not a causal LM's")
+        return _load_merged(name_or_path, dtype, device)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
     except LOADING_ERRORS as error:
@@ -105,6 +111,12 @@ def load_policy(name_or_path, *, dtype=torch.float32, device="cpu"):
     model = model.to(device).eval()
     _check_logits(model, name_or_path)
     return model
+
+
+def _load_merged(path, dtype, device):
+    from .shared import load_merged  # it stands on this module
+
+    return load_merged(path, dtype, device)
 
 
 def load_tokenizer(name_or_path):
@@ -120,7 +132,7 @@ def _require_model_directory(name_or_path):
     """A name that looks like a local path, but is none, must not be asked of the hub."""
     path = Path(name_or_path)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not is_adapter(path):
             raise InputError(f"{path}: no config.json in it, so it is not a saved model")
     elif path.is_file():
         raise InputError(f"{path}: is a file; give the model's directory or a hub name")
@@ -222,14 +234,16 @@ class ScalarHeadModel(nn.Module):
     def from_pretrained(cls, path, *, dtype=torch.float32, device="cpu"):
         """Backbone and head from a directory that `save_pretrained` wrote. A missing head is an InputError, never random."""
         _require_model_directory(path)
-        weights = _read_head(Path(path))
-        if HEAD_WEIGHT not in weights:
-            raise InputError(
-                f"{path}: no {HEAD_WEIGHT} among the weights, so it holds no reward or value model (train_rm.py makes one)"
-            )
-        backbone = load_backbone(path, dtype=dtype, device=device)
+        weights = read_head(path)
+        if is_adapter(path):
+            return cls.with_head(backbone_of(_load_merged(path, dtype, device)), weights)
+        return cls.with_head(load_backbone(path, dtype=dtype, device=device), weights)
+
+    @classmethod
+    def with_head(cls, backbone, weights):
+        """A backbone and the head `read_head` found; a value model's bias is 0 where the head has none."""
         weight, bias = weights[HEAD_WEIGHT], weights.get(HEAD_BIAS)
-        head = nn.Linear(weight.shape[1], 1, bias=cls.has_bias, device=device, dtype=dtype)
+        head = nn.Linear(weight.shape[1], 1, bias=cls.has_bias, device=backbone.device, dtype=backbone.dtype)
         with torch.no_grad():
             head.weight.copy_(weight)
             if cls.has_bias:
@@ -237,7 +251,7 @@ class ScalarHeadModel(nn.Module):
         return cls(backbone, head).eval()
 
     def save_pretrained(self, path, tokenizer=None, pad_token_id=None):
-        """Weights as safetensors, config and tokenizer.
+        """Weights as safetensors, config and tokenizer; of a role on a shared base only its adapter and head (PEFT's format).
 
         The names are those of the family's sequence classifier, so where transformers has that class and the head has no
         bias the directory loads as `AutoModelForSequenceClassification` with equal scores. That class reads the last token
@@ -245,9 +259,18 @@ class ScalarHeadModel(nn.Module):
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
+        head = {HEAD_WEIGHT: self.head.weight} | ({HEAD_BIAS: self.head.bias} if self.has_bias else {})
+        if hasattr(self.backbone, "save_role"):  # a role on a shared base
+            self.backbone.save_role(path, head)
+        else:
+            self._save_whole(path, head, pad_token_id)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
+
+    def _save_whole(self, path, head, pad_token_id):
         prefix = AutoModelForCausalLM._model_mapping[type(self.config)].base_model_prefix
         state = {f"{prefix}.{name}": tensor for name, tensor in self.backbone.state_dict().items()}
-        state |= {HEAD_WEIGHT: self.head.weight} | ({HEAD_BIAS: self.head.bias} if self.has_bias else {})
+        state |= head
         write_safetensors(state, path / "model.safetensors")
         config = self.config.to_dict()
         classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -257,8 +280,6 @@ class ScalarHeadModel(nn.Module):
         }
         config |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}, "dtype": "float32"}
         (path / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(path)
 
 
 class RewardModel(ScalarHeadModel):
@@ -332,12 +353,24 @@ def load_backbone(path, *, dtype=torch.float32, device="cpu"):
     return backbone.to(device).eval()
 
 
-def _read_head(path):
+def read_head(path):
+    """{"score.weight": [1, H], maybe "score.bias": [1]} of a reward or value model's directory. InputError without."""
+    weights = _find_head(path)
+    if HEAD_WEIGHT not in weights or weights[HEAD_WEIGHT].shape[0] != 1:
+        raise InputError(
+            f"{path}: no {HEAD_WEIGHT} of one row among the weights, so it holds no reward or value model (train_rm.py "
+            "makes one)"
+        )
+    return weights
+
+
+def _find_head(path):
     found = {}
-    for file in sorted(path.glob("*.safetensors")):
+    for file in sorted(Path(path).glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as weights:
-                found |= {name: weights.get_tensor(name) for name in (HEAD_WEIGHT, HEAD_BIAS) if name in weights.keys()}
+                names = {key: key.removeprefix(PREFIX) for key in weights.keys()}  # an adapter's are prefixed
+                found |= {n: weights.get_tensor(key) for key, n in names.items() if n in (HEAD_WEIGHT, HEAD_BIAS)}
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: not a whole safetensors file: {_first_line(error)}") from error
     return found
@@ -363,9 +396,12 @@ def reward_pad_token_id(tokenizer, stop_ids, vocabulary_size):
 
 
 def fingerprint(model):
-    """SHA-256 of a model's weights (names, shapes, values in float32): the same model whatever file it came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    """SHA-256 of a model's weights (names, shapes, values in float32): the same model whatever file it came from.
+
+    Takes a model or its state_dict. Adapters are no part of either, so they do not change their base's fingerprint.
+    """
+    digest, state = hashlib.sha256(), model if isinstance(model, dict) else model.state_dict()
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

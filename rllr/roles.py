@@ -1,17 +1,37 @@
-"""Who plays which role in PPO besides the policy: the judges, the value model, the rule for answers that were cut."""
+"""Who plays which role in PPO: policy and reference, the judges, the value model, the rule for answers that were cut.
 
+With --lora_rank the roles are adapters on one frozen base (`rllr.shared`), else each is a model of its own.
+"""
+
+from functools import partial
 from pathlib import Path
 
 from .errors import InputError
 from .judge import ScoreStatistics, gold_reward, load_function, load_scorer
-from .model import ValueModel, load_policy
+from .model import RewardModel, ValueModel, backbone_of, fingerprint, load_backbone, load_policy, read_head
+from .peft_format import is_adapter
+from .shared import RolePolicy, load_base, load_scalar_role, new_role
 from .training import check_same_task, read_record, say
 
 
-def load_judges(config, task, tokenizer, policy_fingerprint, device, autocast):
+def load_policy_and_reference(config, device):
+    """(policy, reference, frozen, fingerprint of the SFT policy): the policy starts where the reference stays.
+
+    `frozen` is the model whose weights must not change: the reference, or the base that all adapters share.
+    """
+    if config.lora_rank:
+        base, policy_fingerprint = load_base(config.policy, config, device)
+        return new_role(base, "policy", config, config.seed), RolePolicy(base, None), base, policy_fingerprint
+    policy = load_policy(config.policy, device=device)
+    reference = load_policy(config.policy, device=device).requires_grad_(False)
+    return policy, reference, reference, fingerprint(policy)
+
+
+def load_judges(config, task, tokenizer, policy_fingerprint, device, autocast, base=None):
     """(mode, {"label": reward_fn, "rationale": reward_fn}): what `label_sensitive_reward` puts together.
 
-    `gold` and a user's function stand where the label reward stands.
+    `gold` and a user's function stand where the label reward stands. On a `base` a reward model saved as an adapter
+    becomes a role; one trained in full is a model of its own.
     """
     if config.reward == "gold":
         return "label", {"label": gold_reward}
@@ -33,6 +53,7 @@ def load_judges(config, task, tokenizer, policy_fingerprint, device, autocast):
                 device,
                 autocast,
                 f"--{part}_rm",
+                load=partial(_load_judge, base, part, policy_fingerprint) if base and is_adapter(directory) else None,
             )
             setattr(config, f"{part}_rm", str(directory))  # the resolved config names what was used
             stored = judges[part].statistics
@@ -45,16 +66,33 @@ def load_judges(config, task, tokenizer, policy_fingerprint, device, autocast):
     return config.reward, judges
 
 
-def load_value_model(config, device):
-    """The value model: from the reward model, in the units of the reward; else --value_init; else SFT with a zero head."""
+def _load_judge(base, part, policy_fingerprint, directory, flag):
+    return load_scalar_role(RewardModel, base, directory, f"{part}_rm", policy_fingerprint, flag)
+
+
+def load_value_model(config, device, base=None, policy_fingerprint=None, judges=None):
+    """The value model: from the reward model, in the units of the reward; else --value_init; else SFT with a zero head.
+
+    On a `base` it is an adapter: the reward model's, trained on; a new one on the frozen backbone of a reward model
+    that was trained in full (the judge's own, where it is one); or a new one on the base.
+    """
     own_reward = config.reward == "gold" or ":" in config.reward
     source = config.value_init or (
         None if own_reward else config.rationale_rm if config.reward == "rationale" else config.label_rm
     )
     if source is None:
         say("value model: SFT backbone with a zero head")
-        return ValueModel.from_policy(load_policy(config.policy, device=device))
-    value_model = ValueModel.from_pretrained(source, device=device)
+        policy = new_role(base, "value", config, config.seed + 1) if base else load_policy(config.policy, device=device)
+        return ValueModel.from_policy(policy)
+    if base and is_adapter(source):
+        value_model = load_scalar_role(ValueModel, base, source, "value", policy_fingerprint, "value model:")
+    elif base:  # the reward model's weights are the base of this one role
+        own = [judge.model.backbone for part, judge in judges.items() if source == getattr(config, f"{part}_rm")]
+        backbone = own[0] if own else load_backbone(source, device=device)
+        role = new_role(backbone, "value", config, config.seed + 1)
+        value_model = ValueModel.with_head(backbone_of(role), read_head(source))
+    else:
+        value_model = ValueModel.from_pretrained(source, device=device)
     if config.score_norm != "none" and not own_reward:
         statistics = ScoreStatistics.load(source)
         value_model.rescale(statistics.mean, statistics.std)

@@ -135,12 +135,15 @@ def read_record(model_dir):
     return record
 
 
-def save_policy(model, encoder, path, record):
-    """A policy as a plain Hugging Face directory with our record: weights, config, stop ids, tokenizer."""
+def save_policy(model, encoder, path, record, merged=False):
+    """A policy as a plain Hugging Face directory with our record: weights, config, stop ids, tokenizer.
+
+    Of an adapter on a shared base (`rllr.shared`) only the adapter, in PEFT's format; `merged`: the plain model.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     model.generation_config.eos_token_id = encoder.stop_ids if len(encoder.stop_ids) > 1 else encoder.stop_ids[0]
-    model.save_pretrained(path)
+    (model.save_merged if merged else model.save_pretrained)(path)
     encoder.tokenizer.save_pretrained(path)
     write_json(path / RECORD, record)
 

@@ -30,6 +30,7 @@ def test_the_file_tree_is_the_package():
 def test_flags_in_the_readme_exist():
     known = {field.name for module in (train_sft, train_rm, train_ppo) for field in fields(module.Config)}
     known |= {"help", "config", "models", "input", "output", "writer"}  # every command, evaluate, predict, rationales
+    known |= {"adapter"}  # python -m rllr.lora merge
     known |= {"dev_file", "seeds"}  # benchmarks/quality.py
     for flag in re.findall(r"--(\w+)", README):
         assert flag in known, flag

@@ -74,7 +74,7 @@ def _try_packing(backbone):
     config = backbone.config
     was_training = backbone.training
     backbone.eval()
-    device = next(backbone.parameters()).device
+    device = backbone.device
     rows = [torch.arange(start, start + size, device=device) % config.vocab_size for start, size in ((3, 5), (7, 2), (1, 7))]
     try:
         packed = packed_forward(backbone, torch.cat(rows).unsqueeze(0), [len(row) for row in rows], use_cache=False)[0]

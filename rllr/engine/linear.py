@@ -53,7 +53,8 @@ def fast_linears(model):
     """Within the block a model's linear layers use the faster product where this machine has one."""
     lent = []
     if onednn_is_faster() and isinstance(model, nn.Module):
-        lent = [m for m in model.modules() if type(m) is nn.Linear and m.weight.device.type == "cpu"]
+        layers = getattr(model, "shared_model", model).modules()  # a role's layers are those of its base
+        lent = [m for m in layers if type(m) is nn.Linear and m.weight.device.type == "cpu"]
     for module in lent:
         module.__class__ = OneDnnLinear
     try:

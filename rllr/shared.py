@@ -1,0 +1,261 @@
+"""Roles as thin views on one frozen base: policy, reference, value and reward models are an adapter (and a head) each.
+
+A role looks like the model it stands for, switches its adapter on for its own forward passes and restores what was on,
+after an exception too. Its `parameters()` are its adapter and its head; the base belongs to no role. The reference is
+the role without an adapter: the base itself, to the bit.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from .config import check_choice, check_positive, parse_config
+from .encoding import Encoder
+from .errors import InputError, command
+from .lora import add_adapter, get_adapter, merge_adapter, merged_weights, use_adapter
+from .model import RewardModel, fingerprint, load_policy, load_tokenizer, read_head, reward_pad_token_id
+from .peft_format import load_adapter, read_adapter_config, save_adapter
+from .training import RECORD, check_run_directory, open_run_directory, read_record, save_policy, say, set_up, write_json
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class LoRAConfig:
+    """Settings of the adapters, shared by the three scripts."""
+
+    lora_rank: int = 0  # train adapters of this rank (16 is usual) on one frozen base; 0: train all weights
+    lora_alpha: int = 32  # adapters are scaled by alpha / rank
+    lora_targets: str | None = None  # adapted modules: comma list (q_proj,v_proj; Bloom query_key_value; GPT-2 c_attn)
+    base_dtype: str = "fp32"  # the frozen base in memory: fp32 or, with --precision bf16, bf16; adapters stay fp32
+
+
+def check_lora(config):
+    """InputError where the settings of the adapters contradict each other."""
+    check_positive(config, "lora_rank", zero=True)
+    check_positive(config, "lora_alpha")
+    check_choice(config, "base_dtype", tuple(DTYPES))
+    for name, default in (("lora_targets", None), ("base_dtype", "fp32")):
+        if not config.lora_rank and getattr(config, name) != default:
+            raise InputError(f"--{name} {getattr(config, name)}: is for adapters; give --lora_rank 16, too")
+    if config.base_dtype == "bf16" and config.precision != "bf16":
+        raise InputError("--base_dtype bf16: needs --precision bf16")
+
+
+def rate_factor(config):
+    """By how much default learning rates grow for adapters, whose one factor starts at 0."""
+    return 10 if config.lora_rank else 1
+
+
+class RoleBackbone(nn.Module):
+    """The decoder of a shared base as one role sees it. `role`: the name of its adapter, None for the base itself."""
+
+    def __init__(self, model, role):
+        super().__init__()
+        self.role, self._model = role, (model,)  # in a tuple, so that the base's weights are no parameters of the role
+        self.adapter = get_adapter(model, role) if role else None
+        self.eval()
+
+    @property
+    def shared_model(self):
+        return self._model[0]
+
+    @property
+    def shared_backbone(self):
+        return self.shared_model.base_model
+
+    @property
+    def config(self):
+        return self.shared_model.config
+
+    @property
+    def device(self):
+        return self.shared_model.device
+
+    @property
+    def dtype(self):
+        return torch.promote_types(self.shared_model.dtype, torch.float32)  # of what is trained: heads and adapters
+
+    @property
+    def _supports_attention_backend(self):  # what the engine asks of a decoder
+        return getattr(self.shared_backbone, "_supports_attention_backend", False)
+
+    def get_input_embeddings(self):
+        return self.shared_model.get_input_embeddings()
+
+    def forward(self, **inputs):
+        """What the decoder returns, under this role's adapter and train/eval mode."""
+        backbone = self.shared_backbone
+        if backbone.training != self.training:
+            backbone.train(self.training)
+        with use_adapter(backbone, self.role):
+            return backbone(**inputs)
+
+    def save_role(self, path, head=None):
+        """The adapter, and a scalar head's {name: tensor} beside it, in PEFT's format."""
+        save_adapter(self.shared_model, self.role, path, head=head)
+
+
+class RolePolicy(nn.Module):
+    """A causal LM made of a shared base and one adapter (None: the reference)."""
+
+    def __init__(self, model, role):
+        super().__init__()
+        self.base_model = RoleBackbone(model, role)
+        self.eval()
+
+    @property
+    def shared_model(self):
+        return self.base_model.shared_model
+
+    @property
+    def config(self):
+        return self.shared_model.config
+
+    @property
+    def generation_config(self):
+        return self.shared_model.generation_config
+
+    @property
+    def device(self):
+        return self.shared_model.device
+
+    def get_input_embeddings(self):
+        return self.shared_model.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.shared_model.get_output_embeddings()
+
+    def forward(self, **inputs):
+        """What the causal LM returns, under this role's adapter."""
+        with use_adapter(self.shared_model, self.base_model.role):
+            return self.shared_model(**inputs)
+
+    def save_pretrained(self, path):
+        """The adapter in PEFT's format, with the stop ids."""
+        self.base_model.save_role(path)
+        self.generation_config.save_pretrained(path)
+
+    def merged_state(self):
+        """The state_dict of the plain model that base and adapter amount to: on the CPU, float32."""
+        state = self.shared_model.state_dict() | merged_weights(self.shared_model, self.base_model.role)
+        copies = {tensor.data_ptr(): tensor.detach().float().cpu() for tensor in state.values()}  # tied ones stay tied
+        return {name: copies[tensor.data_ptr()] for name, tensor in state.items()}
+
+    def save_merged(self, path):
+        """The plain Hugging Face model that base and adapter amount to, merged in float32; the base stays as it is."""
+        self.shared_model.save_pretrained(path, state_dict=self.merged_state())
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        write_json(Path(path) / "config.json", config | {"dtype": "float32"})  # whatever the base has in memory
+
+
+# ---- the base and what may stand on it -------------------------------------------------------------------------------
+
+
+def load_base(path, config, device):
+    """(causal LM with frozen weights in --base_dtype, fingerprint of its float32 weights).
+
+    InputError where its record names other weights than lie there now.
+    """
+    model = load_policy(path, device=device).requires_grad_(False)
+    found, recorded = fingerprint(model), read_record(path).get("fingerprint")
+    if recorded not in (None, found):
+        raise InputError(f"--policy {path}: its weights are not those that its {RECORD} records; train it again")
+    return cast_parameters(model, DTYPES[config.base_dtype]), found
+
+
+def cast_parameters(model, dtype):
+    """Parameters in another dtype; buffers (rotary frequencies) keep their precision."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def new_role(model, role, config, seed=0):
+    """A policy that is `model` and a new adapter of that name, as the flags say."""
+    targets = [target.strip() for target in config.lora_targets.split(",")] if config.lora_targets else None
+    add_adapter(model, role, config.lora_rank, config.lora_alpha, targets, seed)
+    return RolePolicy(model, role)
+
+
+def load_scalar_role(kind, model, directory, role, base_fingerprint=None, flag=""):
+    """The reward or value model (`kind`: the class) whose adapter and head lie in a directory, on a base that is there.
+
+    InputError where the adapter was trained on another base than the one with this fingerprint (None: not asked).
+    """
+    if base_fingerprint:
+        check_base(directory, base_fingerprint, f"{flag} {directory}".strip())
+    head = read_head(directory)
+    load_adapter(model, directory, role)
+    return kind.with_head(RoleBackbone(model, role), head)
+
+
+def check_base(directory, base_fingerprint, where):
+    """InputError unless the adapter in a directory was trained on the base with this fingerprint."""
+    recorded = read_record(directory).get("base", {})
+    if not recorded.get("fingerprint"):
+        say(f"warning: {where}: no {RECORD} says on which weights this adapter was trained")
+    elif recorded["fingerprint"] != base_fingerprint:
+        raise InputError(
+            f"{where}: this adapter was trained on other weights (those of {recorded.get('path')} at that time) than the "
+            "base has now; give the base it was trained on, or train it again"
+        )
+
+
+def load_merged(directory, dtype=torch.float32, device="cpu"):
+    """The causal LM that an adapter's directory amounts to: its base with the adapter merged in, in float32."""
+    name = read_adapter_config(directory).get("base_model_name_or_path")
+    if not name:
+        raise InputError(f"{directory}/adapter_config.json: names no base (base_model_name_or_path); add it")
+    try:
+        model = load_policy(name, device=device)
+    except InputError as error:
+        raise InputError(f"{directory}/adapter_config.json: base_model_name_or_path: {error}") from None
+    check_base(directory, fingerprint(model), str(directory))
+    load_adapter(model, directory, "merged")
+    merge_adapter(model, "merged").name_or_path = str(directory)
+    if (Path(directory) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return cast_parameters(model.requires_grad_(True), dtype)
+
+
+# ---- python -m rllr.lora merge ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class MergeConfig:
+    adapter: str  # directory of a policy's or reward model's adapter
+    output_dir: str  # where the plain Hugging Face model goes
+    overwrite: bool = False  # replace a model that is already there
+
+
+@command
+def merge_command(argv=None):
+    """`merge`: base and adapter as one plain Hugging Face directory, with the record and statistics beside it."""
+    import sys
+
+    verb, *flags = sys.argv[1:] if argv is None else argv
+    if verb != "merge":
+        raise InputError(f"{verb}: the only command is merge --adapter DIR --output_dir OUT")
+    config = parse_config(MergeConfig, flags, "Merge an adapter into its base: a plain Hugging Face model directory.")
+    set_up("fp32", 0)
+    adapter, record = Path(config.adapter), read_record(config.adapter)
+    is_reward = read_adapter_config(adapter).get("task_type") == "SEQ_CLS"
+    check_run_directory(config.output_dir, config.overwrite, [adapter])
+    tokenizer, model = load_tokenizer(adapter), load_merged(adapter)
+    encoder, directory = Encoder(tokenizer, model), open_run_directory(config.output_dir, config.overwrite, [adapter])
+    record = {key: value for key, value in record.items() if key != "base"}
+    if is_reward:
+        pad_id = reward_pad_token_id(tokenizer, encoder.stop_ids, model.config.vocab_size)
+        RewardModel.from_pretrained(adapter).save_pretrained(directory, tokenizer, pad_id)
+        write_json(directory / RECORD, record)
+        for file in adapter.glob("score_statistics.json"):
+            shutil.copy(file, directory)
+    else:
+        save_policy(model, encoder, directory, record | {"fingerprint": fingerprint(model)})
+    say(f"saved {directory}")
