@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from rllr.config import check_choice, check_divisible, check_positive, check_range, parse_config
 from rllr.encoding import Encoder
+from rllr.engine.checkpointing import checkpoint_layers
 from rllr.errors import InputError, RunError, command
 from rllr.evaluate import answer_rows, metric_line, score_answers, show_samples
 from rllr.model import backbone_of, fingerprint, load_tokenizer
@@ -50,6 +51,7 @@ class Config(LoRAConfig, DataConfig):
     minibatches: int = 2  # optimiser steps per pass
     micro_batch_size: int = 0  # answers per forward; 0: the whole minibatch. Does not change the gradient
     tokens_per_batch: int = 0  # padded tokens per forward; 0: no limit. Does not change the gradient either
+    gradient_checkpointing: bool = False  # compute layers again in backward instead of keeping their activations
     learning_rate: float | None = None  # of the policy (tiny 2e-4, others 1e-6; adapters x 10), linear decay
     value_learning_rate: float | None = None  # of the value model (tiny 5e-4, others 5e-6; adapters x 10)
     warmup: float = 0.0  # share of the updates in which the policy's learning rate rises; the value model learns meanwhile
@@ -126,6 +128,8 @@ def main(argv=None):
     encoder, frozen_fingerprint = Encoder(tokenizer, policy), fingerprint(frozen)
     mode, judges = load_judges(config, task, tokenizer, policy_fingerprint, device, autocast, base)
     value_model = load_value_model(config, device, base, policy_fingerprint, judges)
+    for model in (policy, value_model) if config.gradient_checkpointing else ():
+        checkpoint_layers(backbone_of(model))
     if config.freeze_embeddings:
         backbone_of(policy).get_input_embeddings().requires_grad_(False)
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from rllr.config import check_choice, check_divisible, check_positive, check_range, parse_config
 from rllr.data import load_pairs
 from rllr.encoding import Encoder
+from rllr.engine.checkpointing import checkpoint_layers
 from rllr.errors import InputError, command
 from rllr.judge import ScoreStatistics, score_rows
 from rllr.model import RewardModel, fingerprint, load_policy, load_tokenizer, reward_pad_token_id, set_dropout
@@ -55,6 +56,7 @@ class Config(LoRAConfig, DataConfig):
     batch_size: int = 32  # pairs per optimiser step
     micro_batch_size: int = 0  # pairs per forward; 0: the whole batch. Does not change the gradient
     tokens_per_batch: int = 0  # padded tokens per forward; 0: no limit. Does not change the gradient either
+    gradient_checkpointing: bool = False  # compute layers again in backward instead of keeping their activations
     learning_rate: float | None = None  # AdamW peak (tiny 5e-4, any other model 5e-6; adapters 5e-3, 5e-5)
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01  # not on biases and norms
@@ -208,6 +210,8 @@ def main(argv=None):
         model, config.learning_rate, steps, warmup_share=config.warmup, weight_decay=config.weight_decay
     )
     set_dropout(base if config.lora_rank else model, config.dropout)
+    if config.gradient_checkpointing:
+        checkpoint_layers(model.backbone)
     metrics, progress, step, best, since_best = (
         MetricsLog(directory),
         tqdm(total=steps, desc="rm", mininterval=2, disable=None),

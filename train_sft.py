@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from rllr.config import check_choice, check_divisible, check_positive, check_range, parse_config
 from rllr.encoding import Encoder
+from rllr.engine.checkpointing import checkpoint_layers
 from rllr.errors import InputError, command
 from rllr.evaluate import answer_rows, metric_line, score_answers, show_samples
 from rllr.logprobs import token_logprobs
-from rllr.model import fingerprint, load_policy, load_tokenizer, set_dropout
+from rllr.model import backbone_of, fingerprint, load_policy, load_tokenizer, set_dropout
 from rllr.rationales import WRITERS, check_writer, default_writer, make_writer
 from rllr.shared import DTYPES, LoRAConfig, cast_parameters, check_lora, new_role, rate_factor
 from rllr.splits import DataConfig, inherit, load_splits
@@ -41,6 +42,7 @@ class Config(LoRAConfig, DataConfig):
     batch_size: int = 32  # answers per optimiser step
     micro_batch_size: int = 0  # answers per forward; 0: the whole batch. Does not change the gradient
     tokens_per_batch: int = 0  # padded tokens per forward; 0: no limit. Does not change the gradient either
+    gradient_checkpointing: bool = False  # compute layers again in backward instead of keeping their activations
     learning_rate: float | None = None  # AdamW peak (tiny 1e-3, any other model 1e-5; adapters 1e-2, 1e-4)
     warmup: float = 0.05  # share of the steps
     schedule: str = "linear"  # linear, cosine or constant, after the warm-up
@@ -135,6 +137,8 @@ def main(argv=None):
         warmup_share=config.warmup, schedule=config.schedule, weight_decay=config.weight_decay,
     )  # fmt: skip
     set_dropout(base, config.dropout)
+    if config.gradient_checkpointing:
+        checkpoint_layers(backbone_of(model))
     metrics, progress, step, best = (
         MetricsLog(directory),
         tqdm(total=steps, desc="sft", mininterval=2, disable=None),

@@ -8,7 +8,9 @@ from torch import nn
 import rllr.engine.linear
 import rllr.model
 from rllr.engine.attention import can_pack, packed_forward
+from rllr.engine.checkpointing import checkpoint_layers
 from rllr.engine.linear import OneDnnLinear, fast_linears
+from rllr.errors import InputError
 from rllr.layout import pack_sequences
 from rllr.logprobs import token_logprobs
 
@@ -118,3 +120,35 @@ def test_attention_and_training_mode_come_back_after_packing():
     with pytest.raises(RuntimeError):
         packed_forward(model.base_model, torch.tensor([[5, 6, 7]]), [9], use_cache=False)
     assert model.config._attn_implementation == before
+
+
+# ---- activation checkpointing ----------------------------------------------------------------------------------------
+
+
+def test_checkpointed_layers_are_computed_again_in_backward(family):
+    """Same gradients; each layer's attention runs once more in backward, and not at all more without gradients."""
+    model = tiny_model(family, dtype=torch.float64)
+    batch = pack_sequences([[5, 6, 7], [9]], [[8, 2], [10, 11, 12, 2]])
+    calls, gradients = [], []
+    norms = [m for name, m in model.base_model.named_modules() if name.endswith(("input_layernorm", "ln_1"))]
+    for norm in norms:
+        norm.register_forward_hook(lambda *_: calls.append(1))
+    for checkpointed in (False, True):
+        if checkpointed:
+            checkpoint_layers(model.base_model)
+            checkpoint_layers(model.base_model)  # asked twice, done once
+        model.zero_grad()
+        token_logprobs(model, *batch).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        calls.append("end")
+    assert calls == [1] * len(norms) + ["end"] + [1] * 2 * len(norms) + ["end"]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
+    calls.clear()
+    with torch.no_grad():
+        token_logprobs(model, *batch)
+    assert len(calls) == len(norms)
+
+
+def test_a_model_without_such_layers_is_refused():
+    with pytest.raises(InputError, match="--gradient_checkpointing: Linear has no layers"):
+        checkpoint_layers(nn.Linear(2, 2))

@@ -331,6 +331,20 @@ def test_max_update_kl_skips_the_rest_of_a_rollout(toy, tmp_path):
     assert all(line["improve/approx_kl"] > 1e-9 for line in everything + skipping)  # the one that was too far shows
 
 
+@pytest.mark.parametrize("adapters", [[], ["--lora_rank", 2]])
+def test_gradient_checkpointing_changes_nothing(toy, tmp_path, adapters):
+    """All three stages, dropout on in the first two: the same losses and weights as without."""
+    for name, flag in (("without", []), ("with", ["--gradient_checkpointing"])):
+        flags = [*adapters, *flag, "--learning_rate", 1e-3]
+        short = [*flags, "--epochs", 1, "--dropout", 0.1, "--max_new_tokens", 12]
+        run(train_sft.main, *toy.data, "--model", toy.base, *short, "--output_dir", tmp_path / name / "sft")
+        run(train_rm.main, "--policy", toy.sft, *short, "--output_dir", tmp_path / name / "rm")
+        toy.ppo(tmp_path / name / "ppo", "--reward", "gold", *flags, steps=2)
+    for stage in ("sft", "rm", "ppo"):
+        lines = [read_metrics(tmp_path / name / stage) for name in ("without", "with")]
+        assert not differing(*lines, tolerance=1e-5)
+
+
 @pytest.mark.parametrize("warmup, expected", [(0, [5e-4, 0]), (0.5, [1e-3, 0])])
 def test_warmup_of_the_policy(toy, tmp_path, warmup, expected):
     """Four updates in two steps: the rate after the second and after the last; with a warm-up of two the peak comes later."""
