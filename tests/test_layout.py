@@ -5,7 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rllr.layout import batches_by_length, pack_sequences, response_positions, response_tokens, trim
+from rllr.layout import (
+    batches_by_length, pack_sequences, response_places, response_positions, response_tokens, trim, unflatten,
+)  # fmt: skip
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
 RESPONSES = [[11, 2], [12, 13, 14, 2], []]
@@ -88,3 +90,13 @@ def test_batches_hold_each_row_once(lengths, size):
     order = [row for batch in batches for row in batch]
     assert order == sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     assert all(1 <= len(batch) <= size for batch in batches)
+
+
+def test_places_and_unflatten_are_row_by_row():
+    """Three rows with 2, 1 and 3 response tokens behind prompts of 3, 1 and 2."""
+    _, prompt_lens, mask = pack_sequences([[5, 6, 7], [8], [9, 10]], [[1, 2], [3], [4, 5, 6]])
+    rows, positions = response_places(prompt_lens, mask)
+    assert rows.tolist() == [0, 0, 1, 2, 2, 2] and positions.tolist() == [2, 3, 0, 1, 2, 3]
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64)
+    square = unflatten(values, mask)
+    assert square.tolist() == [[1, 2, 0], [3, 0, 0], [4, 5, 6]] and square.dtype == torch.float64
