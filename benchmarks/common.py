@@ -86,6 +86,18 @@ def peak_memory_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def status_mb(field):
+    """VmRSS (memory held now) or VmHWM (its peak) of this process in MB, on Linux."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field + ":")) / 1024
+
+
+def forget_peak():
+    """Start VmHWM again at what is held now."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
 def gemm_rate(size=1024):
     """GFLOP/s of a float32 matrix product here, now: the limit that shares of are quoted."""
     a, b = torch.randn(size, size), torch.randn(size, size)

@@ -12,7 +12,8 @@ import subprocess
 import sys
 
 import torch
-from common import draw_lengths, draw_prompts, make_model, measure, median, ratios, set_up, write_result
+from common import draw_lengths, draw_prompts, forget_peak, make_model, measure, median, ratios, set_up, status_mb
+from common import write_result
 
 
 BATCHES = 4  # steps per measurement, so that one lucky draw of lengths does not decide
@@ -78,17 +79,11 @@ def one(name, shape, count):
     VARIANTS[name](model, small, [0, 1])  # libraries' own buffers
     for parameter in model.parameters():
         parameter.grad.zero_()
-    with open("/proc/self/clear_refs", "w") as file:  # Linux: forget the peak so far
-        file.write("5")
     before = status_mb("VmRSS")
+    forget_peak()
     VARIANTS[name](model, packed, list(range(count)))
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
     return {"peak_mb": status_mb("VmHWM") - before, "grad_norm": norm}
-
-
-def status_mb(field):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field + ":")) / 1024
 
 
 def main():

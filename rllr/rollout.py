@@ -18,6 +18,7 @@ from .layout import pack_sequences
 from .model import backbone_of, lm_logits
 
 ADMIT_SHARE = 0.125  # share of free slots at which new prompts are let in: in groups, as their forward stops the others
+STEPS_PER_LOOK = {"cpu": 1, "other": 8}  # steps between looks at which answers ended: a look waits for a GPU to finish
 PREFILL_TOKENS = {"cpu": 4096, "other": 16384}  # prompt tokens, at most, that go through the model together
 
 
@@ -106,7 +107,8 @@ def _run(decoder, prompts, answers):
                 owners = [row * answers + first + copy for row, first in group for copy in range(together)]
                 decoder.admit([prompts[row] for row, _ in group], owners, together)
         else:
-            decoder.step()
+            for _ in range(STEPS_PER_LOOK["cpu" if decoder.device.type == "cpu" else "other"]):
+                decoder.step()
         for owner, response, scored in decoder.harvest():
             responses[owner], logprobs[owner] = response, scored
     return responses, logprobs

@@ -56,8 +56,11 @@ def test_slots_and_groups_change_nothing_under_greedy(model, monkeypatch):
     expected = [naive_greedy(model, prompt, set(stops), 12) for prompt in prompts]
     assert len(set(map(len, expected))) > 1
     first = sample(model, prompts, greedy=True, eos_token_id=stops, batch_size=14)
-    for share, batch_size, tokens in [(0.1, 5, 1024), (1.0, 5, 1024), (0.1, 1, 1024), (0.5, 2, 1024), (0.3, 4, 3)]:
+    for share, batch_size, tokens, look in [
+        (0.1, 5, 1024, 1), (1.0, 5, 1024, 3), (0.1, 1, 1024, 1), (0.5, 2, 1024, 8), (0.3, 4, 3, 5), (0.1, 14, 1024, 40),
+    ]:  # fmt: skip
         monkeypatch.setattr(rllr.rollout, "ADMIT_SHARE", share)
+        monkeypatch.setattr(rllr.rollout, "STEPS_PER_LOOK", {"cpu": look})
         monkeypatch.setattr(rllr.rollout, "PREFILL_TOKENS", {"cpu": tokens})
         other = sample(model, prompts, greedy=True, eos_token_id=stops, batch_size=batch_size)
         assert other.responses() == first.responses() == expected

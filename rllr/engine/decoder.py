@@ -31,7 +31,9 @@ class Decoder:
         self.columns = torch.arange(length, device=device)
         self.slot_ids = torch.arange(slots, device=device)
         self.owners = []  # of each live slot: what `admit` was told
-        self.reach = []  # the same positions as Python numbers, so that no step needs to ask the device for them
+        # The same positions as Python numbers, so that no step needs to ask the device for them; those of an answer that has
+        # ended go on until it is harvested, which only makes the view a little wider.
+        self.reach = []
         # A ready-made mask saves building one per step; families that read the 2-D mask themselves (alibi) must get that.
         self.ready_mask = takes_our_attention(backbone)
 
@@ -58,7 +60,7 @@ class Decoder:
             hidden = hidden.repeat_interleave(copies, 0)
         positions = torch.tensor(lens, device=self.device).repeat_interleave(copies)
         self.owners += owners
-        self.reach += positions.tolist()
+        self.reach += [length for length in lens for _ in range(copies)]
         self.positions[slots] = positions - 1  # `_take` moves on by one
         self.counts[slots], self.ended[slots] = 0, False
         self._take(hidden, slots)
@@ -82,7 +84,7 @@ class Decoder:
     @torch.no_grad()
     def step(self):
         """The next token of every live answer."""
-        live, width = self.live, max(self.reach) + 1
+        live, width = self.live, min(max(self.reach) + 1, len(self.columns))
         slots, positions = self.slot_ids[:live], self.positions[:live].unsqueeze(1)
         self.cache.write_at(slots.unsqueeze(1), positions, rows=live, width=width)
         mask = self.columns[:width] <= positions  # [live, width]
@@ -97,13 +99,16 @@ class Decoder:
         self._take(hidden, slots)
 
     def _take(self, hidden, slots):
-        """Sample a token per slot and write it down."""
+        """Sample a token per slot and write it down; an answer that has ended, but is not harvested yet, stands still."""
         token, logprob = self.sampler(self.head(hidden))
-        counts = self.counts[slots]
-        self.answers[slots, counts], self.logprobs[slots, counts] = token, logprob
-        self.tokens[slots], self.counts[slots] = token, counts + 1
-        self.positions[slots] += 1
-        self.ended[slots] = torch.isin(token, self.stop_ids) | (counts + 1 == self.max_new_tokens)
+        going, counts = ~self.ended[slots], self.counts[slots]
+        place = slots, counts.clamp(max=self.max_new_tokens - 1)
+        self.answers[place] = torch.where(going, token, self.answers[place])
+        self.logprobs[place] = torch.where(going, logprob, self.logprobs[place])
+        self.tokens[slots] = torch.where(going, token, self.tokens[slots])
+        self.counts[slots] = counts = counts + going
+        self.positions[slots] += going
+        self.ended[slots] = ~going | torch.isin(token, self.stop_ids) | (counts == self.max_new_tokens)
 
     def harvest(self):
         """[(owner, tokens, log-probabilities [n])] of the answers that have ended; their slots are free again."""

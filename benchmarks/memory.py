@@ -1,0 +1,85 @@
+"""Peak memory of a PPO update with four full models against adapters on one shared base (policy, reference, value, reward).
+
+    python benchmarks/memory.py --shape M
+
+One process per row; memory above what Python and the libraries take after import. The step scores a batch with all four
+roles, then trains policy and value model with AdamW, LoRA rank 16 on q_proj and v_proj.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import torch
+from common import draw_lengths, draw_prompts, forget_peak, make_model, status_mb, write_result
+
+MODES = ("four models", "shared base, LoRA 16")
+
+
+def make_roles(mode, shape):
+    """(policy, reference, value model, reward model)."""
+    from rllr.model import RewardModel, ValueModel
+    from rllr.shared import RolePolicy, new_role
+
+    if mode == MODES[0]:
+        policy, reference = make_model(shape), make_model(shape).requires_grad_(False)
+        value, reward = ValueModel.from_policy(make_model(shape)), RewardModel.from_policy(make_model(shape))
+        return policy, reference, value, reward.requires_grad_(False)
+    base = make_model(shape).requires_grad_(False)
+    settings = SimpleNamespace(lora_rank=16, lora_alpha=32, lora_targets=None)
+    policy, value, reward = (new_role(base, name, settings) for name in ("policy", "value", "label_rm"))
+    return policy, RolePolicy(base, None), ValueModel.from_policy(value), RewardModel.from_policy(reward).requires_grad_(False)
+
+
+def one(mode, shape, sequences):
+    """{net peak in MB, weights in MB, CPU seconds of the second step}."""
+    from rllr.layout import pack_sequences
+    from rllr.logprobs import token_logprobs
+    from rllr.training import make_optimizer
+
+    imported = status_mb("VmRSS")
+    forget_peak()
+    policy, reference, value, reward = make_roles(mode, shape)
+    weights = status_mb("VmRSS") - imported
+    optimizers = [make_optimizer(model, 1e-5, 100)[0] for model in (policy, value)]
+    prompts, lengths = draw_prompts(sequences, 8000), draw_lengths(sequences)
+    packed = pack_sequences(prompts, [[5 + t for t in range(n)] for n in lengths])
+    for _ in range(2):
+        start = time.process_time()
+        with torch.no_grad():
+            old, _, _, _ = token_logprobs(policy, *packed), token_logprobs(reference, *packed), value(*packed), reward(*packed)
+        (token_logprobs(policy, *packed) - old).exp().sum().backward()
+        value(*packed).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        seconds = time.process_time() - start
+    return {"peak_mb": status_mb("VmHWM") - imported, "weights_mb": weights, "seconds": seconds}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="M", choices=["S", "M", "L"])
+    parser.add_argument("--sequences", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--one", choices=MODES, help="used by this script itself: one row of the table")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.one:
+        print(json.dumps(one(args.one, args.shape, args.sequences[0])))
+        return
+    rows, lines = {}, ["| sequences | | net peak, MB | weights, MB | CPU s per step | times smaller |", "|---|---|---|---|---|---|"]
+    for count in args.sequences:
+        for mode in MODES:
+            command = [sys.executable, __file__, "--shape", args.shape, "--sequences", str(count), "--one", mode]
+            row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            rows[f"{mode}, {count}"] = row
+            smaller = rows[f"{MODES[0]}, {count}"]["peak_mb"] / row["peak_mb"]
+            lines.append(f"| {count} | {mode} | {row['peak_mb']:.0f} | {row['weights_mb']:.0f} | {row['seconds']:.2f} | {smaller:.2f} |")
+    write_result("memory", f"{args.shape}, one update of policy and value model", lines, {"shape": args.shape, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
