@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 
 from .errors import InputError
 
-LABEL_PAIRS = ("independent", "paper")
+LABEL_PAIRS = ("independent", "paper", "drawn")
+DRAWN_SHARE = 0.5  # of the label pairs under "drawn": the wrong label's rationale is any; the rest are as in the paper
 INDEPENDENT_SHARE = 0.9  # of the label pairs under "independent"; the rest are as in the paper
 SAME_RATIONALE_SHARE = 0.5  # of the independent pairs: both sides rest on the same basis
 OTHER_TEXT_SHARE = 0.5  # of the worse rationales in rationale-sensitive pairs: taken from another text
@@ -36,21 +37,25 @@ class Pair:
 def label_sensitive_pairs(examples, task, writer, *, rationales="independent", negatives="one", seed=0, log=print):
     """Chosen: the gold label with a rationale; rejected: a wrong label with a rationale for it.
 
-    writer: an `rllr.rationales.RationaleWriter`. rationales: "independent" (the module's docstring) or "paper" (each
-    side the writer's own rationale for its label). negatives: "one" wrong label, uniform among them, or "all" of them.
-    Kinds: label/paper, label/independent. A row's pairs depend on the seed and the row alone. Identical sides are refused
+    writer: an `rllr.rationales.RationaleWriter`. rationales: "independent" (the module's docstring), "paper" (each side
+    the writer's own rationale for its label) or "drawn" (half as in the paper, half with any rationale, also one of
+    another text, on the wrong label's side: a policy that has lost the text writes such). negatives: "one" wrong label, uniform among them, or "all" of them.
+    Kinds: label/paper, label/independent, label/drawn. A row's pairs depend on the seed and the row alone. Identical sides are refused
     and counted. Raises InputError for a row without a label.
     """
     if rationales not in LABEL_PAIRS or negatives not in ("one", "all"):
         raise InputError(
-            f"--label_pairs {rationales!r}: choose independent or paper; negatives {negatives!r}: one or all"
+            f"--label_pairs {rationales!r}: choose {', '.join(LABEL_PAIRS)}; negatives {negatives!r}: one or all"
         )
     pairs = []
     for example in examples:
         rng = random.Random(f"label/{seed}/{example.id}")
         wrong = task.wrong_labels(_label(example))
         for label in wrong if negatives == "all" else [rng.choice(wrong)]:
-            if rationales == "independent" and rng.random() < INDEPENDENT_SHARE:
+            if rationales == "drawn" and rng.random() < DRAWN_SHARE:
+                kind = "label/drawn"
+                chosen_basis, rejected_basis = writer.basis(example, example.label), writer.draw(example, rng)
+            elif rationales == "independent" and rng.random() < INDEPENDENT_SHARE:
                 kind, chosen_basis = "label/independent", writer.draw(example, rng)
                 same = rng.random() < SAME_RATIONALE_SHARE
                 rejected_basis = chosen_basis if same else writer.draw(example, rng)

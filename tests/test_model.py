@@ -361,9 +361,15 @@ def test_dropout_of_the_config_is_switched_off(family, config, batch):
 
 
 def test_dropout_of_a_whole_number():
-    """`attention_dropout: 0` in a config.json, or a 0 that was set before."""
-    model = set_dropout(set_dropout(tiny_model("llama"), 0), 0.1)
-    assert model.model.layers[0].self_attn.attention_dropout == 0.1
+    """`hidden_dropout: 0` in a config.json, or a 0 that was set before."""
+    model = set_dropout(set_dropout(tiny_model("bloom"), 0), 0.1)
+    assert model.transformer.h[0].self_attention.hidden_dropout == 0.1
+
+
+def test_attention_weights_are_not_dropped_on_cpu():
+    """Where hooks drop in the residual stream; a config's own attention dropout goes, too."""
+    model = set_dropout(tiny_model("llama", attention_dropout=0.3), 0.1)
+    assert model.model.layers[0].self_attn.attention_dropout == 0.0
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

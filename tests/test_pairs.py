@@ -61,7 +61,7 @@ def sides(pair, task):
 # ---- label-sensitive
 
 
-@pytest.mark.parametrize("rationales", ["independent", "paper"])
+@pytest.mark.parametrize("rationales", ["independent", "paper", "drawn"])
 @pytest.mark.parametrize("task", [SST2, STSB, AGNEWS], ids=lambda task: task.name)
 def test_gold_label_against_a_wrong_one(task, rationales):
     examples = rows(60, task)
@@ -83,6 +83,19 @@ def test_the_papers_pairs_are_what_the_writer_writes():
         assert pair.chosen == f"own {example.id} {example.label} for {example.label}\nLabel: {example.label}"
         assert pair.chosen == AGNEWS.render_answer(example.label, writer.write(example, example.label))
         assert pair.rejected == AGNEWS.render_answer(wrong, writer.write(example, wrong))
+
+
+def test_drawn_pairs_keep_the_gold_side():
+    """The gold label's rationale is always its own; the wrong label's is drawn in half of the pairs."""
+    examples = rows(2000)
+    pairs, drawn = label_sensitive_pairs(examples, SST2, Scripted(), rationales="drawn"), 0
+    for pair, example in zip(pairs, examples):
+        (chosen, _, _), (rejected, worded, _) = sides(pair, SST2)
+        assert chosen == f"own {example.id} {example.label}"
+        assert pair.kind == ("label/drawn" if rejected.startswith("drawn") else "label/paper")
+        assert rejected.startswith("drawn") or rejected == f"own {example.id} {worded}"
+        drawn += pair.kind == "label/drawn"
+    assert 0.46 < drawn / 2000 < 0.54
 
 
 def test_shares_of_independent_pairs():
@@ -243,7 +256,7 @@ def test_a_row_without_a_label_is_named():
 
 @pytest.mark.parametrize("options", [{"rationales": "own"}, {"negatives": "two"}])
 def test_unknown_options(options):
-    with pytest.raises(InputError, match="choose independent or paper.*one or all"):
+    with pytest.raises(InputError, match="choose independent, paper, drawn.*one or all"):
         label_sensitive_pairs(rows(3), SST2, Scripted(), **options)
 
 
