@@ -44,7 +44,7 @@ class Config(LoRAConfig, DataConfig):
     overwrite: bool = False  # replace a run that is already there
     rationales: str | None = None  # who writes them: given, evidence, demo, model (as the policy's)
     rationale_model: str | None = None  # the causal LM that writes them, for --rationales model
-    label_pairs: str | None = None  # independent, paper or drawn: see rllr/pairs.py (independent for evidence, else paper)
+    label_pairs: str | None = None  # independent, paper or drawn: see rllr/pairs.py (evidence independent, demo drawn, else paper)
     negatives: str = "one"  # one wrong label per pair, drawn uniformly, or all of them
     pairs_per_row: int = 4  # pairs drawn of each row (label pairs; drawings that coincide count once)
     loss: str = "eos"  # eos: score at the last response token; span: mean from the first token that differs

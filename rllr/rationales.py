@@ -213,7 +213,7 @@ def default_writer(task, examples):
 
 def default_label_pairs(writer_name):
     """How label-sensitive pairs draw rationales unless --label_pairs says: see `rllr.pairs`."""
-    return "independent" if writer_name == "evidence" else "paper"
+    return {"evidence": "independent", "demo": "drawn"}.get(writer_name, "paper")
 
 
 def make_writer(name, examples, task, *, config=None, device="cpu", directory=".", log=print, also=()):

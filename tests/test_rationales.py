@@ -405,7 +405,7 @@ def test_defaults():
     assert default_writer(SST2, given_rows()) == "given" and default_writer(SST2, CORPUS + given_rows()) == "evidence"
     assert default_writer(SST2, []) == "evidence"
     labels = [default_label_pairs(name) for name in ("given", "evidence", "demo", "model")]
-    assert labels == ["paper", "independent", "paper", "paper"]
+    assert labels == ["paper", "independent", "drawn", "paper"]
 
 
 def test_make_writer():
