@@ -7,6 +7,7 @@ import resource
 import statistics
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -53,6 +54,37 @@ def draw_lengths(count, mean=24, cap=64, seed=2):
     """Answer lengths: geometric, cut at `cap`, so that every engine writes the very same number of tokens per prompt."""
     draw = torch.Generator().manual_seed(seed)
     return torch.empty(count).geometric_(1 / mean, generator=draw).clamp(1, cap).long().tolist()
+
+
+def force(logits, at_end):
+    """Logits [B, V] under which EOS is certain in the rows `at_end` and impossible in the others."""
+    logits[:, EOS] = -torch.inf
+    logits[at_end] = -torch.inf
+    logits[at_end, EOS] = 0.0
+    return logits
+
+
+@contextmanager
+def decoder_forced_to(lengths):
+    """Within the block our decoder writes answers of these lengths (one per prompt), by forcing EOS where it samples."""
+    from rllr.engine.decoder import Decoder
+
+    plain, target = Decoder._take, torch.tensor(lengths)
+
+    def forced(self, hidden, slots):
+        head = self.head
+        at_end = target[[self.owners[slot] for slot in slots.tolist()]] <= self.counts[slots] + 1
+        self.head = lambda x: force(head(x), at_end)
+        try:
+            plain(self, hidden, slots)
+        finally:
+            self.head = head
+
+    Decoder._take = forced
+    try:
+        yield
+    finally:
+        Decoder._take = plain
 
 
 def measure(engines, repeats):

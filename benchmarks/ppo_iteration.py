@@ -17,14 +17,13 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
-from common import EOS, draw_lengths, draw_prompts, make_model, set_up, write_result
+from common import EOS, decoder_forced_to, draw_lengths, draw_prompts, force, make_model, set_up, write_result
 
 BATCH, MINIBATCHES = 64, 4
 
 
 def our_iteration(shape, prompts, max_new_tokens, eos, lengths):
     """A function that runs one iteration and returns the seconds of CPU time per phase."""
-    from rllr.engine.decoder import Decoder
     from rllr.model import RewardModel, ValueModel
     from rllr.ppo import gae, masked_whiten
     from rllr.rewards import shape_rewards
@@ -40,17 +39,7 @@ def our_iteration(shape, prompts, max_new_tokens, eos, lengths):
         temperature=1.0, clip=0.2, value_clip=0.2, max_grad_norm=1.0, precision="fp32", max_update_kl=None,
         micro_batch_size=0, tokens_per_batch=0,
     )  # fmt: skip
-    draw, target = torch.Generator().manual_seed(0), torch.tensor(lengths)
-    plain = Decoder._take
-
-    def forced(self, hidden, slots):
-        head = self.head
-        at_end = target[[self.owners[slot] for slot in slots.tolist()]] <= self.counts[slots] + 1
-        self.head = lambda x: force(head(x), at_end)
-        try:
-            plain(self, hidden, slots)
-        finally:
-            self.head = head
+    draw = torch.Generator().manual_seed(0)
 
     def run():
         seconds, start = {}, time.process_time()
@@ -59,11 +48,8 @@ def our_iteration(shape, prompts, max_new_tokens, eos, lengths):
             nonlocal start
             seconds[name], start = time.process_time() - start, time.process_time()
 
-        Decoder._take = forced
-        try:
+        with decoder_forced_to(lengths):
             rollout = generate(policy, prompts, max_new_tokens=max_new_tokens, eos_token_id=eos, generator=draw)
-        finally:
-            Decoder._take = plain
         assert rollout.response_lens.tolist() == lengths
         lap("rollout")
         order = torch.randperm(BATCH, generator=draw).tolist()
@@ -83,13 +69,6 @@ def our_iteration(shape, prompts, max_new_tokens, eos, lengths):
         return seconds
 
     return run
-
-
-def force(logits, at_end):
-    logits[:, EOS] = -torch.inf
-    logits[at_end] = -torch.inf
-    logits[at_end, EOS] = 0.0
-    return logits
 
 
 def trl_iterations(shape, prompts, max_new_tokens, lengths, repeats):

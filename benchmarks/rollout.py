@@ -10,8 +10,8 @@ identical work and only useful tokens count. Log-probabilities of ours are check
 import argparse
 
 import torch
-from common import EOS, draw_lengths, draw_prompts, gemm_rate, make_model, measure, median, peak_memory_mb, ratios
-from common import set_up, write_result
+from common import EOS, decoder_forced_to, draw_lengths, draw_prompts, force, gemm_rate, make_model, measure, median
+from common import peak_memory_mb, ratios, set_up, write_result
 from transformers import GenerationConfig, LogitsProcessor
 
 SLOTS, CAP = 64, 64
@@ -25,13 +25,6 @@ class ForceLengths(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         return force(scores, self.lengths <= input_ids.shape[1] - self.prompt_width + 1)
-
-
-def force(logits, at_end):
-    logits[:, EOS] = -torch.inf
-    logits[at_end] = -torch.inf
-    logits[at_end, EOS] = 0.0
-    return logits
 
 
 def hf_generate(model, prompts, lengths, **settings):
@@ -72,26 +65,11 @@ def hf_continuous_batching(model, prompts, lengths):
 
 def ours(model, prompts, lengths):
     """`rllr.rollout.generate`, with the same lengths forced where the decoder samples."""
-    from rllr.engine.decoder import Decoder
     from rllr.rollout import generate
 
-    plain, target = Decoder._take, torch.tensor(lengths)
-
-    def forced(self, hidden, slots):
-        head = self.head
-        at_end = target[[self.owners[slot] for slot in slots.tolist()]] <= self.counts[slots] + 1
-        self.head = lambda x: force(head(x), at_end)
-        try:
-            plain(self, hidden, slots)
-        finally:
-            self.head = head
-
-    Decoder._take = forced
-    try:
-        draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(0)
+    with decoder_forced_to(lengths):
         return generate(model, prompts, max_new_tokens=CAP, eos_token_id=EOS, generator=draw, batch_size=SLOTS)
-    finally:
-        Decoder._take = plain
 
 
 @torch.no_grad()
