@@ -125,7 +125,9 @@ def main(argv=None):
     # reference stays.
     policy, reference, frozen, policy_fingerprint = load_policy_and_reference(config, device)
     tokenizer, base = load_tokenizer(config.policy), frozen if config.lora_rank else None
-    encoder, frozen_fingerprint = Encoder(tokenizer, policy), fingerprint(frozen)
+    encoder = Encoder(tokenizer, policy)
+    # Hashing a large model takes long; only a base that was cast to bf16 differs from the policy that was hashed already.
+    frozen_fingerprint = policy_fingerprint if config.base_dtype == "fp32" else fingerprint(frozen)
     mode, judges = load_judges(config, task, tokenizer, policy_fingerprint, device, autocast, base)
     value_model = load_value_model(config, device, base, policy_fingerprint, judges)
     for model in (policy, value_model) if config.gradient_checkpointing else ():

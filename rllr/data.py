@@ -47,7 +47,8 @@ def load_examples(source, task: Task, *, labels="required", columns=None, label_
     """Examples from a path or a `Source`. `columns` and `label_map` are dicts or flag strings ("text=sentence").
 
     labels: "required", "optional", or "ignored": then label, score and rationale columns are not even read. Rows with an
-    empty text, or without a label where labels are required, are dropped; `log` gets a line that counts and names them. Raises InputError for everything else that is wrong with the file, the mapping or a row.
+    empty text, or without a label where labels are required, are dropped; `log` gets a line that counts and names them.
+    Raises InputError for everything else that is wrong with the file, the mapping or a row.
     """
     if not isinstance(source, Source):
         source = Source(path=str(source))

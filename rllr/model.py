@@ -1,7 +1,8 @@
 """Backbones, the scalar head of reward and value models, saving and loading.
 
 A backbone is a Hugging Face decoder without its head. `hidden_at` (over `hidden_states`) and `lm_logits` are the only two
-ways, beside rollouts, in which this project calls a model's insides, so an adapter that switches roles on a shared base has one place to stand.
+ways, beside rollouts, in which this project calls a model's insides, so an adapter that switches roles on a shared base
+has one place to stand.
 """
 
 import hashlib

@@ -107,7 +107,7 @@ def _run(decoder, prompts, answers):
                 owners = [row * answers + first + copy for row, first in group for copy in range(together)]
                 decoder.admit([prompts[row] for row, _ in group], owners, together)
         else:
-            for _ in range(STEPS_PER_LOOK["cpu" if decoder.device.type == "cpu" else "other"]):
+            for _ in range(_on(decoder.device, STEPS_PER_LOOK)):
                 decoder.step()
         for owner, response, scored in decoder.harvest():
             responses[owner], logprobs[owner] = response, scored
@@ -116,11 +116,15 @@ def _run(decoder, prompts, answers):
 
 def _next_group(queue, prompts, decoder, together):
     """Taken off the queue: as many as find free slots, within the budget of prompt tokens; at least one."""
-    budget, group = PREFILL_TOKENS["cpu" if decoder.device.type == "cpu" else "other"], []
+    budget, group = _on(decoder.device, PREFILL_TOKENS), []
     while queue and (len(group) + 1) * together <= decoder.free and (not group or len(prompts[queue[-1][0]]) <= budget):
         budget -= len(prompts[queue[-1][0]])
         group.append(queue.pop())
     return group
+
+
+def _on(device, settings):
+    return settings["cpu" if device.type == "cpu" else "other"]
 
 
 def slots_within(cache_bytes, model, length):

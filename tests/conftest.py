@@ -48,6 +48,14 @@ def tokenizer():
     return toy_tokenizer()
 
 
+@pytest.fixture(scope="session")
+def toy():
+    """The toy task with its SFT policy and two reward models. Do not change them in a test."""
+    from toy_runs import toy_runs  # here: it imports the scripts, which most tests do without
+
+    return toy_runs()
+
+
 @pytest.fixture
 def rng():
     """A seeded torch generator."""

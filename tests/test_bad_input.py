@@ -13,19 +13,13 @@ import train_ppo
 import train_rm
 import train_sft
 from families import toy_tokenizer
-from toy_runs import TRAIN_ROWS, run, toy_runs, write_rows
+from toy_runs import TRAIN_ROWS, run, write_rows
 
 from rllr import evaluate, predict, rationales, tiny
 
 ROOT = Path(__file__).parent.parent
 MAINS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo, "tiny": tiny, "evaluate": evaluate, "predict": predict,
          "rationales": rationales}  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def toy():
-    """The toy task with its SFT policy and two reward models."""
-    return toy_runs()
 
 
 # ---- what is put in the way ------------------------------------------------------------------------------------------

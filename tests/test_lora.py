@@ -13,7 +13,7 @@ import train_rm
 import train_sft
 from families import VOCAB, tiny_model
 from safetensors.torch import load_file, save_file
-from toy_runs import ANSWER, read_metrics, run, toy_runs
+from toy_runs import ANSWER, read_metrics, run
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
@@ -482,12 +482,6 @@ def test_a_step_moves_one_role_and_nothing_else():
 # ---- the scripts -----------------------------------------------------------------------------------------------------
 
 LORA = ["--lora_rank", 4, "--lora_alpha", 8]
-
-
-@pytest.fixture(scope="session")
-def toy():
-    """The toy task with its SFT policy and two reward models."""
-    return toy_runs()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import train_rm
 import train_sft
 from families import FAMILIES, tiny_model, toy_tokenizer
 from safetensors.torch import load_file
-from toy_runs import ANSWER, DEV_ROWS, OTHER, TRAIN_ROWS, read_metrics, run, toy_runs, write_rows
+from toy_runs import ANSWER, DEV_ROWS, OTHER, TRAIN_ROWS, read_metrics, run, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rllr import evaluate, predict, rationales, splits, tasks, update
@@ -38,12 +38,6 @@ STEP_METRICS = {
     "improve/first_ratio_error", "improve/ratio_max", "improve/grad_norm_policy", "improve/grad_norm_value",
     "improve/lr", "time/rollout", "time/score", "time/update",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def toy():
-    """The toy task with its SFT policy and two reward models."""
-    return toy_runs()
 
 
 @pytest.fixture(scope="session")

@@ -71,19 +71,15 @@ def takes_our_attention(backbone):
 
 
 def _try_packing(backbone):
-    config = backbone.config
-    was_training = backbone.training
+    vocabulary, device, was_training = backbone.config.vocab_size, backbone.device, backbone.training
+    rows = [torch.arange(start, start + size, device=device) % vocabulary for start, size in ((3, 5), (7, 2), (1, 7))]
     backbone.eval()
-    device = backbone.device
-    rows = [torch.arange(start, start + size, device=device) % config.vocab_size for start, size in ((3, 5), (7, 2), (1, 7))]
     try:
         packed = packed_forward(backbone, torch.cat(rows).unsqueeze(0), [len(row) for row in rows], use_cache=False)[0]
+        alone = torch.cat([backbone(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state[0] for row in rows])
     except (NotImplementedError, TypeError):  # another kind of attention, or a forward that takes no further arguments
         return False
     finally:
         backbone.train(was_training)
-    backbone.eval()
-    alone = torch.cat([backbone(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state[0] for row in rows])
-    backbone.train(was_training)
     tolerance = {torch.float32: 1e-4, torch.float64: 1e-8}.get(packed.dtype, 5e-2)
     return torch.allclose(packed, alone, rtol=tolerance, atol=tolerance * float(alone.abs().max()))
