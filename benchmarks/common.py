@@ -73,7 +73,7 @@ def decoder_forced_to(lengths):
 
     def forced(self, hidden, slots):
         head = self.head
-        at_end = target[[self.owners[slot] for slot in slots.tolist()]] <= self.counts[slots] + 1
+        at_end = target[self.owners[slots]] <= self.counts[slots] + 1
         self.head = lambda x: force(head(x), at_end)
         try:
             plain(self, hidden, slots)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .engine.decoder import Decoder
-from .engine.linear import fast_linears
+from .engine.linear import packed_linears
 from .engine.sampling import Sampler
 from .layout import pack_sequences
 from .model import backbone_of, lm_logits
@@ -80,7 +80,7 @@ def generate(
             backbone_of(model), lambda hidden: lm_logits(model, hidden), Sampler(temperature, greedy, generator),
             slots=slots, length=length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, device=device,
         )  # fmt: skip
-        with fast_linears(model):
+        with packed_linears(model):
             responses, logprobs = _run(decoder, prompts, answers_per_prompt)
     finally:
         model.train(was_training)

@@ -9,7 +9,7 @@ import rllr.engine.linear
 import rllr.model
 from rllr.engine.attention import can_pack, packed_forward
 from rllr.engine.checkpointing import checkpoint_layers
-from rllr.engine.linear import OneDnnLinear, fast_linears
+from rllr.engine.linear import OneDnnLinear, PackedLinear, fast_linears, packed_linears
 from rllr.errors import InputError
 from rllr.layout import pack_sequences
 from rllr.logprobs import token_logprobs
@@ -67,6 +67,36 @@ def test_other_precisions_are_left_alone(monkeypatch):
         expected = layer(x)
         with fast_linears(layer):
             assert torch.equal(layer(x), expected)
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_product_of_packed_weights_is_that_of_a_linear_layer(monkeypatch, bias, dtype, tolerance):
+    """For few rows and many; afterwards the layer is what it was, after an exception too."""
+    monkeypatch.setattr(rllr.engine.linear, "onednn_is_faster", lambda: True)
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 10, bias=bias, dtype=dtype)
+    for shape in ((1, 24), (3, 20, 24), (600, 24)):
+        x = torch.randn(shape, dtype=dtype)
+        expected = layer(x)
+        with torch.no_grad(), packed_linears(layer):
+            assert isinstance(layer, PackedLinear)
+            torch.testing.assert_close(layer(x), expected, rtol=tolerance, atol=tolerance)
+    with pytest.raises(KeyError), packed_linears(layer):
+        raise KeyError
+    assert type(layer) is nn.Linear and set(vars(layer)) == set(vars(nn.Linear(1, 1)))
+
+
+@needs_onednn
+def test_weights_that_would_take_much_memory_are_not_copied(monkeypatch):
+    monkeypatch.setattr(rllr.engine.linear, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(rllr.engine.linear, "PACKED_BYTES", 2 * 24 * 10 * 4 - 1)
+    layers = nn.Sequential(nn.Linear(24, 10), nn.Linear(24, 10))
+    with packed_linears(layers):
+        assert [type(layer) for layer in layers] == [OneDnnLinear, OneDnnLinear]
+    with packed_linears(layers[0]):
+        assert type(layers[0]) is PackedLinear
 
 
 # ---- packed rows -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Attention over packed rows: several sequences behind one another in one row, no padding computed.
+"""Attention our own way: over packed rows (several sequences behind one another in one row, no padding computed), and of
+one new token per row without a copy of the keys for every query head.
 
 transformers lets a model's attention be replaced by name (its attention interface). Ours splits queries, keys and values
 into the sequences and attends within each. Only models that take positions from `position_ids` and attention from the
@@ -6,13 +7,13 @@ interface can be packed; `can_pack` tries it out on the model itself and compare
 arguments silently (Bloom's alibi, OPT's positions).
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NAME = "rllr_packed"
+NAME, GROUPED = "rllr_packed", "rllr_grouped"
 
 
 def packed_attention(
@@ -32,7 +33,20 @@ def packed_attention(
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """One query per row. query [B, heads, 1, D], key and value [B, kv heads, L, D], mask [B, 1, 1, L] -> [B, 1, heads, D].
+
+    The query heads that share a key head become its queries; repeating the keys instead, as transformers did until 5.20 or
+    so, copies the whole cache in every layer of every step.
+    """
+    rows, heads, _, size = query.shape
+    queries = query.reshape(rows, key.shape[1], -1, size)
+    out = scaled_dot_product_attention(queries, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(rows, 1, heads, size), None
+
+
 ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
+ALL_ATTENTION_FUNCTIONS.register(GROUPED, grouped_attention)
 
 
 @contextmanager
@@ -53,6 +67,18 @@ def packed_forward(backbone, input_ids, segment_lens, **arguments):
         return backbone(
             input_ids=input_ids, position_ids=positions, segment_lens=segment_lens, **arguments
         ).last_hidden_state
+
+
+@contextmanager
+def grouped_queries(backbone):
+    """Within the block single tokens attend by `grouped_attention`, where the model has fewer key heads than query heads."""
+    with _attention(backbone, GROUPED) if _shares_keys(backbone) and can_pack(backbone) else nullcontext():
+        yield
+
+
+def _shares_keys(backbone):
+    config = getattr(backbone, "config", None)
+    return getattr(config, "num_key_value_heads", None) not in (None, getattr(config, "num_attention_heads", None))
 
 
 @torch.no_grad()

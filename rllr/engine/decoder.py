@@ -1,13 +1,15 @@
 """The decoding loop's state: which answer is in which slot, and one step for all of them.
 
 Live answers always fill the first slots, so a step works on views and computes nothing for empty ones. When an answer
-ends, the last live slot moves into its place; when enough slots are free, new prompts are written behind.
+ends, the last live slot moves into its place; when enough slots are free, new prompts are written behind. On a GPU steps are
+recorded and replayed (`graphs`), in a few fixed shapes: slots beyond the live ones are computed as well, within the same limits, and never harvested.
 """
 
 import torch
 
-from .attention import can_pack, packed_forward, takes_our_attention
+from .attention import can_pack, grouped_queries, packed_forward, takes_our_attention
 from .cache import SlotCache
+from .graphs import StepGraphs, shape_for
 
 
 class Decoder:
@@ -34,6 +36,7 @@ class Decoder:
         # The same positions as Python numbers, so that no step needs to ask the device for them; those of an answer that has
         # ended go on until it is harvested, which only makes the view a little wider.
         self.reach = []
+        self.graphs = StepGraphs(self._step, sampler.generator) if device.type == "cuda" else None
         # A ready-made mask saves building one per step; families that read the 2-D mask themselves (alibi) must get that.
         self.ready_mask = takes_our_attention(backbone)
 
@@ -51,12 +54,13 @@ class Decoder:
 
         owners: one per answer, handed back by `harvest`; the copies of a prompt stand together.
         """
-        first, lens = self.live, [len(prompt) for prompt in prompts]
-        slots = torch.arange(first, first + len(prompts) * copies, device=self.device)
-        hidden = self._prefill(prompts, lens, slots[::copies])  # [prompts, H]
+        lens = [len(prompt) for prompt in prompts]
+        slots = slice(self.live, self.live + len(prompts) * copies)
+        ids = self.slot_ids[slots]
+        hidden = self._prefill(prompts, lens, ids[::copies])  # [prompts, H]
         if copies > 1:
             for copy in range(1, copies):
-                self.cache.move(slots[::copies], slots[copy::copies], max(lens))
+                self.cache.move(ids[::copies], ids[copy::copies], max(lens))
             hidden = hidden.repeat_interleave(copies, 0)
         positions = torch.tensor(lens, device=self.device).repeat_interleave(copies)
         self.owners += owners
@@ -84,31 +88,41 @@ class Decoder:
     @torch.no_grad()
     def step(self):
         """The next token of every live answer."""
-        live, width = self.live, min(max(self.reach) + 1, len(self.columns))
-        slots, positions = self.slot_ids[:live], self.positions[:live].unsqueeze(1)
-        self.cache.write_at(slots.unsqueeze(1), positions, rows=live, width=width)
-        mask = self.columns[:width] <= positions  # [live, width]
-        hidden = self.backbone(
-            input_ids=self.tokens[:live].unsqueeze(1),
-            attention_mask=mask[:, None, None, :] if self.ready_mask else mask.long(),
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
+        rows, width = self.live, min(max(self.reach) + 1, len(self.columns))
+        if self.graphs:
+            self.graphs(*shape_for(rows, len(self.slot_ids), width, len(self.columns)))
+        else:
+            self._step(rows, width)
         self.reach = [position + 1 for position in self.reach]
-        self._take(hidden, slots)
+
+    def _step(self, rows, width):
+        """One token more in the first `rows` slots, of which `width` columns are seen. No look at the device from here on:
+        what it needs is in this decoder's own tensors, so it can be recorded."""
+        positions = self.positions[:rows].unsqueeze(1)
+        self.cache.write_at(self.slot_ids[:rows].unsqueeze(1), positions, rows=rows, width=width)
+        mask = self.columns[:width] <= positions  # [rows, width]
+        with grouped_queries(self.backbone):
+            hidden = self.backbone(
+                input_ids=self.tokens[:rows].unsqueeze(1),
+                attention_mask=mask[:, None, None, :] if self.ready_mask else mask.long(),
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+        self._take(hidden, slice(0, rows))
 
     def _take(self, hidden, slots):
-        """Sample a token per slot and write it down; an answer that has ended, but is not harvested yet, stands still."""
+        """Sample a token per slot (a slice) and write it down; an answer that has ended stands still."""
         token, logprob = self.sampler(self.head(hidden))
-        going, counts = ~self.ended[slots], self.counts[slots]
-        place = slots, counts.clamp(max=self.max_new_tokens - 1)
-        self.answers[place] = torch.where(going, token, self.answers[place])
-        self.logprobs[place] = torch.where(going, logprob, self.logprobs[place])
+        going = ~self.ended[slots]
+        place = self.counts[slots].clamp(max=self.max_new_tokens - 1).unsqueeze(1)
+        for written, new in ((self.answers[slots], token), (self.logprobs[slots], logprob)):
+            written.scatter_(1, place, torch.where(going, new, written.gather(1, place).squeeze(1)).unsqueeze(1))
         self.tokens[slots] = torch.where(going, token, self.tokens[slots])
-        self.counts[slots] = counts = counts + going
+        self.counts[slots] += going
         self.positions[slots] += going
-        self.ended[slots] = ~going | torch.isin(token, self.stop_ids) | (counts == self.max_new_tokens)
+        stopped = (token.unsqueeze(1) == self.stop_ids).any(1)
+        self.ended[slots] = ~going | stopped | (self.counts[slots] == self.max_new_tokens)
 
     def harvest(self):
         """[(owner, tokens, log-probabilities [n])] of the answers that have ended; their slots are free again."""

@@ -16,12 +16,17 @@ class Sampler:
 
     def __call__(self, logits):
         scaled = logits if self.temperature == 1.0 else logits / self.temperature
-        if self.greedy or scaled.device.type != "cpu":
-            logprobs = scaled.log_softmax(-1)
-            token = logprobs.argmax(-1) if self.greedy else exponential_race(logprobs, self.generator)
-            return token, logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1).float()
+        return self.on_host(scaled) if scaled.device.type == "cpu" and not self.greedy else self.on_device(scaled)
+
+    def on_host(self, scaled):
         uniform = torch.rand(len(scaled), 1, dtype=torch.float64, generator=self.generator)
         return inverse_cdf(scaled, uniform)
+
+    def on_device(self, scaled):
+        """Greedy, or without a look at the device from the host."""
+        logprobs = scaled.log_softmax(-1)
+        token = logprobs.argmax(-1) if self.greedy else exponential_race(logprobs, self.generator)
+        return token, logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1).float()
 
 
 def exponential_race(logprobs, generator):

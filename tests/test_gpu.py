@@ -1,0 +1,60 @@
+"""What only a GPU shows. Skipped without one; the same code runs on a CPU in the other tests."""
+
+import pytest
+import torch
+from families import tiny_model
+from test_graphs import MORE
+from test_rollout import naive_greedy
+
+import rllr.rollout
+from rllr.logprobs import token_logprobs
+from rllr.rollout import generate
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+STOPS = list(range(2, 12))
+
+
+def sample(model, prompts=MORE, seed=0, **arguments):
+    draw = torch.Generator("cuda").manual_seed(seed)
+    return generate(model, prompts, max_new_tokens=12, eos_token_id=STOPS, generator=draw, batch_size=6, **arguments)
+
+
+@pytest.fixture
+def decoders(monkeypatch):
+    """The decoders that were made."""
+    made, plain = [], rllr.rollout.Decoder
+    monkeypatch.setattr(rllr.rollout, "Decoder", lambda *args, **kwargs: made.append(plain(*args, **kwargs)) or made[-1])
+    return made
+
+
+def test_recorded_steps_give_the_answers_of_a_naive_loop_on_the_cpu(family, decoders, recwarn):
+    model = tiny_model(family)
+    expected = [naive_greedy(model, prompt, set(STOPS), 12) for prompt in MORE]
+    assert sample(model.cuda(), greedy=True).responses() == expected
+    assert decoders[0].graphs._graphs and not [w for w in recwarn if "CUDA graphs are off" in str(w.message)]
+
+
+def test_logprobs_are_those_of_a_full_forward_on_the_cpu(family):
+    model = tiny_model(family)
+    rollout = sample(model.cuda(), temperature=0.7)
+    given = (x.cpu() for x in (rollout.sequences, rollout.prompt_lens, rollout.response_mask))
+    scored = token_logprobs(model.cpu(), *given, 0.7).detach()
+    torch.testing.assert_close(rollout.rollout_logprobs.cpu(), scored, rtol=0, atol=1e-4)
+
+
+def test_draws_repeat_with_the_seed_and_differ_between_steps():
+    model = tiny_model("llama", scale=1.0).cuda()
+    first, again, other = sample(model), sample(model), sample(model, seed=1)
+    assert torch.equal(first.sequences, again.sequences) and first.responses() != other.responses()
+    tokens = [token for response in first.responses() for token in response]
+    assert len(set(tokens)) > 30  # of 61: the flat model hardly repeats itself unless the noise does
+
+
+def test_autocast_rollouts_agree_with_their_own_scoring():
+    """bf16 products in both: small differences, no garbage from a weight cast while recording."""
+    model = tiny_model("llama").cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        rollout = sample(model)
+        scored = token_logprobs(model, rollout.sequences, rollout.prompt_lens, rollout.response_mask).detach()
+    gap = (rollout.rollout_logprobs - scored.float()).abs()[rollout.response_mask]
+    assert gap.mean() < 0.05
