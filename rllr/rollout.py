@@ -50,7 +50,7 @@ def generate(
     temperature=1.0,
     greedy=False,
     generator=None,
-    batch_size=64,
+    batch_size=128,
     answers_per_prompt=1,
     cache_bytes=None,
 ):

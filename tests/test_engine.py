@@ -26,7 +26,7 @@ needs_onednn = pytest.mark.skipif(not ONEDNN, reason="this torch has no oneDNN p
 @pytest.mark.parametrize("shape", [(40, 24), (3, 20, 24), (2, 24)])
 def test_the_product_and_its_gradients_are_those_of_a_linear_layer(monkeypatch, bias, shape):
     """Every gradient apart, so a frozen weight or input is met as well."""
-    monkeypatch.setattr(rllr.engine.linear, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(rllr.engine.linear, "products_are_slow", lambda: True)
     torch.manual_seed(0)
     layer, x, target = nn.Linear(24, 10, bias=bias), torch.randn(shape), torch.randn(*shape[:-1], 10)
     for trained in ("input", "weight", "all"):
@@ -51,7 +51,7 @@ def test_the_product_and_its_gradients_are_those_of_a_linear_layer(monkeypatch, 
 
 @needs_onednn
 def test_layers_come_back_also_after_an_exception(monkeypatch):
-    monkeypatch.setattr(rllr.engine.linear, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(rllr.engine.linear, "products_are_slow", lambda: True)
     layer = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with pytest.raises(KeyError):
         with fast_linears(layer):
@@ -61,7 +61,7 @@ def test_layers_come_back_also_after_an_exception(monkeypatch):
 
 
 def test_other_precisions_are_left_alone(monkeypatch):
-    monkeypatch.setattr(rllr.engine.linear, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(rllr.engine.linear, "products_are_slow", lambda: True)
     for dtype in (torch.bfloat16, torch.float64):
         layer, x = nn.Linear(24, 10, dtype=dtype), torch.randn(40, 24, dtype=dtype)
         expected = layer(x)
@@ -74,7 +74,7 @@ def test_other_precisions_are_left_alone(monkeypatch):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_the_product_of_packed_weights_is_that_of_a_linear_layer(monkeypatch, bias, dtype, tolerance):
     """For few rows and many; afterwards the layer is what it was, after an exception too."""
-    monkeypatch.setattr(rllr.engine.linear, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(rllr.engine.linear, "products_are_slow", lambda: True)
     torch.manual_seed(0)
     layer = nn.Linear(24, 10, bias=bias, dtype=dtype)
     for shape in ((1, 24), (3, 20, 24), (600, 24)):
@@ -90,7 +90,7 @@ def test_the_product_of_packed_weights_is_that_of_a_linear_layer(monkeypatch, bi
 
 @needs_onednn
 def test_weights_that_would_take_much_memory_are_not_copied(monkeypatch):
-    monkeypatch.setattr(rllr.engine.linear, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(rllr.engine.linear, "products_are_slow", lambda: True)
     monkeypatch.setattr(rllr.engine.linear, "PACKED_BYTES", 2 * 24 * 10 * 4 - 1)
     layers = nn.Sequential(nn.Linear(24, 10), nn.Linear(24, 10))
     with packed_linears(layers):

@@ -1,5 +1,5 @@
 """Attention our own way: over packed rows (several sequences behind one another in one row, no padding computed), and of
-one new token per row without a copy of the keys for every query head.
+one new token per row (no copy of the keys for every query head, and fast on every processor).
 
 transformers lets a model's attention be replaced by name (its attention interface). Ours splits queries, keys and values
 into the sequences and attends within each. Only models that take positions from `position_ids` and attention from the
@@ -7,13 +7,13 @@ interface can be packed; `can_pack` tries it out on the model itself and compare
 arguments silently (Bloom's alibi, OPT's positions).
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NAME, GROUPED = "rllr_packed", "rllr_grouped"
+NAME, SLOTS = "rllr_packed", "rllr_slots"
 
 
 def packed_attention(
@@ -33,20 +33,39 @@ def packed_attention(
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
-def grouped_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """One query per row. query [B, heads, 1, D], key and value [B, kv heads, L, D], mask [B, 1, 1, L] -> [B, 1, heads, D].
+def slot_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, spans=None, **kwargs
+):
+    """One query per slot. query [B, heads, 1, D], key and value [B, kv heads, L, D], mask [B, 1, 1, L] -> [B, 1, heads, D].
 
     The query heads that share a key head become its queries; repeating the keys instead, as transformers did until 5.20 or
-    so, copies the whole cache in every layer of every step.
+    so, copies the whole cache in every layer of every step. spans: [(first slot, last + 1, columns they see at most)], if
+    the slots are to be taken in pieces.
     """
     rows, heads, _, size = query.shape
+    if spans is not None and key.shape[1] == heads and query.dtype == torch.float32:
+        scaled = query * (size**-0.5 if scaling is None else scaling)
+        pieces = [
+            _weighted(scaled[a:b], key[a:b, :, :width], value[a:b, :, :width], attention_mask[a:b, :, 0, :width])
+            for a, b, width in spans
+        ]
+        return torch.cat(pieces).unsqueeze(1), None
     queries = query.reshape(rows, key.shape[1], -1, size)
     out = scaled_dot_product_attention(queries, key, value, attn_mask=attention_mask, scale=scaling)
     return out.reshape(rows, 1, heads, size), None
 
 
+def _weighted(query, key, value, mask):
+    """Attention of one scaled query [B, heads, 1, D] without a matrix product: [B, heads, D]. mask [B, 1, L].
+
+    With one query a product does not use a number twice; where its library is slow, sums over what fits a cache are faster.
+    """
+    scores = (key * query).sum(-1).masked_fill_(~mask, -torch.inf)
+    return (value * scores.softmax(-1).unsqueeze(-1)).sum(2)
+
+
 ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
-ALL_ATTENTION_FUNCTIONS.register(GROUPED, grouped_attention)
+ALL_ATTENTION_FUNCTIONS.register(SLOTS, slot_attention)
 
 
 @contextmanager
@@ -69,16 +88,9 @@ def packed_forward(backbone, input_ids, segment_lens, **arguments):
         ).last_hidden_state
 
 
-@contextmanager
-def grouped_queries(backbone):
-    """Within the block single tokens attend by `grouped_attention`, where the model has fewer key heads than query heads."""
-    with _attention(backbone, GROUPED) if _shares_keys(backbone) and can_pack(backbone) else nullcontext():
-        yield
-
-
-def _shares_keys(backbone):
-    config = getattr(backbone, "config", None)
-    return getattr(config, "num_key_value_heads", None) not in (None, getattr(config, "num_attention_heads", None))
+def attending_to_slots(backbone):
+    """Within the block single tokens attend by `slot_attention`."""
+    return _attention(backbone, SLOTS)
 
 
 @torch.no_grad()
@@ -101,8 +113,9 @@ def _try_packing(backbone):
     rows = [torch.arange(start, start + size, device=device) % vocabulary for start, size in ((3, 5), (7, 2), (1, 7))]
     backbone.eval()
     try:
-        packed = packed_forward(backbone, torch.cat(rows).unsqueeze(0), [len(row) for row in rows], use_cache=False)[0]
-        alone = torch.cat([backbone(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state[0] for row in rows])
+        with torch.autocast(device.type, enabled=False):  # whose rounding would hide, or look like, a difference
+            packed = packed_forward(backbone, torch.cat(rows).unsqueeze(0), [len(row) for row in rows], use_cache=False)[0]
+            alone = torch.cat([backbone(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state[0] for row in rows])
     except (NotImplementedError, TypeError):  # another kind of attention, or a forward that takes no further arguments
         return False
     finally:

@@ -5,11 +5,16 @@ ends, the last live slot moves into its place; when enough slots are free, new p
 recorded and replayed (`graphs`), in a few fixed shapes: slots beyond the live ones are computed as well, within the same limits, and never harvested.
 """
 
+from contextlib import nullcontext
+
 import torch
 
-from .attention import can_pack, grouped_queries, packed_forward, takes_our_attention
+from .attention import attending_to_slots, can_pack, packed_forward, takes_our_attention
 from .cache import SlotCache
 from .graphs import StepGraphs, shape_for
+from .linear import products_are_slow
+
+SPAN = 16  # slots whose keys and values are read together: about what fits a core's cache
 
 
 class Decoder:
@@ -39,6 +44,8 @@ class Decoder:
         self.graphs = StepGraphs(self._step, sampler.generator) if device.type == "cuda" else None
         # A ready-made mask saves building one per step; families that read the 2-D mask themselves (alibi) must get that.
         self.ready_mask = takes_our_attention(backbone)
+        self.own_attention = can_pack(backbone)
+        self.in_pieces = self.own_attention and device.type == "cpu" and products_are_slow()
 
     @property
     def live(self):
@@ -92,24 +99,30 @@ class Decoder:
         if self.graphs:
             self.graphs(*shape_for(rows, len(self.slot_ids), width, len(self.columns)))
         else:
-            self._step(rows, width)
+            self._step(rows, width, self._spans() if self.in_pieces else None)
         self.reach = [position + 1 for position in self.reach]
 
-    def _step(self, rows, width):
+    def _step(self, rows, width, spans=None):
         """One token more in the first `rows` slots, of which `width` columns are seen. No look at the device from here on:
         what it needs is in this decoder's own tensors, so it can be recorded."""
         positions = self.positions[:rows].unsqueeze(1)
         self.cache.write_at(self.slot_ids[:rows].unsqueeze(1), positions, rows=rows, width=width)
         mask = self.columns[:width] <= positions  # [rows, width]
-        with grouped_queries(self.backbone):
+        with attending_to_slots(self.backbone) if self.own_attention else nullcontext():
             hidden = self.backbone(
                 input_ids=self.tokens[:rows].unsqueeze(1),
                 attention_mask=mask[:, None, None, :] if self.ready_mask else mask.long(),
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
+                **({"spans": spans} if spans else {}),
             ).last_hidden_state[:, -1]
         self._take(hidden, slice(0, rows))
+
+    def _spans(self):
+        """The live slots in pieces, each as wide as its longest answer."""
+        starts = range(0, self.live, SPAN)
+        return [(a, min(a + SPAN, self.live), max(self.reach[a : a + SPAN]) + 1) for a in starts]
 
     def _take(self, hidden, slots):
         """Sample a token per slot (a slice) and write it down; an answer that has ended stands still."""

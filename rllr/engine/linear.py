@@ -94,7 +94,7 @@ def packed_linears(model):
 
 def _cpu_linears(model):
     """The plain linear layers this machine has a faster product for."""
-    if not (onednn_is_faster() and isinstance(model, nn.Module)):
+    if not (products_are_slow() and isinstance(model, nn.Module)):
         return []
     layers = getattr(model, "shared_model", model).modules()  # a role's layers are those of its base
     return [m for m in layers if type(m) is nn.Linear and m.weight.device.type == "cpu"]
@@ -113,8 +113,8 @@ def _lent(modules, kind):
 
 
 @cache
-def onednn_is_faster():
-    """True on AMD processors with a torch that has the operators."""
+def products_are_slow():
+    """Whether oneDNN's are faster than torch's own: on AMD processors, with a torch that has the operators."""
     operators = ("_linear_pointwise", "_reorder_linear_weight")
     if not (torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)):
         return False
