@@ -83,6 +83,10 @@ def test_the_product_of_packed_weights_is_that_of_a_linear_layer(monkeypatch, bi
         with torch.no_grad(), packed_linears(layer):
             assert isinstance(layer, PackedLinear)
             torch.testing.assert_close(layer(x), expected, rtol=tolerance, atol=tolerance)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            expected = layer(x)
+            with packed_linears(layer):
+                torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=2e-2)
     with pytest.raises(KeyError), packed_linears(layer):
         raise KeyError
     assert type(layer) is nn.Linear and set(vars(layer)) == set(vars(nn.Linear(1, 1)))

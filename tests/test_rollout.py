@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import EOS, VOCAB, tiny_model
 
+import rllr.engine.decoder
 import rllr.rollout
 from rllr.logprobs import token_logprobs
 from rllr.engine.sampling import Sampler
@@ -65,6 +66,20 @@ def test_slots_and_groups_change_nothing_under_greedy(model, monkeypatch):
         other = sample(model, prompts, greedy=True, eos_token_id=stops, batch_size=batch_size)
         assert other.responses() == first.responses() == expected
         torch.testing.assert_close(other.rollout_logprobs, first.rollout_logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.2)])
+@pytest.mark.parametrize("span", [1, 3, 16])
+@pytest.mark.parametrize("slow", [True, False])
+def test_attention_in_pieces_changes_nothing(monkeypatch, slow, span, dtype, tolerance):
+    """As on processors where products of one row are slow, and as on the others; pieces of different widths."""
+    monkeypatch.setattr(rllr.engine.decoder, "products_are_slow", lambda: slow)
+    monkeypatch.setattr(rllr.engine.decoder, "SPAN", span)
+    model = tiny_model("llama", num_key_value_heads=4, scale=3.0)
+    rollout = sample(model.to(dtype), PROMPTS * 2, eos_token_id=list(range(2, 12)), batch_size=7)
+    given = rollout.sequences, rollout.prompt_lens, rollout.response_mask
+    scored = token_logprobs(model.float(), *given).detach()
+    torch.testing.assert_close(rollout.rollout_logprobs, scored, rtol=0, atol=tolerance)
 
 
 # ---- what a rollout is -----------------------------------------------------------------------------------------------

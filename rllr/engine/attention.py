@@ -43,13 +43,13 @@ def slot_attention(
     the slots are to be taken in pieces.
     """
     rows, heads, _, size = query.shape
-    if spans is not None and key.shape[1] == heads and query.dtype == torch.float32:
-        scaled = query * (size**-0.5 if scaling is None else scaling)
+    if spans is not None and key.shape[1] == heads:
+        scaled = query.float() * (size**-0.5 if scaling is None else scaling)
         pieces = [
-            _weighted(scaled[a:b], key[a:b, :, :width], value[a:b, :, :width], attention_mask[a:b, :, 0, :width])
+            _weighted(scaled[a:b], key[a:b, :, :width].float(), value[a:b, :, :width].float(), attention_mask[a:b, :, 0, :width])
             for a, b, width in spans
         ]
-        return torch.cat(pieces).unsqueeze(1), None
+        return torch.cat(pieces).unsqueeze(1).to(query.dtype), None
     queries = query.reshape(rows, key.shape[1], -1, size)
     out = scaled_dot_product_attention(queries, key, value, attn_mask=attention_mask, scale=scaling)
     return out.reshape(rows, 1, heads, size), None

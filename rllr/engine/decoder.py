@@ -45,6 +45,7 @@ class Decoder:
         # A ready-made mask saves building one per step; families that read the 2-D mask themselves (alibi) must get that.
         self.ready_mask = takes_our_attention(backbone)
         self.own_attention = can_pack(backbone)
+        self.packs_prompts = self.own_attention and device.type == "cpu"
         self.in_pieces = self.own_attention and device.type == "cpu" and products_are_slow()
 
     @property
@@ -79,7 +80,7 @@ class Decoder:
     def _prefill(self, prompts, lens, slots):
         """Hidden states [prompts, H] after the last prompt token; keys and values go to the slots."""
         lengths = torch.tensor(lens, device=self.device)
-        if len(prompts) > 1 and self.device.type == "cpu" and can_pack(self.backbone):
+        if len(prompts) > 1 and self.packs_prompts:
             ids = torch.tensor([token for prompt in prompts for token in prompt]).unsqueeze(0)
             columns = torch.cat([self.columns[:length] for length in lens]).unsqueeze(0)
             self.cache.write_at(slots.repeat_interleave(lengths).unsqueeze(0), columns)

@@ -33,9 +33,7 @@ class PackedLinear(nn.Linear):
     """`nn.Linear` without gradient whose product reads a copy of the weights in oneDNN's layout (`rllr_packed`)."""
 
     def forward(self, x):
-        if x.dtype != self.weight.dtype or torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        return _onednn(x, self.rllr_packed, self.bias)
+        return _onednn(x.to(self.rllr_packed.dtype), self.rllr_packed, self.rllr_bias)
 
 
 def _onednn(x, weight, bias):
@@ -75,21 +73,24 @@ def fast_linears(model):
 def packed_linears(model):
     """Within the block, which must not change the weights nor ask for gradients: products from weights in oneDNN's layout.
 
-    Costs a copy of the weights; large models get `fast_linears` instead.
+    Under autocast the copy has its precision. Large models are not copied, they get `fast_linears`.
     """
     layers = [m for m in _cpu_linears(model) if m.weight.dtype in (torch.float32, torch.bfloat16)]
     if sum(m.weight.numel() * m.weight.element_size() for m in layers) > PACKED_BYTES:
         with fast_linears(model):
             yield
         return
+    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     for module in layers:
-        module.rllr_packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), LAYOUT_ROWS)
+        weight = module.weight.detach().to(autocast or module.weight.dtype)
+        module.rllr_packed = torch.ops.mkldnn._reorder_linear_weight(weight, LAYOUT_ROWS)
+        module.rllr_bias = None if module.bias is None else module.bias.detach().to(weight.dtype)
     try:
         with _lent(layers, PackedLinear):
             yield
     finally:
         for module in layers:
-            del module.rllr_packed
+            del module.rllr_packed, module.rllr_bias
 
 
 def _cpu_linears(model):

@@ -1,0 +1,105 @@
+"""What each technique of the rollout engine gives alone: the queue of 256 prompts with one of them taken away at a time.
+
+    python benchmarks/ablation.py --shape S
+
+Rows are measured in turns in one process, with the forced answer lengths of rollout.py. Techniques that this machine does not
+use (oneDNN on processors that are not AMD's) show 1.00.
+"""
+
+import argparse
+from contextlib import contextmanager, nullcontext
+from unittest import mock
+
+import torch
+from common import EOS, decoder_forced_to, draw_lengths, draw_prompts, gemm_rate, make_model, measure, median, ratios, set_up
+from common import write_result
+
+CAP = 64
+
+
+@contextmanager
+def decoders_with(**attributes):
+    """Within the block new decoders get these attributes."""
+    from rllr.engine.decoder import Decoder
+
+    plain = Decoder.__init__
+
+    def init(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        vars(self).update(attributes)
+
+    with mock.patch.object(Decoder, "__init__", init):
+        yield
+
+
+def multinomial(self, scaled):
+    """How most libraries sample."""
+    probabilities = scaled.softmax(-1)
+    token = torch.multinomial(probabilities, 1, generator=self.generator)
+    return token.squeeze(1), probabilities.gather(1, token).squeeze(1).log()
+
+
+@contextmanager
+def whole_batches():
+    with mock.patch("rllr.rollout.ADMIT_SHARE", 1.0), mock.patch("rllr.rollout.STEPS_PER_LOOK", {"cpu": CAP}):
+        yield
+
+
+def techniques():
+    """{row of the table: (a function that returns a context without the technique, slots)}."""
+    from rllr.engine.linear import fast_linears
+
+    return {
+        "everything": (nullcontext, 128),
+        "64 slots instead of 128": (nullcontext, 64),
+        "64 slots, no refill: each batch to its end, finished rows dropped": (
+            lambda: mock.patch("rllr.rollout.ADMIT_SHARE", 1.0), 64),
+        "64 slots, no refill, finished rows kept to the longest one's end": (whole_batches, 64),
+        "sampling by torch.multinomial": (lambda: mock.patch("rllr.engine.sampling.Sampler.on_host", multinomial), 128),
+        "prompts padded instead of packed": (lambda: decoders_with(packs_prompts=False), 128),
+        "torch's fused attention to the slots": (lambda: decoders_with(in_pieces=False), 128),
+        "transformers' attention to the slots": (lambda: decoders_with(own_attention=False, in_pieces=False), 128),
+        "oneDNN's products, weights laid out as torch has them": (lambda: mock.patch("rllr.rollout.packed_linears", fast_linears), 128),
+        "torch's own matrix products": (lambda: mock.patch("rllr.rollout.packed_linears", lambda model: nullcontext()), 128),
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="S", choices=["S", "M", "L"])
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    set_up(args.threads)
+    from rllr.rollout import generate
+
+    model = make_model(args.shape)
+    prompts, lengths = draw_prompts(args.prompts, model.config.vocab_size), draw_lengths(args.prompts)
+
+    def run(without, slots):
+        draw = torch.Generator().manual_seed(0)
+        with without(), decoder_forced_to(lengths):
+            rollout = generate(
+                model, prompts, max_new_tokens=CAP, eos_token_id=EOS, generator=draw, batch_size=slots
+            )
+        assert rollout.response_lens.tolist() == lengths
+
+    rows = {name: lambda settings=settings: run(*settings) for name, settings in techniques().items()}
+    times = measure(rows, args.repeats)
+    lines = [
+        f"{args.prompts} prompts of 16 to 96 tokens, {sum(lengths)} answer tokens, float32; median of {args.repeats}, in turns; "
+        f"matrix products {gemm_rate():.0f} GFLOP/s.",
+        "",
+        "| | CPU s | useful tokens/s | times slower than everything |",
+        "|---|---|---|---|",
+    ]
+    for name, ratio in ratios(times, "everything").items():
+        cpu = median(times[name])
+        lines.append(f"| {name} | {cpu:.2f} | {sum(lengths) / cpu:.0f} | {1 / ratio:.2f} |")
+    record = {"shape": args.shape, "prompts": args.prompts, "times": times, "ratios": ratios(times, "everything")}
+    write_result("ablation", f"{args.shape}, {args.prompts} prompts", lines, record)
+
+
+if __name__ == "__main__":
+    main()

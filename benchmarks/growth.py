@@ -1,0 +1,100 @@
+"""How time and memory grow with the number of prompts, the answers' length, the batch and the model.
+
+    python benchmarks/growth.py
+
+Each row is a process of its own: a rollout, the scoring of its answers without gradient, and one optimiser step's forward and
+backward over `batch` of them. Work is counted in floating-point operations of real tokens (prompts through the layers,
+answers through layers and head; three times that in the update), so a constant rate means: it grows as the work does.
+"""
+
+import argparse
+import ctypes
+import json
+import subprocess
+import sys
+import time
+
+import torch
+from common import EOS, SHAPES, decoder_forced_to, draw_prompts, forget_peak, make_model, set_up, status_mb, write_result
+
+DEFAULT = {"shape": "S", "prompts": 64, "answer": 32, "batch": 16}
+AXES = {"prompts": [64, 128, 256, 512], "answer": [16, 32, 64, 128, 256], "batch": [4, 16, 64], "shape": ["S", "M", "L"]}
+PHASES = ("rollout", "score", "update")
+
+
+def one(setting):
+    """{phase: [GFLOP, CPU seconds, net peak MB]} of the second run of each phase, in this fresh process."""
+    from rllr.layout import trim
+    from rllr.logprobs import token_logprobs
+    from rllr.rollout import generate
+
+    set_up(1)
+    model = make_model(setting["shape"])
+    prompts = draw_prompts(setting["prompts"], SHAPES[setting["shape"]]["vocab_size"])
+    lengths = [setting["answer"]] * len(prompts)
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name)
+    state = {}
+
+    def rollout():
+        with decoder_forced_to(lengths):
+            draw = torch.Generator().manual_seed(0)
+            made = generate(model, prompts, max_new_tokens=setting["answer"], eos_token_id=EOS, generator=draw)
+        state["packed"] = made.sequences, made.prompt_lens, made.response_mask
+
+    def rows_of(count):
+        return trim(*(part[:count] for part in state["packed"]))
+
+    def score():
+        with torch.no_grad():
+            for start in range(0, len(prompts), 16):
+                token_logprobs(model, *trim(*(part[start : start + 16] for part in state["packed"])))
+
+    def update():
+        token_logprobs(model, *rows_of(setting["batch"])).sum().backward()
+
+    def work(count):
+        return 2e-9 * (body * (sum(map(len, prompts[:count])) + sum(lengths[:count])) + head * sum(lengths[:count]))
+
+    gflop = {"rollout": work(None), "score": work(None), "update": 3 * work(setting["batch"])}
+    results = {}
+    for name, run in zip(PHASES, (rollout, score, update)):
+        run()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the first run freed goes back, so that the peak counts it
+        before = status_mb("VmRSS")
+        forget_peak()
+        start = time.process_time()
+        run()
+        results[name] = [gflop[name], time.process_time() - start, max(0.0, status_mb("VmHWM") - before)]
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", help="used by this script itself: a row's settings as JSON")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one(json.loads(args.one))))
+        return
+    lines = [
+        f"From {DEFAULT}, one setting changed at a time; every answer has the full length. One thread, float32, the second run of "
+        "each phase. MB: peak above what was held before the phase (weights, gradients and the sequences).",
+        "",
+        "| | rollout s | GFLOP/s | MB | score s | GFLOP/s | MB | update s | GFLOP/s | MB |",
+        "|---|" + "---|" * 9,
+    ]
+    rows = []
+    for axis, values in AXES.items():
+        for value in values:
+            setting = DEFAULT | {axis: value}
+            command = [sys.executable, __file__, "--one", json.dumps(setting)]
+            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            cells = [f"{seconds:.2f} | {gflop / seconds:.0f} | {peak:.0f}" for gflop, seconds, peak in found.values()]
+            lines.append(f"| {axis} {value} | " + " | ".join(cells) + " |")
+            print(lines[-1], flush=True)
+            rows.append({**setting, "phases": found})
+    write_result("growth", "time and memory", lines, {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
