@@ -62,7 +62,13 @@ def main():
         base = str(runs / "tiny")
         stage(runs / "tiny", ["-m", "rllr.tiny", "--task", args.task, *data, *args.tiny.split()])
     with ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(lambda seed: one_seed(args, runs / f"seed{seed}", seed, data, base), args.seeds))
+        jobs = [pool.submit(one_seed, args, runs / f"seed{seed}", seed, data, base) for seed in args.seeds]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # the seeds that have not begun
+            raise
     for seed in args.seeds:
         evaluate(args, runs / f"seed{seed}", report if args.train_file else None)
     write_table(args, runs)
@@ -88,7 +94,8 @@ def stage(directory, command, threads=1):
     start = time.monotonic()
     directory.parent.mkdir(parents=True, exist_ok=True)
     with open(directory.parent / f"{directory.name}.log", "w") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode:
+            sys.exit(f"{directory}: failed, see {log.name}; a finished stage is not run again")
     shown = [Path(part).name if Path(part).is_absolute() else part for part in command[1:]]
     mark.write_text(
         json.dumps({"command": " ".join(["python", *shown]), "seconds": round(time.monotonic() - start, 1)})
