@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from rllr.config import check_choice, check_divisible, check_positive, check_range, parse_config
 from rllr.data import load_pairs
+from rllr.dropout import set_dropout
 from rllr.encoding import Encoder
 from rllr.engine.checkpointing import checkpoint_layers
 from rllr.errors import InputError, command
 from rllr.judge import ScoreStatistics, score_rows
-from rllr.model import RewardModel, fingerprint, load_policy, load_tokenizer, reward_pad_token_id, set_dropout
+from rllr.model import RewardModel, fingerprint, load_policy, load_tokenizer, reward_pad_token_id
 from rllr.pairs import (
     LABEL_PAIRS, Pair, describe, label_sensitive_pairs, rationale_sensitive_pairs, split_by_prompt, write_pairs,
 )  # fmt: skip

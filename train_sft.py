@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from rllr.config import check_choice, check_divisible, check_positive, check_range, parse_config
+from rllr.dropout import set_dropout
 from rllr.encoding import Encoder
 from rllr.engine.checkpointing import checkpoint_layers
 from rllr.errors import InputError, command
 from rllr.evaluate import answer_rows, metric_line, score_answers, show_samples
 from rllr.logprobs import token_logprobs
-from rllr.model import backbone_of, fingerprint, load_policy, load_tokenizer, set_dropout
+from rllr.model import backbone_of, fingerprint, load_policy, load_tokenizer
 from rllr.rationales import WRITERS, check_writer, default_writer, make_writer
 from rllr.shared import DTYPES, LoRAConfig, cast_parameters, check_lora, new_role, rate_factor
 from rllr.splits import DataConfig, inherit, load_splits

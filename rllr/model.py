@@ -169,46 +169,6 @@ def stop_token_ids(model, tokenizer):
     return kept or ([eos] if eos is not None and 0 <= eos < size else [])
 
 
-def disable_dropout(model):
-    """Every dropout to 0, for passes that must agree with each other whatever the train/eval switch says."""
-    return set_dropout(model, 0.0)
-
-
-def set_dropout(model, p):
-    """Dropout probability of a model's own dropout modules and attention; returns the model.
-
-    Llama-like decoders have none outside attention; hooks on what enters the residual stream give them that. On CPU they
-    then go without dropout of attention weights: the fused attention there has none, and the plain one takes a fifth more
-    time per step and memory that grows with the square of the length.
-    """
-    backbone = backbone_of(model)
-    by_hooks = not any(isinstance(module, nn.Dropout) for module in backbone.modules())
-    p_of = {"attention_dropout": 0.0 if by_hooks and model.device.type == "cpu" else p, "hidden_dropout": p}
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = p
-        for name, value in p_of.items():  # plain numbers that a forward reads (Llama, Bloom)
-            if isinstance(getattr(module, name, None), (int, float)):
-                setattr(module, name, value)
-    _set_residual_dropout(backbone, p if by_hooks else 0.0)
-    return model
-
-
-def _set_residual_dropout(backbone, p):
-    for handle in getattr(backbone, "_rllr_dropout_hooks", []):
-        handle.remove()
-    backbone._rllr_dropout_hooks = []
-    if p == 0:
-        return
-    targets = [backbone.get_input_embeddings()]
-    targets += [m for name, m in backbone.named_modules() if name.endswith(("o_proj", "down_proj"))]
-
-    def drop(module, inputs, output):
-        return nn.functional.dropout(output, p, module.training)
-
-    backbone._rllr_dropout_hooks = [module.register_forward_hook(drop) for module in targets]
-
-
 # ---- the scalar head -------------------------------------------------------------------------------------------------
 
 

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .config import check_choice, check_positive, check_range, parse_config
+from .dropout import set_dropout
 from .encoding import PLAIN_TEMPLATE, Encoder
 from .errors import InputError, command
 from .logprobs import token_logprobs
-from .model import set_dropout
 from .splits import DataConfig, load_splits
 from .tasks import load_task
 from .training import (

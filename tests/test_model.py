@@ -11,19 +11,18 @@ from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from rllr.errors import InputError
+from rllr.dropout import set_dropout
 from rllr.layout import pack_sequences
 from rllr.logprobs import token_logprobs
 from rllr.model import (
     RewardModel,
     ValueModel,
     context_length,
-    disable_dropout,
     fingerprint,
     hidden_states,
     load_policy,
     load_tokenizer,
     reward_pad_token_id,
-    set_dropout,
     stop_token_ids,
 )
 
@@ -337,7 +336,7 @@ def test_set_dropout_and_back(model, batch):
     set_dropout(set_dropout(model, 0.1), 0.2)
     assert varies(model.train(), batch)
     assert torch.equal(hidden_states(model.eval(), batch[0]), plain)
-    assert disable_dropout(model) is model
+    assert set_dropout(model, 0) is model
     assert not any(module._forward_hooks for module in model.modules())
     assert torch.equal(hidden_states(model.train(), batch[0]), plain)
 
@@ -357,7 +356,7 @@ def test_dropout_of_the_config_is_switched_off(family, config, batch):
     """A family's own way of dropping out that the switch does not reach."""
     model = tiny_model(family, **config).train()
     assert varies(model, batch)
-    assert not varies(disable_dropout(model), batch)
+    assert not varies(set_dropout(model, 0), batch)
 
 
 def test_dropout_of_a_whole_number():
@@ -377,7 +376,7 @@ def test_dropout_through_a_reward_model(family, batch):
     """Also where the backbone sits under our head."""
     reward = set_dropout(RewardModel.from_policy(tiny_model(family)), 0.2)
     assert varies(reward.train(), batch)
-    assert not varies(disable_dropout(reward), batch)
+    assert not varies(set_dropout(reward, 0), batch)
 
 
 def test_residual_dropout_drops_with_its_probability(llama, batch):
