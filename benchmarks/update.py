@@ -64,6 +64,7 @@ VARIANTS = {
     "padded, full logits": plain_step,
     "padded, response-only": lambda *a: our_step(*a, pack_below=0.0),
     "rllr (packed, response-only)": our_step,
+    "rllr, micro-batches of 8": lambda *a: our_step(*a, micro_batch=8),
     "rllr, micro-batches of 4": lambda *a: our_step(*a, micro_batch=4),
     "rllr, 512 tokens per batch": lambda *a: our_step(*a, tokens=512),
 }
