@@ -1,5 +1,7 @@
 """Sampling with a cache, per family: against full forwards, a scripted model and an exact distribution."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ from families import EOS, VOCAB, tiny_model
 import rllr.engine.decoder
 import rllr.rollout
 from rllr.logprobs import token_logprobs
+from rllr.engine.cache import SlotLayer
 from rllr.engine.sampling import Sampler
 from rllr.rollout import check_cache_support, generate, slots_within
 
@@ -206,6 +209,18 @@ def test_a_memory_limit_lowers_the_number_of_slots(llama):
     llama.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True)
     sample(llama, [[5, 6]] * 6, max_new_tokens=8, cache_bytes=2 * 2560)
     assert max(seen) == 2
+
+
+def test_the_memory_is_free_again_at_once(llama, monkeypatch):
+    """Keys and values must not wait for Python's next collection: the update needs the room."""
+    seen, plain = [], SlotLayer.lazy_initialization
+    monkeypatch.setattr(SlotLayer, "lazy_initialization", lambda self, *kv: seen.append(weakref.ref(self)) or plain(self, *kv))
+    gc.disable()
+    try:
+        rollout = sample(llama)
+        assert len(rollout.responses()) == len(PROMPTS) and len(seen) == 2 and [ref() for ref in seen] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_batch_size_is_a_limit():

@@ -4,6 +4,8 @@ transformers' caches hold one length for the whole batch, so rows must end toget
 replaced by another (its memory is moved, or a new prompt is written over it) while its neighbours go on.
 """
 
+import weakref
+
 import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -83,7 +85,7 @@ class SlotLayer(CacheLayerMixin):
 
     def __init__(self, cache):
         super().__init__()
-        self.cache = cache
+        self.cache = weakref.proxy(cache)  # no circle: the memory is to go with the cache, not with the next collection
 
     def lazy_initialization(self, key_states, value_states):
         slots, length = self.cache.slots, self.cache.length

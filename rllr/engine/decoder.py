@@ -41,7 +41,7 @@ class Decoder:
         # The same positions as Python numbers, so that no step needs to ask the device for them; those of an answer that has
         # ended go on until it is harvested, which only makes the view a little wider.
         self.reach = []
-        self.graphs = StepGraphs(self._step, sampler.generator) if device.type == "cuda" else None
+        self.graphs = StepGraphs(sampler.generator) if device.type == "cuda" else None
         # A ready-made mask saves building one per step; families that read the 2-D mask themselves (alibi) must get that.
         self.ready_mask = takes_our_attention(backbone)
         self.own_attention = can_pack(backbone)
@@ -98,7 +98,7 @@ class Decoder:
         """The next token of every live answer."""
         rows, width = self.live, min(max(self.reach) + 1, len(self.columns))
         if self.graphs:
-            self.graphs(*shape_for(rows, len(self.slot_ids), width, len(self.columns)))
+            self.graphs(self._step, *shape_for(rows, len(self.slot_ids), width, len(self.columns)))
         else:
             self._step(rows, width, self._spans() if self.in_pieces else None)
         self.reach = [position + 1 for position in self.reach]

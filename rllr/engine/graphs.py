@@ -12,20 +12,22 @@ import torch
 
 
 class StepGraphs:
-    """Runs `step(rows, width)`: eagerly the first time a shape is met (which warms it up), then recorded and replayed.
+    """Runs a decoder's step: eagerly the first time a shape is met (which warms it up), then recorded and replayed.
 
-    generator: the private generator the step draws from, None for the device's own.
+    generator: the private generator the step draws from, None for the device's own. The step, always the same, is given
+    with each call: kept here, it would keep its decoder and the cache alive in a circle.
     """
 
-    def __init__(self, step, generator=None):
-        self.step, self.generator = step, generator
+    def __init__(self, generator=None):
+        self.generator = generator
         self._met, self._graphs, self._memory, self._usable = set(), {}, None, True
 
-    def __call__(self, rows, width):
+    def __call__(self, step, rows, width):
+        """`step(rows, width)`."""
         shape = rows, width
         if shape not in self._graphs and shape in self._met and self._usable:
             try:
-                self._graphs[shape] = self.record(rows, width)
+                self._graphs[shape] = self.record(step, rows, width)
             except RuntimeError as error:  # an operation of this model that cannot be recorded
                 self._usable = False
                 warnings.warn(f"CUDA graphs are off, decoding goes on without: {error}", stacklevel=2)
@@ -33,15 +35,15 @@ class StepGraphs:
         if shape in self._graphs:
             self._graphs[shape].replay()
         else:
-            self.step(rows, width)
+            step(rows, width)
 
-    def record(self, rows, width):
+    def record(self, step, rows, width):
         """What `replay()` is called on. Recording computes nothing. All shapes share one pool of memory."""
         graph = torch.cuda.CUDAGraph()
         if self.generator is not None:  # so that each replay draws new numbers from it
             graph.register_generator_state(self.generator)
         with torch.cuda.graph(graph, pool=self._memory):
-            self.step(rows, width)
+            step(rows, width)
         self._memory = graph.pool()
         return graph
 
