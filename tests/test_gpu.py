@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from families import tiny_model
 from test_graphs import MORE
 from test_rollout import naive_greedy
@@ -31,7 +32,8 @@ def test_recorded_steps_give_the_answers_of_a_naive_loop_on_the_cpu(family, deco
     model = tiny_model(family)
     expected = [naive_greedy(model, prompt, set(STOPS), 12) for prompt in MORE]
     assert sample(model.cuda(), greedy=True).responses() == expected
-    assert decoders[0].graphs._graphs and not [w for w in recwarn if "CUDA graphs are off" in str(w.message)]
+    if family != "bloom" or transformers.__version__ >= "5.23":  # before, Bloom's step cannot be recorded
+        assert decoders[0].graphs._graphs and not [w for w in recwarn if "CUDA graphs are off" in str(w.message)]
 
 
 def test_logprobs_are_those_of_a_full_forward_on_the_cpu(family):

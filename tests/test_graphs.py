@@ -6,6 +6,7 @@ operations that a real one cannot contain. tests/test_gpu.py records for real.
 
 import pytest
 import torch
+import transformers
 from families import VOCAB, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,6 +31,14 @@ class NoLooks(TorchDispatchMode):
         if name.startswith("aten.index"):
             assert all(x.dtype != torch.bool for x in args[1] if torch.is_tensor(x)) if "index_" not in name else True
         return operation(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def recordable(model):
+    """A family's model whose step can be recorded with this transformers."""
+    if model.config.model_type == "bloom" and transformers.__version__ < "5.23":
+        pytest.skip("here Bloom's alibi is made of Python numbers in every step: it decodes without graphs")
+    return model
 
 
 class FakeGraphs(StepGraphs):
@@ -96,16 +105,16 @@ def sample(model, prompts=MORE, seed=0, **arguments):
 
 
 @pytest.mark.parametrize("batch_size", [5, 14])
-def test_replays_give_the_answers_of_a_naive_loop(model, graphed, batch_size):
+def test_replays_give_the_answers_of_a_naive_loop(recordable, graphed, batch_size):
     """A step that looks at the host, moves its tensors, or needs Python's lists; idle slots that disturb the others."""
-    rollout = sample(model, greedy=True, batch_size=batch_size)
-    assert rollout.responses() == [naive_greedy(model, prompt, set(range(2, 12)), 12) for prompt in MORE]
+    rollout = sample(recordable, greedy=True, batch_size=batch_size)
+    assert rollout.responses() == [naive_greedy(recordable, prompt, set(range(2, 12)), 12) for prompt in MORE]
     assert graphed[0].replays > 8 and len(graphed[0].recorded) < 4
 
 
-def test_logprobs_of_recorded_steps_are_those_of_a_full_forward(model, graphed):
-    rollout = sample(model, batch_size=6, temperature=0.7, answers_per_prompt=2)
-    scored = token_logprobs(model, rollout.sequences, rollout.prompt_lens, rollout.response_mask, 0.7)
+def test_logprobs_of_recorded_steps_are_those_of_a_full_forward(recordable, graphed):
+    rollout = sample(recordable, batch_size=6, temperature=0.7, answers_per_prompt=2)
+    scored = token_logprobs(recordable, rollout.sequences, rollout.prompt_lens, rollout.response_mask, 0.7)
     torch.testing.assert_close(rollout.rollout_logprobs, scored.detach(), rtol=0, atol=1e-5)
     assert graphed[0].replays > 8
 
