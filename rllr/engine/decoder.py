@@ -2,7 +2,8 @@
 
 Live answers always fill the first slots, so a step works on views and computes nothing for empty ones. When an answer
 ends, the last live slot moves into its place; when enough slots are free, new prompts are written behind. On a GPU steps are
-recorded and replayed (`graphs`), in a few fixed shapes: slots beyond the live ones are computed as well, within the same limits, and never harvested.
+recorded and replayed (`graphs`), in a few fixed shapes: slots beyond the live ones are computed as well, within the same
+limits, and never harvested.
 """
 
 from contextlib import nullcontext
