@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import torch
-from common import EOS, decoder_forced_to, draw_lengths, draw_prompts, gemm_rate, make_model, measure, median, ratios, set_up
+from common import draw_lengths, draw_prompts, forced_rollout, gemm_rate, make_model, measure, median, ratios, set_up
 from common import write_result
 
 CAP = 64
@@ -72,18 +72,12 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     set_up(args.threads)
-    from rllr.rollout import generate
-
     model = make_model(args.shape)
     prompts, lengths = draw_prompts(args.prompts, model.config.vocab_size), draw_lengths(args.prompts)
 
     def run(without, slots):
-        draw = torch.Generator().manual_seed(0)
-        with without(), decoder_forced_to(lengths):
-            rollout = generate(
-                model, prompts, max_new_tokens=CAP, eos_token_id=EOS, generator=draw, batch_size=slots
-            )
-        assert rollout.response_lens.tolist() == lengths
+        with without():
+            forced_rollout(model, prompts, lengths, slots=slots)
 
     rows = {name: lambda settings=settings: run(*settings) for name, settings in techniques().items()}
     times = measure(rows, args.repeats)

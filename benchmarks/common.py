@@ -87,6 +87,19 @@ def decoder_forced_to(lengths):
         Decoder._take = plain
 
 
+def forced_rollout(model, prompts, lengths, draw=None, slots=128):
+    """`rllr.rollout.generate` with answers of these lengths; draw: the generator, default a new one. 128 slots are its default."""
+    from rllr.rollout import generate
+
+    draw = draw or torch.Generator().manual_seed(0)
+    with decoder_forced_to(lengths):
+        rollout = generate(
+            model, prompts, max_new_tokens=max(lengths), eos_token_id=EOS, generator=draw, batch_size=slots
+        )
+    assert rollout.response_lens.tolist() == lengths
+    return rollout
+
+
 def measure(engines, repeats):
     """{name: [(CPU seconds, wall seconds)]} of callables run in turns, so that a noisy moment meets all of them.
 
@@ -128,6 +141,20 @@ def forget_peak():
     """Start VmHWM again at what is held now."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
+
+
+def net_peak_mb(run):
+    """Peak memory of this process while `run()` runs, above what it holds before, in MB."""
+    before = status_mb("VmRSS")
+    forget_peak()
+    run()
+    return status_mb("VmHWM") - before
+
+
+def body_and_head(model):
+    """(weights of the layers, weights of the head): what each token, and each answer's token, is multiplied with."""
+    body = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name)
+    return body, model.get_output_embeddings().weight.numel()
 
 
 def gemm_rate(size=1024):

@@ -15,7 +15,7 @@ import sys
 import time
 
 import torch
-from common import EOS, SHAPES, decoder_forced_to, draw_prompts, forget_peak, make_model, set_up, status_mb, write_result
+from common import SHAPES, body_and_head, draw_prompts, forced_rollout, make_model, net_peak_mb, set_up, write_result
 
 DEFAULT = {"shape": "S", "prompts": 64, "answer": 32, "batch": 16}
 AXES = {"prompts": [64, 128, 256, 512], "answer": [16, 32, 64, 128, 256], "batch": [4, 16, 64], "shape": ["S", "M", "L"]}
@@ -26,20 +26,16 @@ def one(setting):
     """{phase: [GFLOP, CPU seconds, net peak MB]} of the second run of each phase, in this fresh process."""
     from rllr.layout import trim
     from rllr.logprobs import token_logprobs
-    from rllr.rollout import generate
 
     set_up(1)
     model = make_model(setting["shape"])
     prompts = draw_prompts(setting["prompts"], SHAPES[setting["shape"]]["vocab_size"])
     lengths = [setting["answer"]] * len(prompts)
-    head = model.get_output_embeddings().weight.numel()
-    body = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name)
+    body, head = body_and_head(model)
     state = {}
 
     def rollout():
-        with decoder_forced_to(lengths):
-            draw = torch.Generator().manual_seed(0)
-            made = generate(model, prompts, max_new_tokens=setting["answer"], eos_token_id=EOS, generator=draw)
+        made = forced_rollout(model, prompts, lengths)
         state["packed"] = made.sequences, made.prompt_lens, made.response_mask
 
     def rows_of(count):
@@ -61,11 +57,9 @@ def one(setting):
     for name, run in zip(PHASES, (rollout, score, update)):
         run()
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the first run freed goes back, so that the peak counts it
-        before = status_mb("VmRSS")
-        forget_peak()
         start = time.process_time()
-        run()
-        results[name] = [gflop[name], time.process_time() - start, max(0.0, status_mb("VmHWM") - before)]
+        peak = net_peak_mb(run)
+        results[name] = [gflop[name], time.process_time() - start, max(0.0, peak)]
     return results
 
 

@@ -17,17 +17,16 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
-from common import EOS, decoder_forced_to, draw_lengths, draw_prompts, force, make_model, set_up, write_result
+from common import EOS, draw_lengths, draw_prompts, force, forced_rollout, make_model, set_up, write_result
 
 BATCH, MINIBATCHES = 64, 4
 
 
-def our_iteration(shape, prompts, max_new_tokens, eos, lengths):
+def our_iteration(shape, prompts, lengths):
     """A function that runs one iteration and returns the seconds of CPU time per phase."""
     from rllr.model import RewardModel, ValueModel
     from rllr.ppo import gae, masked_whiten
     from rllr.rewards import shape_rewards
-    from rllr.rollout import generate
     from rllr.training import make_optimizer
     from rllr.update import analyse, improve
 
@@ -48,9 +47,7 @@ def our_iteration(shape, prompts, max_new_tokens, eos, lengths):
             nonlocal start
             seconds[name], start = time.process_time() - start, time.process_time()
 
-        with decoder_forced_to(lengths):
-            rollout = generate(policy, prompts, max_new_tokens=max_new_tokens, eos_token_id=eos, generator=draw)
-        assert rollout.response_lens.tolist() == lengths
+        rollout = forced_rollout(policy, prompts, lengths, draw)
         lap("rollout")
         order = torch.randperm(BATCH, generator=draw).tolist()
         size = BATCH // MINIBATCHES
@@ -142,7 +139,7 @@ def main():
     for workload, cap, lengths in (("48 tokens each", 48, [48] * BATCH), ("real EOS, at most 64", 64, draw_lengths(BATCH))):
         prompts = draw_prompts(BATCH, 8000)
         trl, real_steps = trl_iterations(args.shape, prompts, cap, lengths, args.repeats)
-        run = our_iteration(args.shape, prompts, cap, EOS, lengths)
+        run = our_iteration(args.shape, prompts, lengths)
         run()
         ours = [run() for _ in range(args.repeats)]
         totals = [sum(seconds.values()) for seconds in ours]

@@ -10,8 +10,8 @@ identical work and only useful tokens count. Log-probabilities of ours are check
 import argparse
 
 import torch
-from common import EOS, decoder_forced_to, draw_lengths, draw_prompts, force, gemm_rate, make_model, measure, median
-from common import peak_memory_mb, ratios, set_up, write_result
+from common import EOS, body_and_head, draw_lengths, draw_prompts, force, forced_rollout, gemm_rate, make_model, measure
+from common import median, peak_memory_mb, ratios, set_up, write_result
 from transformers import GenerationConfig, LogitsProcessor
 
 SLOTS, CAP = 64, 64
@@ -63,15 +63,6 @@ def hf_continuous_batching(model, prompts, lengths):
         manager.stop(block=True)
 
 
-def ours(model, prompts, lengths, slots=128):
-    """`rllr.rollout.generate`, with the same lengths forced where the decoder samples. 128 slots are its default."""
-    from rllr.rollout import generate
-
-    draw = torch.Generator().manual_seed(0)
-    with decoder_forced_to(lengths):
-        return generate(model, prompts, max_new_tokens=CAP, eos_token_id=EOS, generator=draw, batch_size=slots)
-
-
 @torch.no_grad()
 def worst_logprob_error(model, rollout, rows=16):
     """Against a float32 full forward of each row alone, with EOS forced as in the run."""
@@ -99,9 +90,9 @@ def main():
     set_up(args.threads)
     model = make_model(args.shape, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     prompts, lengths = draw_prompts(args.prompts, model.config.vocab_size), draw_lengths(args.prompts)
-    engines = {"rllr": lambda: ours(model, prompts, lengths)}
+    engines = {"rllr": lambda: forced_rollout(model, prompts, lengths)}
     if len(prompts) > SLOTS:
-        engines["rllr, 64 slots"] = lambda: ours(model, prompts, lengths, SLOTS)
+        engines["rllr, 64 slots"] = lambda: forced_rollout(model, prompts, lengths, slots=SLOTS)
     peers = {
         "generate": ("transformers generate", lambda: hf_generate(model, prompts, lengths)),
         "static": ("generate, static cache", lambda: hf_generate(
@@ -111,14 +102,11 @@ def main():
     engines |= dict(peers[name] for name in args.peers)
     times = measure(engines, args.repeats)
     memory, rate = peak_memory_mb(), gemm_rate()
-    rollout = ours(model, prompts, lengths)
-    assert rollout.response_lens.tolist() == lengths
+    rollout = forced_rollout(model, prompts, lengths)
     error = worst_logprob_error(model, rollout)
     useful, base = sum(lengths), next(iter(dict(peers[name] for name in args.peers)), "rllr")
-    weights = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
-    head = 0 if not model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
-    head_only = model.get_output_embeddings().weight.numel()
-    flops = 2 * (sum(map(len, prompts)) * (weights + head - head_only) + useful * (weights + head))
+    body, head = body_and_head(model)
+    flops = 2 * (sum(map(len, prompts)) * body + useful * (body + head))
     lines = [
         f"{len(prompts)} prompts of 16 to 96 tokens, {useful} answer tokens ({useful / len(prompts):.1f} a row, at most {CAP}), "
         f"{SLOTS} at a time in the peers, {args.dtype}; median of {args.repeats}, in turns. Worst log-probability error against a float32 "

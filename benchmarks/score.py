@@ -9,7 +9,8 @@ layer kept for the value head. Same weights, same sequences; the numbers must ag
 import argparse
 
 import torch
-from common import draw_lengths, draw_prompts, gemm_rate, make_model, measure, median, ratios, set_up, write_result
+from common import body_and_head, draw_lengths, draw_prompts, gemm_rate, make_model, measure, median, ratios, set_up
+from common import write_result
 
 SEQUENCES = 64
 
@@ -82,8 +83,8 @@ def main():
     assert error < 1e-4, error
     times = measure(engines, args.repeats)
     real, base = sum(map(len, prompts)) + sum(lengths), next(iter(engines))
-    backbone = sum(p.numel() for name, p in policy.named_parameters() if "embed" not in name and "lm_head" not in name)
-    flops = 2 * (4 * real * backbone + 2 * sum(lengths) * policy.get_output_embeddings().weight.numel())
+    body, head = body_and_head(policy)
+    flops = 2 * (4 * real * body + 2 * sum(lengths) * head)
     rate = gemm_rate()
     lines = [
         f"{SEQUENCES} sequences, {real} real of {packed[0].numel()} padded tokens, {sum(lengths)} of them answers, float32; "

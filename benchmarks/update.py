@@ -12,8 +12,7 @@ import subprocess
 import sys
 
 import torch
-from common import draw_lengths, draw_prompts, forget_peak, make_model, measure, median, ratios, set_up, status_mb
-from common import write_result
+from common import draw_lengths, draw_prompts, make_model, measure, median, net_peak_mb, ratios, set_up, write_result
 
 
 BATCHES = 4  # steps per measurement, so that one lucky draw of lengths does not decide
@@ -80,11 +79,9 @@ def one(name, shape, count):
     VARIANTS[name](model, small, [0, 1])  # libraries' own buffers
     for parameter in model.parameters():
         parameter.grad.zero_()
-    before = status_mb("VmRSS")
-    forget_peak()
-    VARIANTS[name](model, packed, list(range(count)))
+    peak = net_peak_mb(lambda: VARIANTS[name](model, packed, list(range(count))))
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
-    return {"peak_mb": status_mb("VmHWM") - before, "grad_norm": norm}
+    return {"peak_mb": peak, "grad_norm": norm}
 
 
 def main():

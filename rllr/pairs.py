@@ -39,9 +39,9 @@ def label_sensitive_pairs(examples, task, writer, *, rationales="independent", n
 
     writer: an `rllr.rationales.RationaleWriter`. rationales: "independent" (the module's docstring), "paper" (each side
     the writer's own rationale for its label) or "drawn" (half as in the paper, half with any rationale, also one of
-    another text, on the wrong label's side: a policy that has lost the text writes such). negatives: "one" wrong label, uniform among them, or "all" of them.
-    Kinds: label/paper, label/independent, label/drawn. A row's pairs depend on the seed and the row alone. Identical sides are refused
-    and counted. Raises InputError for a row without a label.
+    another text, on the wrong label's side: a policy that has lost the text writes such). negatives: "one" wrong label,
+    uniform among them, or "all" of them. Kinds: label/paper, label/independent, label/drawn. A row's pairs depend on the
+    seed and the row alone. Identical sides are refused and counted. Raises InputError for a row without a label.
     """
     if rationales not in LABEL_PAIRS or negatives not in ("one", "all"):
         raise InputError(

@@ -117,7 +117,7 @@ def test_the_trial_finds_a_model_whose_packed_numbers_differ(monkeypatch):
     """Positions that do not start again with each sequence."""
     plain = rllr.engine.attention.packed_attention
     monkeypatch.setitem(
-        rllr.engine.attention.ALL_ATTENTION_FUNCTIONS, rllr.engine.attention.NAME,
+        rllr.engine.attention.ALL_ATTENTION_FUNCTIONS, rllr.engine.attention.PACKED,
         lambda *a, segment_lens, **k: plain(*a, segment_lens=[sum(segment_lens)], **k),
     )  # fmt: skip
     assert not can_pack(tiny_model("llama").base_model)

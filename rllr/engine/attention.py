@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NAME, SLOTS = "rllr_packed", "rllr_slots"
+PACKED, SLOTS = "rllr_packed", "rllr_slots"
 
 
 def packed_attention(
@@ -33,14 +33,12 @@ def packed_attention(
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
-def slot_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, spans=None, **kwargs
-):
+def slot_attention(module, query, key, value, attention_mask, scaling=None, spans=None, **kwargs):
     """One query per slot. query [B, heads, 1, D], key and value [B, kv heads, L, D], mask [B, 1, 1, L] -> [B, 1, heads, D].
 
     The query heads that share a key head become its queries; repeating the keys instead, as transformers did until 5.20 or
     so, copies the whole cache in every layer of every step. spans: [(first slot, last + 1, columns they see at most)], if
-    the slots are to be taken in pieces.
+    the slots are to be taken in pieces. For models that `can_pack`: others may ask for more than is known here.
     """
     rows, heads, _, size = query.shape
     if spans is not None and key.shape[1] == heads:
@@ -64,7 +62,7 @@ def _weighted(query, key, value, mask):
     return (value * scores.softmax(-1).unsqueeze(-1)).sum(2)
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
+ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
 ALL_ATTENTION_FUNCTIONS.register(SLOTS, slot_attention)
 
 
@@ -82,7 +80,7 @@ def _attention(backbone, name):
 def packed_forward(backbone, input_ids, segment_lens, **arguments):
     """Hidden states [1, N, H] of sequences behind one another. input_ids [1, N]; segment_lens: list of N's parts."""
     positions = torch.cat([torch.arange(length, device=input_ids.device) for length in segment_lens]).unsqueeze(0)
-    with _attention(backbone, NAME):
+    with _attention(backbone, PACKED):
         return backbone(
             input_ids=input_ids, position_ids=positions, segment_lens=segment_lens, **arguments
         ).last_hidden_state
