@@ -10,6 +10,7 @@ words. Writes runs/<task>/ppo-<reward>/last and /best (by the dev metric), metri
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -19,22 +20,23 @@ from rllr.encoding import Encoder
 from rllr.engine.checkpointing import checkpoint_layers
 from rllr.errors import InputError, RunError, command
 from rllr.evaluate import answer_rows, metric_line, score_answers, show_samples
-from rllr.model import backbone_of, fingerprint, load_tokenizer
+from rllr.model import allow_remote_code, backbone_of, fingerprint, load_tokenizer
 from rllr.monitor import show_rollout, step_line, step_metrics
 from rllr.ppo import AdaptiveKL, FixedKL, gae, masked_whiten
 from rllr.rewards import label_sensitive_reward, missing_eos_rule, shape_rewards
 from rllr.roles import eos_cap, load_judges, load_policy_and_reference, load_value_model
 from rllr.rollout import generate
+from rllr.run import Run, RunConfig, digest, reads_of, take_up
 from rllr.shared import LoRAConfig, check_lora, rate_factor
-from rllr.splits import DataConfig, gold_labels, load_splits, take_over
-from rllr.training import (
-    Clock, MetricsLog, make_optimizer, make_record, open_run_directory, save_policy, say, set_up, show_config,
-)  # fmt: skip
-from rllr.update import PromptStream, analyse, improve, samples_of, write_batch
+from rllr.splits import DataConfig, find_policy, gold_labels, load_splits, take_over
+from rllr.training import Clock, make_optimizer, make_record, require_finite, save_policy, say, set_up, show_config
+from rllr.update import PromptStream, analyse, improve, kl_within_bound, samples_of, write_batch
+
+MOST_SKIPPED = 10  # rollouts in a row whose update --on_ref_kl skip may leave out: the policy does not come back by itself
 
 
 @dataclass
-class Config(LoRAConfig, DataConfig):
+class Config(RunConfig, LoRAConfig, DataConfig):
     policy: str | None = None  # the SFT policy: start and reference (runs/<task>/sft)
     reward: str = "label"  # label, rationale, mixed, gold, or module:function
     label_rm: str | None = None  # label-sensitive reward model (runs/<task>/rm-label)
@@ -44,7 +46,7 @@ class Config(LoRAConfig, DataConfig):
     score_clip: float = 5.0  # bound of a standardised score
     missing_eos_penalty: float = 1.0  # taken off an answer that the length limit cut
     output_dir: str | None = None  # where the run goes (runs/<task>/ppo-<reward>)
-    overwrite: bool = False  # replace a run that is already there
+    save_every: int = 20  # rollouts between checkpoints; 0: none but when asked to stop
     steps: int | None = None  # rollouts (demo 120; else one pass over the prompts)
     rollout_prompts: int = 64  # prompts per rollout, one answer each
     ppo_epochs: int = 1  # passes over a rollout
@@ -64,6 +66,8 @@ class Config(LoRAConfig, DataConfig):
     max_update_kl: float | None = (
         None  # skip the rest of a rollout's minibatches once new against old policy exceeds it
     )
+    max_ref_kl: float | None = 100.0  # bound of a rollout's mean KL to the SFT policy, in nats per answer; none: no bound
+    on_ref_kl: str = "stop"  # beyond that bound: stop the run, or skip the rollout's update (ten in a row stop it, too)
     gamma: float = 1.0  # discount
     lam: float = 0.95  # lambda of GAE
     clip: float = 0.2  # of the probability ratio
@@ -83,14 +87,17 @@ class Config(LoRAConfig, DataConfig):
     def validate(self):
         check_positive(self, "rollout_prompts", "ppo_epochs", "minibatches", "learning_rate", "value_learning_rate", "steps",
                        "score_clip", "kl_target", "kl_horizon", "max_update_kl", "max_grad_norm", "temperature", "clip",
-                       "value_clip", "max_new_tokens", "eval_every", "eval_batch_size", "log_every", "show_every")  # fmt: skip
-        check_positive(self, "kl_coef", "missing_eos_penalty", "micro_batch_size", "tokens_per_batch", "eval_rows", zero=True)
+                       "value_clip", "max_new_tokens", "eval_every", "eval_batch_size", "log_every", "show_every",
+                       "max_ref_kl", "keep_last")  # fmt: skip
+        check_positive(self, "kl_coef", "missing_eos_penalty", "micro_batch_size", "tokens_per_batch", "eval_rows",
+                       "save_every", zero=True)  # fmt: skip
         check_range(self, "warmup", 0, 1)
         check_range(self, "gamma", 0, 1)
         check_range(self, "lam", 0, 1)
         check_choice(self, "score_norm", ("stored", "running", "none"))
         check_choice(self, "kl_kind", ("k1", "k3"))
         check_choice(self, "kl_control", ("fixed", "adaptive"))
+        check_choice(self, "on_ref_kl", ("stop", "skip"))
         check_choice(self, "precision", ("fp32", "bf16"))
         check_divisible(self, "rollout_prompts", "minibatches")
         check_lora(self)
@@ -100,18 +107,26 @@ class Config(LoRAConfig, DataConfig):
             raise InputError("--threshold caps the label reward in --reward mixed; it means nothing otherwise")
         if self.reward != "mixed" and self.rationale_rm and self.reward != "rationale":
             raise InputError(f"--rationale_rm is not used by --reward {self.reward}; did you mean --reward mixed?")
-        self.threshold = self.threshold or "1.0"
-        try:
-            number = float(self.threshold.removeprefix("q"))
-            assert math.isfinite(number) and (not self.threshold.startswith("q") or 0 <= number <= 1)
-        except (ValueError, AssertionError):
-            raise InputError(f"--threshold {self.threshold!r}: give a number, or a quantile like q0.9") from None
+        if self.reward == "mixed":
+            self.threshold = self.threshold or "1.0"
+            try:
+                number = float(self.threshold.removeprefix("q"))
+                assert math.isfinite(number) and (not self.threshold.startswith("q") or 0 <= number <= 1)
+            except (ValueError, AssertionError):
+                raise InputError(f"--threshold {self.threshold!r}: give a number, or a quantile like q0.9") from None
+
+
+def default_directory(config):
+    """Where the run goes without --output_dir."""
+    return f"runs/{find_policy(config)[1].name}/ppo-{config.reward.replace(':', '.').replace('/', '.')}"
 
 
 @command
 def main(argv=None):
     config = parse_config(Config, argv, __doc__)
+    taken_up = take_up("ppo", config, default_directory)
     config.validate()
+    allow_remote_code(config.trust_remote_code)
     record, task, contradictions = take_over(config)
     for contradiction in contradictions:
         say(f"warning: {contradiction}")
@@ -119,7 +134,7 @@ def main(argv=None):
     config.learning_rate = config.learning_rate or (2e-4 if tiny else 1e-6) * rate_factor(config)
     config.value_learning_rate = config.value_learning_rate or (5e-4 if tiny else 5e-6) * rate_factor(config)
     config.freeze_embeddings = tiny if config.freeze_embeddings is None else config.freeze_embeddings
-    device, autocast = set_up(config.precision, config.seed)
+    device, autocast = set_up(config.precision, config.seed, config.deterministic)
 
     # Models: four separate copies or, with --lora_rank, four roles on one frozen base. The policy starts where the
     # reference stays.
@@ -149,10 +164,13 @@ def main(argv=None):
     if config.reward == "gold" and unknown:
         raise InputError(f"--reward gold needs the label of every prompt; row {unknown[0]} has none")
     config.steps = config.steps or (120 if task.name == "demo" else max(1, len(prompts) // config.rollout_prompts))
-    directory = open_run_directory(
-        config.output_dir or f"runs/{task.name}/ppo-{config.reward.replace(':', '.').replace('/', '.')}", config.overwrite,
-        [config.policy, config.label_rm, config.rationale_rm, config.value_init],
-    )  # fmt: skip
+    reads = reads_of(task, splits) | {"--policy": policy_fingerprint}
+    reads |= {"the gold labels": digest(sorted(gold.items()))} if config.reward == "gold" else {}
+    reads |= {f"--{part}_rm": fingerprint(judge.model) for part, judge in judges.items() if hasattr(judge, "model")}
+    reads |= {"--value_init": fingerprint(value_model)} if config.value_init else {}
+    inputs = [config.policy, config.label_rm, config.rationale_rm, config.value_init]
+    run = Run("ppo", config, config.output_dir or default_directory(config), reads, taken_up, inputs)
+    directory, metrics = run.directory, run.metrics
     show_config(config, "train_ppo")
 
     stream = PromptStream(prompts, config.rollout_prompts, config.seed)
@@ -163,7 +181,13 @@ def main(argv=None):
     kl = FixedKL(config.kl_coef)
     if config.kl_control == "adaptive":
         kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
-    metrics, clock, best = MetricsLog(directory), Clock(), None
+    clock = Clock()
+    at = SimpleNamespace(step=0, best=None, before=None, skipped=0)  # step: rollouts done; before: the dev scores of the start
+    run.track(
+        config.steps, at, policy=policy, policy_optimizer=policy_optimizer[0], policy_schedule=policy_optimizer[1], value_model=value_model,
+        value_optimizer=value_optimizer[0], value_schedule=value_optimizer[1], kl=kl, stream=stream, sampling=sampling,
+        **{f"{name}_judge": judge for name, judge in judges.items() if hasattr(judge, "state_dict")},
+    )  # fmt: skip
 
     def save(name, **more):
         on = {"base": {"path": config.policy, "fingerprint": policy_fingerprint}} if base else {}
@@ -171,98 +195,100 @@ def main(argv=None):
         return f"The last good policy is in {directory / name}."
 
     def evaluate(step):
-        nonlocal best
         answers = answer_rows(
             policy, encoder, task, evaluation, config.max_new_tokens, config.eval_batch_size, autocast
         )
         scores = score_answers(task, evaluation, answers)
         say(f"step {step}/{config.steps}  dev {metric_line(scores)}")
-        if best is None or scores[task.metric] > best:
-            best = scores[task.metric]
+        if at.best is None or scores[task.metric] > at.best:
+            at.best = scores[task.metric]
             save("best", step=step, eval=scores)
         return scores, answers
 
-    scores_before, _ = evaluate(0)
-    metrics.write({"step": 0, **{f"eval/{name}": value for name, value in scores_before.items()}})
+    def rescue():
+        """What a failed step leaves behind beside a checkpoint: the last good policy, and its own tensors."""
+        saved = save("last", step=at.step)
+        return f"{saved} {write_batch(directory / 'failed_batch.safetensors', rollout, batch)}" if batch else saved
 
-    for step in tqdm(range(1, config.steps + 1), desc="ppo", mininterval=2, disable=None):
-        examples = stream.next()
+    with run:
+        if at.before is None:
+            at.before, _ = evaluate(0)
+            metrics.write({"step": 0, **{f"eval/{name}": value for name, value in at.before.items()}})
 
-        # 1 act: the policy answers ------------------------------------------------------------------------------------
-        with clock("rollout"), autocast():
-            rollout = generate(
-                policy, [encoder.prompt_ids(task.render_prompt(e.text, e.text_b)) for e in examples],
-                max_new_tokens=config.max_new_tokens, eos_token_id=encoder.stop_ids, pad_token_id=encoder.pad_id,
-                temperature=config.temperature, generator=sampling,
-            )  # fmt: skip
+        for step in tqdm(range(at.step + 1, config.steps + 1), desc="ppo", initial=at.step, total=config.steps, mininterval=2, disable=None):
+            batch = None
+            with run.step(step, rescue):
+                examples = stream.next()
+                ids = [example.id for example in examples]
 
-        # 2 analyse: log-probabilities under policy and reference, values; in the first minibatch's rows and shapes -----
-        with clock("score"):
-            plan = stream.minibatch_plan(config.ppo_epochs, config.minibatches)
-            batch = analyse(policy, reference, value_model, rollout, plan, config, autocast)
+                # 1 act: the policy answers ----------------------------------------------------------------------------
+                with clock("rollout"), autocast():
+                    rollout = generate(
+                        policy, [encoder.prompt_ids(task.render_prompt(e.text, e.text_b)) for e in examples],
+                        max_new_tokens=config.max_new_tokens, eos_token_id=encoder.stop_ids, pad_token_id=encoder.pad_id,
+                        temperature=config.temperature, generator=sampling,
+                    )  # fmt: skip
 
-        # 3 judge: one score per answer --------------------------------------------------------------------------------
-        with clock("score"):
-            samples = samples_of(rollout, examples, task, encoder, gold)
-            judged = {name: reward_fn(samples) for name, reward_fn in judges.items()}  # [B] each
-            threshold = judges["label"].threshold(config.threshold) if mode == "mixed" else None
-            # The label-sensitive reward enters here, in this one line:
-            scores = label_sensitive_reward(judged.get("label"), judged.get("rationale"), threshold, mode)  # [B]
-            cap, unit = eos_cap(config, judges, mode, threshold)
-            scores = missing_eos_rule(scores, rollout.truncated, config.missing_eos_penalty * unit, cap)
+                # 2 analyse: log-probabilities under policy and reference, values; in the first minibatch's rows and shapes
+                with clock("score"):
+                    plan = stream.minibatch_plan(config.ppo_epochs, config.minibatches)
+                    batch = analyse(policy, reference, value_model, rollout, plan, config, autocast, ids)
 
-        # 4 shape: per-token rewards -----------------------------------------------------------------------------------
-        rewards = shape_rewards(
-            scores, batch.logprobs, batch.ref_logprobs, batch.mask, kl.value, config.kl_kind
-        )  # [B, R]
+                # 3 judge: one score per answer ------------------------------------------------------------------------
+                with clock("score"):
+                    samples = samples_of(rollout, examples, task, encoder, gold)
+                    judged = {name: reward_fn(samples) for name, reward_fn in judges.items()}  # [B] each
+                    threshold = judges["label"].threshold(config.threshold) if mode == "mixed" else None
+                    # The label-sensitive reward enters here, in this one line:
+                    scores = label_sensitive_reward(judged.get("label"), judged.get("rationale"), threshold, mode)  # [B]
+                    cap, unit = eos_cap(config, judges, mode, threshold)
+                    scores = missing_eos_rule(scores, rollout.truncated, config.missing_eos_penalty * unit, cap)
+                    batch.scores = scores
+                    for name, scored in judged.items():
+                        require_finite(scored, f"the {name} score", ids)
 
-        # 5 credit: advantages, whitened over the rollout, and value targets -------------------------------------------
-        raw_advantages, batch.returns = gae(rewards, batch.values, batch.mask, config.gamma, config.lam)
-        batch.advantages = masked_whiten(raw_advantages, batch.mask)
+                # 4 shape: per-token rewards ---------------------------------------------------------------------------
+                rewards = shape_rewards(
+                    scores, batch.logprobs, batch.ref_logprobs, batch.mask, kl.value, config.kl_kind
+                )  # [B, R]
 
-        # 6 improve: clipped policy and value losses, minibatch by minibatch --------------------------------------------
-        with clock("update"):
-            try:
-                stats = improve(policy, value_model, policy_optimizer, value_optimizer, batch, plan, config, autocast)
-            except RunError as error:
-                write_batch(directory / "failed_batch.safetensors", rollout, batch, scores)
-                raise RunError(
-                    f"step {step}: {error} {save('last', step=step - 1)} The batch is in {directory}."
-                ) from None
-        line = step_metrics(
-            step,
-            config,
-            rollout,
-            batch,
-            samples,
-            judges,
-            judged,
-            scores,
-            rewards,
-            raw_advantages,
-            stats,
-            threshold,
-            kl.value,
-        )
-        kl.update(line["analyse/kl_sequence"].item(), len(examples))
-        if step % config.eval_every == 0 and step < config.steps:
-            with clock("eval"):
-                line |= {f"eval/{name}": value for name, value in evaluate(step)[0].items()}
-        times = clock.take()
-        line["act/tokens_per_second"] = rollout.response_lens.sum() / max(times["time/rollout"], 1e-9)
-        metrics.write(line | times, step_line(step, config, line) if step % config.log_every == 0 else None)
-        if step % config.show_every == 0:
-            show_rollout(samples, judged, scores)
+                # 5 credit: advantages, whitened over the rollout, and value targets -----------------------------------
+                raw_advantages, batch.returns = gae(rewards, batch.values, batch.mask, config.gamma, config.lam)
+                batch.advantages = masked_whiten(raw_advantages, batch.mask)
 
-    scores_after, answers = evaluate(config.steps)
-    save("last", step=config.steps, eval=scores_after)
-    metrics.write({"step": config.steps, **{f"eval/{name}": value for name, value in scores_after.items()}})
-    if fingerprint(frozen) != frozen_fingerprint:
-        raise RunError("the reference policy changed during training; this is a bug, do not trust the run")
-    show_samples(task, evaluation, answers, 2)
-    say(
-        f"before  dev {metric_line(scores_before)}\nafter   dev {metric_line(scores_after)}\nsaved {directory}/last and {directory}/best"
-    )
+                # 6 improve: clipped policy and value losses, minibatch by minibatch ------------------------------------
+                stats, within = {}, kl_within_bound(batch, config)
+                at.skipped = 0 if within else at.skipped + 1
+                if within:
+                    with clock("update"):
+                        stats = improve(
+                            policy, value_model, policy_optimizer, value_optimizer, batch, plan, config, autocast, ids
+                        )
+                elif at.skipped == MOST_SKIPPED:
+                    raise RunError(f"{at.skipped} rollouts in a row beyond --max_ref_kl {config.max_ref_kl}.")
+            line = step_metrics(
+                step, config, rollout, batch, samples, judges, judged, scores, rewards, raw_advantages, stats, threshold, kl.value
+            )
+            kl.update(line["analyse/kl_sequence"].item(), len(examples))
+            if step % config.eval_every == 0 and step < config.steps:
+                with clock("eval"):
+                    line |= {f"eval/{name}": value for name, value in evaluate(step)[0].items()}
+            times = clock.take()
+            line["act/tokens_per_second"] = rollout.response_lens.sum() / max(times["time/rollout"], 1e-9)
+            metrics.write(line | times, step_line(step, config, line) if step % config.log_every == 0 else None)
+            if step % config.show_every == 0:
+                show_rollout(samples, judged, scores)
+            at.step = step
+            run.checkpoint(step, last=step == config.steps)
+
+        scores_after, answers = evaluate(config.steps)
+        save("last", step=config.steps, eval=scores_after)
+        metrics.write({"step": config.steps, **{f"eval/{name}": value for name, value in scores_after.items()}})
+        if fingerprint(frozen) != frozen_fingerprint:
+            raise RunError("the reference policy changed during training; this is a bug, do not trust the run")
+        show_samples(task, evaluation, answers, 2)
+        say(f"before  dev {metric_line(at.before)}\nafter   dev {metric_line(scores_after)}")
+        say(f"saved {directory}/last and {directory}/best")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ units. Writes runs/<task>/rm-label (or rm-rationale): a model directory that als
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -21,28 +22,30 @@ from rllr.dropout import set_dropout
 from rllr.encoding import Encoder
 from rllr.engine.checkpointing import checkpoint_layers
 from rllr.errors import InputError, command
+from rllr.files import RECORD, disk_faults, write_json
 from rllr.judge import ScoreStatistics, score_rows
-from rllr.model import RewardModel, fingerprint, load_policy, load_tokenizer, reward_pad_token_id
+from rllr.model import RewardModel, allow_remote_code, fingerprint, load_policy, load_tokenizer, reward_pad_token_id
 from rllr.pairs import (
     LABEL_PAIRS, Pair, describe, label_sensitive_pairs, rationale_sensitive_pairs, split_by_prompt, write_pairs,
 )  # fmt: skip
 from rllr.rationales import WRITERS, check_writer, default_label_pairs, default_writer, make_writer
 from rllr.reward_report import classifier_report, pair_report, sampled_scores, show_pairs
 from rllr.rewards import pairwise_accuracy, pairwise_loss
+from rllr.run import Run, RunConfig, digest, reads_of, take_up
 from rllr.shared import LoRAConfig, RolePolicy, check_lora, load_base, load_scalar_role, new_role, rate_factor
-from rllr.splits import DataConfig, load_splits, take_over
+from rllr.splits import DataConfig, find_policy, load_splits, take_over
+from rllr.tables import brief
 from rllr.training import (
-    RECORD, MetricsLog, make_optimizer, make_record, name_faults, open_run_directory, optimizer_step, pack,
-    require_finite, say, set_up, show_config, shuffled_batches, split_rows, write_json,
+    clip_gradient, make_optimizer, make_record, optimizer_step, pack, require_finite, say, set_up, show_config, shuffled_batches,
+    split_rows,
 )  # fmt: skip
 
 
 @dataclass
-class Config(LoRAConfig, DataConfig):
+class Config(RunConfig, LoRAConfig, DataConfig):
     policy: str | None = None  # the SFT policy's directory (runs/<task>/sft)
     pairs: str = "label"  # label, rationale, or a JSONL file of pairs
     output_dir: str | None = None  # where the reward model goes (runs/<task>/rm-<pairs>)
-    overwrite: bool = False  # replace a run that is already there
     rationales: str | None = None  # who writes them: given, evidence, demo, model (as the policy's)
     rationale_model: str | None = None  # the causal LM that writes them, for --rationales model
     label_pairs: str | None = None  # independent, paper or drawn: see rllr/pairs.py (evidence independent, demo drawn, else paper)
@@ -73,8 +76,10 @@ class Config(LoRAConfig, DataConfig):
 
     def validate(self):
         check_positive(self, "epochs", "batch_size", "learning_rate", "max_grad_norm", "max_new_tokens", "temperature",
-                       "patience", "checks_per_epoch", "pairs_per_row", "eval_batch_size", "log_every", "statistics_prompts")  # fmt: skip
-        check_positive(self, "micro_batch_size", "tokens_per_batch", "weight_decay", "margin", "center_coef", zero=True)
+                       "patience", "checks_per_epoch", "pairs_per_row", "eval_batch_size", "log_every", "statistics_prompts",
+                       "keep_last")  # fmt: skip
+        check_positive(self, "micro_batch_size", "tokens_per_batch", "weight_decay", "margin", "center_coef", "save_every",
+                       zero=True)  # fmt: skip
         check_range(self, "warmup", 0, 1)
         check_range(self, "dropout", 0, 0.9)
         check_choice(self, "loss", ("eos", "span"))
@@ -100,7 +105,7 @@ def draw_pairs(config, examples, task, writer, seed):
 
 
 def encode_pairs(pairs, encoder):
-    """[(prompt ids, chosen ids, rejected ids)]; pairs longer than the context are dropped, counted and named."""
+    """[(prompt ids, chosen ids, rejected ids, the prompt's beginning)]; pairs longer than the context are dropped, counted and named."""
     rows, kept, dropped = [], [], []
     for pair in pairs:
         prompt, chosen, rejected = (
@@ -111,7 +116,7 @@ def encode_pairs(pairs, encoder):
         if len(prompt) + max(len(chosen), len(rejected)) > encoder.context:
             dropped.append(pair)
         else:
-            rows.append((prompt, chosen, rejected))
+            rows.append((prompt, chosen, rejected, brief(pair.prompt)))
             kept.append(pair)
     if dropped:
         say(
@@ -124,7 +129,7 @@ def encode_pairs(pairs, encoder):
 
 def rm_loss(model, rows, pair_count, encoder, config):
     """Sum of the pairs' Bradley-Terry losses / pair_count, the whole batch's, so that any split gives the same gradient."""
-    both = [(prompt, chosen) for prompt, chosen, _ in rows] + [(prompt, rejected) for prompt, _, rejected in rows]
+    both = [(row[0], row[1]) for row in rows] + [(row[0], row[2]) for row in rows]
     sequences, prompt_lens, mask = pack(both, encoder.pad_id, model.device)
     if config.loss == "eos":
         chosen, rejected = model(sequences, prompt_lens, mask).chunk(2)
@@ -132,7 +137,7 @@ def rm_loss(model, rows, pair_count, encoder, config):
     # The reference's span loss: every position from the first token that differs; here without the padding.
     chosen, rejected = model.span_scores(sequences, prompt_lens, mask).chunk(2)
     losses = 0.0
-    for i, (_, a, b) in enumerate(rows):
+    for i, (_, a, b, *_) in enumerate(rows):
         first = next((t for t, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
         span = slice(min(first, len(a) - 1, len(b) - 1), min(len(a), len(b)))
         losses = losses + pairwise_loss(chosen[i, span], rejected[i, span], config.margin, config.center_coef)
@@ -142,21 +147,33 @@ def rm_loss(model, rows, pair_count, encoder, config):
 @torch.no_grad()
 def score_pairs(model, rows, encoder, config, autocast):
     """Raw scores (chosen [N], rejected [N]) of encoded pairs."""
-    both = [(prompt, chosen) for prompt, chosen, _ in rows] + [(prompt, rejected) for prompt, _, rejected in rows]
+    both = [(row[0], row[1]) for row in rows] + [(row[0], row[2]) for row in rows]
     return score_rows(model, *pack(both, encoder.pad_id, model.device), config.eval_batch_size, autocast).chunk(2)
+
+
+def kind_of(config):
+    """What the pairs are: label, rationale or file."""
+    return config.pairs if config.pairs in ("label", "rationale") else "file"
+
+
+def default_directory(config):
+    """Where the run goes without --output_dir."""
+    return f"runs/{find_policy(config)[1].name}/rm-{kind_of(config)}"
 
 
 @command
 def main(argv=None):
     config = parse_config(Config, argv, __doc__)
+    taken_up = take_up("rm", config, default_directory)
     config.validate()
+    allow_remote_code(config.trust_remote_code)
     record, task, contradictions = take_over(config)
     for line in contradictions:
         say(f"warning: {line}: rows that evaluate here may have trained the policy")
-    tiny, kind = record.get("tiny", False), config.pairs if config.pairs in ("label", "rationale") else "file"
+    tiny, kind = record.get("tiny", False), kind_of(config)
     config.learning_rate = config.learning_rate or (5e-4 if tiny else 5e-6) * rate_factor(config)
     config.dropout = (0.2 if tiny else 0.0) if config.dropout is None else config.dropout
-    device, autocast = set_up(config.precision, config.seed)
+    device, autocast = set_up(config.precision, config.seed, config.deterministic)
 
     splits = load_splits(config, task, say)
     if config.lora_rank:  # one base: the policy is the base itself, the reward model an adapter on it
@@ -180,9 +197,11 @@ def main(argv=None):
         train_pairs, held_pairs = split_by_prompt([Pair(**pair) for pair in load_pairs(config.pairs, say)])
     else:
         check_writer(config.rationales, labelled + held_out, task, config.rationale_model)
-    directory = open_run_directory(
-        config.output_dir or f"runs/{task.name}/rm-{kind}", config.overwrite, [config.policy]
-    )
+    reads = reads_of(task, splits) | {"--policy": policy_fingerprint}
+    if kind == "file":
+        reads["--pairs"] = digest(train_pairs, held_pairs)
+    run = Run("rm", config, config.output_dir or f"runs/{task.name}/rm-{kind}", reads, taken_up, [config.policy])
+    directory, metrics = run.directory, run.metrics
     show_config(config, "train_rm")
     if kind != "file":
         writer = make_writer(
@@ -197,8 +216,9 @@ def main(argv=None):
         )
         train_pairs = draw_pairs(config, labelled, task, writer, config.seed)
         held_pairs = draw_pairs(config, held_out, task, writer, 10_000 + config.seed)
-        write_pairs(directory / "pairs.jsonl", train_pairs)
-        write_pairs(directory / "pairs_held_out.jsonl", held_pairs)
+        with disk_faults(str(directory / "pairs.jsonl")):
+            write_pairs(directory / "pairs.jsonl", train_pairs)
+            write_pairs(directory / "pairs_held_out.jsonl", held_pairs)
     train_rows, train_pairs = encode_pairs(train_pairs, encoder)
     held_rows, held_pairs = encode_pairs(held_pairs, encoder)
     say(f"train: {describe(train_pairs)}\nheld out: {describe(held_pairs)}")
@@ -213,91 +233,82 @@ def main(argv=None):
     set_dropout(base if config.lora_rank else model, config.dropout)
     if config.gradient_checkpointing:
         checkpoint_layers(model.backbone)
-    metrics, progress, step, best, since_best = (
-        MetricsLog(directory),
-        tqdm(total=steps, desc="rm", mininterval=2, disable=None),
-        0,
-        None,
-        0,
-    )
     check_every = max(1, batches_per_epoch // config.checks_per_epoch)
     pad_id = reward_pad_token_id(tokenizer, encoder.stop_ids, model.config.vocab_size)
 
-    def save():
-        model.save_pretrained(directory, tokenizer, pad_id)
-        return f"The best state so far is in {directory}."
+    # Where the loop stands: `batch` batches of `epoch` are done; `best` (accuracy, -loss) is in the run's directory.
+    at = SimpleNamespace(step=0, epoch=0, batch=0, best=None, since_best=0, stopped=False)
+    run.track(steps, at, model=model, optimizer=optimizer, scheduler=scheduler)
+    with run:
+        with tqdm(total=steps, initial=at.step, desc="rm", mininterval=2, disable=None) as progress:
+            while at.epoch < config.epochs and not at.stopped:
+                for batch in shuffled_batches(train_rows, config.batch_size, config.seed, at.epoch)[at.batch :]:
+                    model.train()
+                    batch_loss, learning_rate = 0.0, scheduler.get_last_lr()[0]
+                    with run.step(at.step + 1):
+                        lengths = [2 * (len(prompt) + max(len(chosen), len(rejected))) for prompt, chosen, rejected, _ in batch]
+                        for micro_batch in split_rows(batch, lengths, config.micro_batch_size, config.tokens_per_batch):
+                            with autocast():
+                                loss = rm_loss(model, micro_batch, len(batch), encoder, config)
+                            require_finite(loss, "the reward model's loss", [row[3] for row in micro_batch])
+                            loss.backward()
+                            batch_loss += loss.item()
+                        grad_norm = clip_gradient(model, config.max_grad_norm)
+                        optimizer_step(optimizer, scheduler)
+                    at.step, at.batch = at.step + 1, at.batch + 1
+                    progress.update()
+                    line = f"step {at.step}/{steps}  loss {batch_loss:.3f}  grad norm {grad_norm:.2f}"
+                    metrics.write({"step": at.step, "epoch": at.epoch, "loss": batch_loss, "grad_norm": grad_norm, "lr": learning_rate},
+                                  line if at.step % config.log_every == 0 else None)  # fmt: skip
+                    if at.step % check_every == 0 or at.step == steps:
+                        model.eval()
+                        chosen, rejected = score_pairs(model, held_rows, encoder, config, autocast)
+                        held_loss, held_accuracy = pairwise_loss(chosen, rejected).item(), pairwise_accuracy(chosen, rejected).item()
+                        metrics.write(
+                            {"step": at.step, "eval/loss": held_loss, "eval/accuracy": held_accuracy},
+                            f"step {at.step}/{steps}  loss {batch_loss:.3f}  held-out loss {held_loss:.3f}  accuracy {100 * held_accuracy:.1f} %",
+                        )
+                        # By accuracy, then loss: a model that is surer of itself may order better at a higher loss, and PPO
+                        # reads the order.
+                        result = [held_accuracy, -held_loss]
+                        at.since_best = 0 if at.best is None or result > at.best else at.since_best + 1
+                        if at.since_best == 0:
+                            at.best = result
+                            model.save_pretrained(directory, tokenizer, pad_id)
+                        at.stopped = at.since_best >= config.patience
+                    run.checkpoint(at.step, last=at.step == steps or at.stopped)
+                    if at.stopped:
+                        break
+                at.epoch, at.batch = at.epoch + 1, 0
+        if at.stopped:
+            say(f"stopped at step {at.step}: {config.patience} checks without a better held-out accuracy")
 
-    stopped = False
-    for epoch in range(config.epochs):
-        for batch in shuffled_batches(train_rows, config.batch_size, config.seed, epoch):
-            model.train()
-            batch_loss = 0.0
-            learning_rate, step = scheduler.get_last_lr()[0], step + 1
-            with name_faults(step, f"The best state so far is in {directory}."):
-                lengths = [2 * (len(prompt) + max(len(chosen), len(rejected))) for prompt, chosen, rejected in batch]
-                for micro_batch in split_rows(batch, lengths, config.micro_batch_size, config.tokens_per_batch):
-                    with autocast():
-                        loss = rm_loss(model, micro_batch, len(batch), encoder, config)
-                    require_finite(loss, "the reward model's loss")
-                    loss.backward()
-                    batch_loss += loss.item()
-                grad_norm = optimizer_step(model, optimizer, scheduler, config.max_grad_norm)
-            progress.update()
-            line = f"step {step}/{steps}  loss {batch_loss:.3f}  grad norm {grad_norm:.2f}"
-            metrics.write({"step": step, "epoch": epoch, "loss": batch_loss, "grad_norm": grad_norm, "lr": learning_rate},
-                          line if step % config.log_every == 0 else None)  # fmt: skip
-            if step % check_every and step != steps:
-                continue
-            model.eval()
-            chosen, rejected = score_pairs(model, held_rows, encoder, config, autocast)
-            held_loss, held_accuracy = (
-                pairwise_loss(chosen, rejected).item(),
-                pairwise_accuracy(chosen, rejected).item(),
+        if config.lora_rank:  # the best state
+            model = load_scalar_role(RewardModel, base, directory, "best")
+        else:
+            model = RewardModel.from_pretrained(directory, device=device)
+        chosen, rejected = score_pairs(model, held_rows, encoder, config, autocast)
+        show_pairs(held_pairs, chosen, rejected)
+        report = {"pairs": pair_report(held_pairs, chosen, rejected)}
+        if kind != "rationale":
+            report["classifier"] = classifier_report(
+                model, policy, encoder, task, {"held_out": held_out, "eval": evaluation}, writer, config, autocast
             )
-            metrics.write(
-                {"step": step, "eval/loss": held_loss, "eval/accuracy": held_accuracy},
-                f"step {step}/{steps}  loss {batch_loss:.3f}  held-out loss {held_loss:.3f}  accuracy {100 * held_accuracy:.1f} %",
-            )
-            # By accuracy, then loss: a model that is surer of itself may order better at a higher loss, and PPO reads the order.
-            result = (held_accuracy, -held_loss)
-            since_best = 0 if best is None or result > best else since_best + 1
-            if since_best == 0:
-                best = result
-                save()
-            if since_best >= config.patience:
-                stopped = True
-                break
-        if stopped:
-            say(f"stopped at step {step}: {config.patience} checks without a better held-out accuracy")
-            break
-    progress.close()
-
-    if config.lora_rank:  # the best state
-        model = load_scalar_role(RewardModel, base, directory, "best")
-    else:
-        model = RewardModel.from_pretrained(directory, device=device)
-    chosen, rejected = score_pairs(model, held_rows, encoder, config, autocast)
-    show_pairs(held_pairs, chosen, rejected)
-    report = {"pairs": pair_report(held_pairs, chosen, rejected)}
-    if kind != "rationale":
-        report["classifier"] = classifier_report(
-            model, policy, encoder, task, {"held_out": held_out, "eval": evaluation}, writer, config, autocast
+        statistics = ScoreStatistics.of(
+            score_rows(model, *sampled.batch, config.eval_batch_size, autocast), truncated=sampled.truncated,
+            temperature=config.temperature, policy_fingerprint=policy_fingerprint,
+        )  # fmt: skip
+        statistics.save(directory)
+        say(
+            f"scores on {statistics.count} answers sampled by the policy: mean {statistics.mean:.3f}, standard deviation {statistics.std:.3f}"
         )
-    statistics = ScoreStatistics.of(
-        score_rows(model, *sampled.batch, config.eval_batch_size, autocast), truncated=sampled.truncated,
-        temperature=config.temperature, policy_fingerprint=policy_fingerprint,
-    )  # fmt: skip
-    statistics.save(directory)
-    say(
-        f"scores on {statistics.count} answers sampled by the policy: mean {statistics.mean:.3f}, standard deviation {statistics.std:.3f}"
-    )
-    on = {"base": {"path": config.policy, "fingerprint": policy_fingerprint}} if config.lora_rank else {}
-    write_json(directory / RECORD, make_record(
-        f"rm-{kind}", task, config, tiny=tiny, report=report, policy_fingerprint=policy_fingerprint, **on))  # fmt: skip
-    metrics.write(
-        {"step": step, **{f"final/{k}": v for k, v in report["pairs"]["all"].items() if not isinstance(v, list)}}
-    )
-    say(f"saved {directory}")
+        on = {"base": {"path": config.policy, "fingerprint": policy_fingerprint}} if config.lora_rank else {}
+        write_json(directory / RECORD, make_record(
+            f"rm-{kind}", task, config, tiny=tiny, report=report, policy_fingerprint=policy_fingerprint, **on))  # fmt: skip
+        metrics.write(
+            {"step": at.step, **{f"final/{k}": v for k, v in report["pairs"]["all"].items() if not isinstance(v, list)}}
+        )
+        say(f"saved {directory}")
 
 
 if __name__ == "__main__":

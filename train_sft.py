@@ -8,8 +8,8 @@ each epoch the policy answers the dev rows greedily, and the epoch with the best
 Writes runs/<task>/sft: a Hugging Face model directory, metrics.jsonl, rllr.json.
 """
 
-import os
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from tqdm import tqdm
 
@@ -19,23 +19,26 @@ from rllr.encoding import Encoder
 from rllr.engine.checkpointing import checkpoint_layers
 from rllr.errors import InputError, command
 from rllr.evaluate import answer_rows, metric_line, score_answers, show_samples
+from rllr.files import check_run_directory
 from rllr.logprobs import token_logprobs
-from rllr.model import backbone_of, fingerprint, load_policy, load_tokenizer
+from rllr.model import allow_remote_code, backbone_of, fingerprint, load_policy, load_tokenizer
 from rllr.rationales import WRITERS, check_writer, default_writer, make_writer
+from rllr.run import Run, RunConfig, reads_of, take_up
 from rllr.shared import DTYPES, LoRAConfig, cast_parameters, check_lora, new_role, rate_factor
 from rllr.splits import DataConfig, inherit, load_splits
 from rllr.tiny import TinyConfig, build_tiny
 from rllr.training import (
-    MetricsLog, check_run_directory, check_same_task, make_optimizer, make_record, name_faults, open_run_directory, optimizer_step,
-    pack, read_record, require_finite, resolve_task, save_policy, say, set_up, show_config, shuffled_batches, split_rows,
+    check_same_task, clip_gradient, make_optimizer, make_record, optimizer_step, pack, read_record, require_finite, resolve_task,
+    save_policy, say, set_up, show_config, shuffled_batches, split_rows,
 )  # fmt: skip
+
+BASE = "base"  # in the run's directory: the model that --model tiny built
 
 
 @dataclass
-class Config(LoRAConfig, DataConfig):
+class Config(RunConfig, LoRAConfig, DataConfig):
     model: str = "tiny"  # hub name or directory of a causal LM; tiny: build one from scratch
     output_dir: str | None = None  # where the policy goes (runs/<task>/sft)
-    overwrite: bool = False  # replace a run that is already there
     rationales: str | None = None  # who writes them: given, evidence, demo, model (by the data: see README)
     rationale_model: str | None = None  # the causal LM that writes them, for --rationales model
     tiny_epochs: int = 2  # passes over all texts when --model tiny is built
@@ -60,8 +63,9 @@ class Config(LoRAConfig, DataConfig):
 
     def validate(self):
         check_positive(self, "epochs", "batch_size", "learning_rate", "max_grad_norm", "max_new_tokens", "eval_batch_size",
-                       "log_every")  # fmt: skip
-        check_positive(self, "micro_batch_size", "tokens_per_batch", "weight_decay", "show", "labelled", "eval_rows", zero=True)
+                       "log_every", "keep_last")  # fmt: skip
+        check_positive(self, "micro_batch_size", "tokens_per_batch", "weight_decay", "show", "labelled", "eval_rows",
+                       "save_every", zero=True)  # fmt: skip
         check_range(self, "warmup", 0, 1)
         check_range(self, "dropout", 0, 0.9)
         check_range(self, "held_out", 0.001, 0.9)
@@ -83,10 +87,17 @@ def sft_loss(model, rows, answer_tokens, encoder):
     return -token_logprobs(model, *pack(rows, encoder.pad_id, model.device)).sum() / answer_tokens
 
 
+def default_directory(config):
+    """Where the run goes without --output_dir."""
+    return f"runs/{resolve_task(config, read_record(config.model)).name}/sft"
+
+
 @command
 def main(argv=None):
     config = parse_config(Config, argv, __doc__)
+    taken_up = take_up("sft", config, default_directory)
     config.validate()
+    allow_remote_code(config.trust_remote_code)
     record = read_record(config.model)
     task = resolve_task(config, record)
     inherit(config, record)  # a tiny model built beforehand knows its data
@@ -99,14 +110,17 @@ def main(argv=None):
     )
     config.learning_rate = config.learning_rate or (1e-3 if tiny else 1e-5) * rate_factor(config)
     config.dropout = (0.2 if tiny else 0.0) if config.dropout is None else config.dropout
-    device, autocast = set_up(config.precision, config.seed)
+    device, autocast = set_up(config.precision, config.seed, config.deterministic)
 
     splits = load_splits(config, task, say)
-    if config.model != "tiny":
-        model, tokenizer = load_policy(config.model, device=device), load_tokenizer(config.model)
-    directory = check_run_directory(config.output_dir or f"runs/{task.name}/sft", config.overwrite, [config.model])
+    built = taken_up.directory / BASE if taken_up and taken_up.checkpoint and config.model == "tiny" else None
+    if config.model != "tiny" or built:
+        model, tokenizer = load_policy(built or config.model, device=device), load_tokenizer(built or config.model)
+    directory = config.output_dir or f"runs/{task.name}/sft"
+    if not taken_up:
+        check_run_directory(directory, config.overwrite, [config.model])
     show_config(config, "train_sft")
-    if config.model == "tiny":
+    if config.model == "tiny" and not built:
         model, tokenizer = build_tiny(
             splits, task, TinyConfig(epochs=config.tiny_epochs), config.seed, device, autocast
         )
@@ -117,20 +131,24 @@ def main(argv=None):
     config.rationales = config.rationales or default_writer(task, labelled)
     if task.answer_format == "rationale":
         check_writer(config.rationales, labelled, task, config.rationale_model)
-    open_run_directory(directory, config.overwrite)
+    on = {"path": config.model, "fingerprint": fingerprint(model)}
+    reads = reads_of(task, splits) | {"--model": on["fingerprint"]}
+    run = Run("sft", config, directory, reads, taken_up, [config.model])
+    directory, metrics = run.directory, run.metrics
+    if config.model == "tiny" and not built:
+        save_policy(model, encoder, directory / BASE, make_record("tiny", task, config, tiny=True))
     base = model
     if config.lora_rank:
-        on = {"path": config.model, "fingerprint": fingerprint(base)}
         model = new_role(cast_parameters(base, DTYPES[config.base_dtype]), "sft", config, config.seed)
     if task.answer_format == "rationale":
         writer = make_writer(
             config.rationales, labelled, task, config=config, device=device, directory=directory.parent, log=say
         )
-    rows = []
+    rows = []  # (prompt ids, answer ids, id)
     for example in labelled:
         rationale = writer.write(example, example.label) if task.answer_format == "rationale" else None
         prompt = encoder.prompt_ids(task.render_prompt(example.text, example.text_b))
-        rows.append((prompt, encoder.answer_ids(task.render_answer(example.label, rationale))))
+        rows.append((prompt, encoder.answer_ids(task.render_answer(example.label, rationale)), example.id))
 
     steps = config.epochs * len(shuffled_batches(rows, config.batch_size, config.seed, 0))
     optimizer, scheduler = make_optimizer(
@@ -140,51 +158,52 @@ def main(argv=None):
     set_dropout(base, config.dropout)
     if config.gradient_checkpointing:
         checkpoint_layers(backbone_of(model))
-    metrics, progress, step, best = (
-        MetricsLog(directory),
-        tqdm(total=steps, desc="sft", mininterval=2, disable=None),
-        0,
-        None,
-    )
-    for epoch in range(config.epochs):
-        model.train()
-        epoch_loss, epoch_tokens = 0.0, 0
-        for batch in shuffled_batches(rows, config.batch_size, config.seed, epoch):
-            answer_tokens, batch_loss = sum(len(answer) for _, answer in batch), 0.0
-            learning_rate, step = scheduler.get_last_lr()[0], step + 1
-            with name_faults(step, f"The best epoch so far is in {directory}."):
-                lengths = [len(prompt) + len(answer) for prompt, answer in batch]
-                for micro_batch in split_rows(batch, lengths, config.micro_batch_size, config.tokens_per_batch):
-                    with autocast():
-                        loss = sft_loss(model, micro_batch, answer_tokens, encoder)
-                    require_finite(loss, "the SFT loss")
-                    loss.backward()
-                    batch_loss += loss.item()
-                grad_norm = optimizer_step(model, optimizer, scheduler, config.max_grad_norm)
-            epoch_loss, epoch_tokens = epoch_loss + batch_loss * answer_tokens, epoch_tokens + answer_tokens
-            line = f"step {step}/{steps}  loss {batch_loss:.3f}  grad norm {grad_norm:.2f}"
-            metrics.write({"step": step, "epoch": epoch, "loss": batch_loss, "grad_norm": grad_norm, "lr": learning_rate},
-                          line if step % config.log_every == 0 else None)  # fmt: skip
-            progress.update()
 
-        model.eval()
-        answers = answer_rows(model, encoder, task, evaluation, config.max_new_tokens, config.eval_batch_size, autocast)
-        scores = score_answers(task, evaluation, answers)
-        metrics.write(
-            {"step": step, "epoch": epoch, **{f"eval/{name}": value for name, value in scores.items()}},
-            f"epoch {epoch + 1}/{config.epochs}  loss {epoch_loss / epoch_tokens:.3f}  dev {metric_line(scores)}",
-        )
-        show_samples(task, evaluation, answers, config.show)
-        if best is None or scores[task.metric] > best[task.metric]:
-            best = scores | {"epoch": epoch + 1}
-            settings = {"tiny": tiny, "eval": best}
-            settings["fingerprint"] = fingerprint(model.merged_state() if config.lora_rank else model)
-            if config.lora_rank:  # the later stages read the merged model, the adapter is for whoever wants it
-                own = make_record("sft", task, config, base=on, **settings)
-                save_policy(model, encoder, directory / "adapter", own)
-            save_policy(model, encoder, directory, make_record("sft", task, config, **settings), config.lora_rank > 0)
-    progress.close()
-    say(f"best epoch {best['epoch']}: dev {metric_line(best)}; saved {os.fspath(directory)}")
+    # Where the loop stands: `batch` batches of `epoch` are done, with that summed loss and that many answer tokens.
+    at = SimpleNamespace(step=0, epoch=0, batch=0, loss=0.0, tokens=0, best=None)
+    run.track(steps, at, model=model, optimizer=optimizer, scheduler=scheduler)
+    with run, tqdm(total=steps, initial=at.step, desc="sft", mininterval=2, disable=None) as progress:
+        while at.epoch < config.epochs:
+            model.train()
+            for batch in shuffled_batches(rows, config.batch_size, config.seed, at.epoch)[at.batch :]:
+                answer_tokens, batch_loss = sum(len(answer) for _, answer, _ in batch), 0.0
+                learning_rate = scheduler.get_last_lr()[0]
+                with run.step(at.step + 1):
+                    lengths = [len(prompt) + len(answer) for prompt, answer, _ in batch]
+                    for micro_batch in split_rows(batch, lengths, config.micro_batch_size, config.tokens_per_batch):
+                        with autocast():
+                            loss = sft_loss(model, micro_batch, answer_tokens, encoder)
+                        require_finite(loss, "the SFT loss", [name for _, _, name in micro_batch])
+                        loss.backward()
+                        batch_loss += loss.item()
+                    grad_norm = clip_gradient(model, config.max_grad_norm)
+                    optimizer_step(optimizer, scheduler)
+                at.step, at.batch = at.step + 1, at.batch + 1
+                at.loss, at.tokens = at.loss + batch_loss * answer_tokens, at.tokens + answer_tokens
+                line = f"step {at.step}/{steps}  loss {batch_loss:.3f}  grad norm {grad_norm:.2f}"
+                metrics.write({"step": at.step, "epoch": at.epoch, "loss": batch_loss, "grad_norm": grad_norm, "lr": learning_rate},
+                              line if at.step % config.log_every == 0 else None)  # fmt: skip
+                run.checkpoint(at.step, last=at.step == steps)
+                progress.update()
+
+            model.eval()
+            answers = answer_rows(model, encoder, task, evaluation, config.max_new_tokens, config.eval_batch_size, autocast)
+            scores = score_answers(task, evaluation, answers)
+            metrics.write(
+                {"step": at.step, "epoch": at.epoch, **{f"eval/{name}": value for name, value in scores.items()}},
+                f"epoch {at.epoch + 1}/{config.epochs}  loss {at.loss / at.tokens:.3f}  dev {metric_line(scores)}",
+            )
+            show_samples(task, evaluation, answers, config.show)
+            if at.best is None or scores[task.metric] > at.best[task.metric]:
+                at.best = scores | {"epoch": at.epoch + 1}
+                settings = {"tiny": tiny, "eval": at.best}
+                settings["fingerprint"] = fingerprint(model.merged_state() if config.lora_rank else model)
+                if config.lora_rank:  # the later stages read the merged model, the adapter is for whoever wants it
+                    own = make_record("sft", task, config, base=on, **settings)
+                    save_policy(model, encoder, directory / "adapter", own)
+                save_policy(model, encoder, directory, make_record("sft", task, config, **settings), config.lora_rank > 0)
+            at.epoch, at.batch, at.loss, at.tokens = at.epoch + 1, 0, 0.0, 0
+    say(f"best epoch {at.best['epoch']}: dev {metric_line(at.best)}; saved {directory}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ def parse_config(cls, argv=None, description=None):
     """An instance of the dataclass `cls` from flags and, with --config, a YAML or JSON file under them.
 
     Flags cannot be abbreviated; unknown ones, unknown file keys and values of the wrong type are InputErrors that name
-    them. A boolean field `x` has --x and --no-x. Fields without a default are required.
+    them. A boolean field `x` has --x and --no-x, one with metadata {"bare": value} may stand without a value. Fields
+    without a default are required. The instance's `given` names the fields that a flag or the file has set.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     comments = _comments(cls)
@@ -39,7 +40,9 @@ def parse_config(cls, argv=None, description=None):
         elif _is_list(field):
             parser.add_argument(f"--{name}", nargs="+", default=argparse.SUPPRESS, help=help_text)
         else:
-            parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=help_text)
+            bare = {"nargs": "?", "const": field.metadata["bare"]} if "bare" in field.metadata else {}
+            metavar = kind.__name__.upper()
+            parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=metavar, help=help_text, **bare)
     flags = vars(parser.parse_args(argv))
     values = {}
     config_file = flags.pop("config", None)
@@ -56,7 +59,9 @@ def parse_config(cls, argv=None, description=None):
     missing = [f"--{name}" for name in missing if name not in values]
     if missing:
         raise InputError(f"required: {', '.join(missing)} (--help lists the flags)")
-    return cls(**values)
+    config = cls(**values)
+    config.given = frozenset(values)
+    return config
 
 
 def _type(field):

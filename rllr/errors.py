@@ -1,4 +1,11 @@
-"""The two errors a person is meant to read, and how a script ends on them."""
+"""The errors a person is meant to read, and how a script ends on them.
+
+    exit code   0    done
+                1    the run cannot go on (RunError); what was good is saved
+                2    bad input (InputError); nothing was written
+                75   stopped by Ctrl-C or SIGTERM, state saved: the same command with --resume goes on
+                130  stopped at once, by a second signal or before training began
+"""
 
 import functools
 import sys
@@ -12,8 +19,12 @@ class RunError(RuntimeError):
     """A run that cannot go on (a loss that is not finite, a broken invariant). What was good is saved. Exit code 1."""
 
 
+class Stopped(Exception):
+    """A run that was asked to stop, and has saved its state. Exit code 75 (sysexits.h: try again later)."""
+
+
 def command(main):
-    """Decorator for a script's `main`: the two errors become one line on stderr and an exit code, not a traceback."""
+    """Decorator for a script's `main`: the errors above become one line on stderr and an exit code, not a traceback."""
 
     @functools.wraps(main)
     def run(*args, **kwargs):
@@ -22,6 +33,9 @@ def command(main):
         except (InputError, RunError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2 if isinstance(error, InputError) else 1)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(75)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

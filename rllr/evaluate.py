@@ -16,11 +16,12 @@ import numpy as np
 from .config import check_choice, check_positive, parse_config
 from .encoding import Encoder
 from .errors import InputError, command
+from .files import write_json
 from .model import load_policy, load_tokenizer
 from .rollout import generate
 from .splits import DataConfig, inherit, load_evaluation
 from .tasks import Example, Task, parse_answer
-from .training import check_same_task, read_record, resolve_task, say, set_up, task_of_record, write_json
+from .training import check_same_task, read_record, resolve_task, say, set_up, task_of_record
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from .errors import InputError
+from .files import write_json
 from .layout import batches_by_length, trim
-from .training import write_json
 
 STATISTICS = "score_statistics.json"
 MIN_STD = 1e-4  # a reward model whose scores on real answers spread less than this has learnt nothing
@@ -91,6 +91,13 @@ class RewardModelScorer:
         self.statistics, self.autocast = statistics, autocast
         if statistics:
             self.mean, self.variance, self.count = statistics.mean, statistics.std**2, statistics.count
+
+    def state_dict(self):
+        """What `running` has learnt of the scores so far."""
+        return {name: getattr(self, name, None) for name in ("mean", "variance", "count")}
+
+    def load_state_dict(self, state):
+        self.mean, self.variance, self.count = state["mean"], state["variance"], state["count"]
 
     @torch.no_grad()
     def __call__(self, samples):

@@ -6,13 +6,10 @@ has one place to stand.
 """
 
 import hashlib
-import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -20,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from .engine.attention import can_pack, packed_forward
 from .engine.linear import fast_linears
 from .errors import InputError
+from .files import disk_faults, saving_into, write_json, write_safetensors
 from .layout import response_places, unflatten
 from .peft_format import PREFIX, is_adapter
 
@@ -89,6 +87,18 @@ def _check_logits(model, name):
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
+_remote_code = {"allowed": False}
+
+
+def allow_remote_code(allowed):
+    """Whether Python code that lies beside a model's weights may run (--trust_remote_code). Without this call it may not."""
+    _remote_code["allowed"] = bool(allowed)
+
+
+def _trust():
+    return {"trust_remote_code": _remote_code["allowed"]}
+
+
 def load_policy(name_or_path, *, dtype=torch.float32, device="cpu"):
     """A causal LM by hub name or local directory, in eval mode (dropout off; training stages switch it on).
 
@@ -101,7 +111,9 @@ def load_policy(name_or_path, *, dtype=torch.float32, device="cpu"):
             raise InputError(f"{name_or_path}: holds a reward or value model's adapter, not a causal LM's")
         return _load_merged(name_or_path, dtype, device)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=dtype, output_loading_info=True, use_safetensors=True, **_trust()
+        )
     except LOADING_ERRORS as error:
         raise InputError(f"{name_or_path}: cannot be loaded as a causal LM: {_first_line(error)}") from error
     if info["missing_keys"]:
@@ -124,7 +136,7 @@ def load_tokenizer(name_or_path):
     """The tokenizer saved with a model. Raises InputError where there is none."""
     _require_model_directory(name_or_path)
     try:
-        return AutoTokenizer.from_pretrained(name_or_path)
+        return AutoTokenizer.from_pretrained(name_or_path, **_trust())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{name_or_path}: no tokenizer can be loaded: {_first_line(error)}") from error
 
@@ -222,15 +234,14 @@ class ScalarHeadModel(nn.Module):
         bias the directory loads as `AutoModelForSequenceClassification` with equal scores. That class reads the last token
         that is not `pad_token_id`, which therefore must differ from every stop id (`reward_pad_token_id`).
         """
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
         head = {HEAD_WEIGHT: self.head.weight} | ({HEAD_BIAS: self.head.bias} if self.has_bias else {})
-        if hasattr(self.backbone, "save_role"):  # a role on a shared base
-            self.backbone.save_role(path, head)
-        else:
-            self._save_whole(path, head, pad_token_id)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(path)
+        with disk_faults(f"model {path}"), saving_into(path) as temporary:
+            if hasattr(self.backbone, "save_role"):  # a role on a shared base
+                self.backbone.save_role(temporary, head)
+            else:
+                self._save_whole(temporary, head, pad_token_id)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
 
     def _save_whole(self, path, head, pad_token_id):
         prefix = AutoModelForCausalLM._model_mapping[type(self.config)].base_model_prefix
@@ -244,7 +255,7 @@ class ScalarHeadModel(nn.Module):
             "pad_token_id": pad_token_id,
         }
         config |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}, "dtype": "float32"}
-        (path / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+        write_json(path / "config.json", config)
 
 
 class RewardModel(ScalarHeadModel):
@@ -308,9 +319,11 @@ class ValueModel(ScalarHeadModel):
 def load_backbone(path, *, dtype=torch.float32, device="cpu"):
     """The decoder of a saved causal LM, reward or value model, without its head. InputError on missing weights."""
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, **_trust())
         config.pad_token_id = None  # ours never pads by id; an embedding would otherwise zero that row's gradient
-        backbone, info = AutoModel.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+        backbone, info = AutoModel.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, **_trust()
+        )
     except LOADING_ERRORS as error:
         raise InputError(f"{path}: cannot be loaded: {_first_line(error)}") from error
     if info["missing_keys"]:
@@ -339,13 +352,6 @@ def _find_head(path):
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: not a whole safetensors file: {_first_line(error)}") from error
     return found
-
-
-def write_safetensors(state, file):
-    """Tensors to one safetensors file, through a temporary name: a killed run leaves the old file or the new one."""
-    temporary = file.with_name(file.name + ".part")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary, {"format": "pt"})
-    os.replace(temporary, file)
 
 
 def reward_pad_token_id(tokenizer, stop_ids, vocabulary_size):

@@ -6,11 +6,10 @@ An adapter knows its base by name (`base_model_name_or_path`); our record beside
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
 from .errors import InputError
+from .files import read_safetensors, write_json, write_safetensors
 from .lora import Adapter, get_adapter, install, linear_modules, linear_shape
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -34,8 +33,6 @@ def save_adapter(model, name, directory, *, base=None, head=None):
     base: name of the base it belongs to (else the model's own name); head: {"score.weight": tensor} of a scalar head,
     which makes it a sequence classifier's adapter with `modules_to_save = ["score"]`.
     """
-    from .model import write_safetensors
-
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     adapter, modules, state = get_adapter(model, name), linear_modules(model), {}
@@ -54,7 +51,7 @@ def save_adapter(model, name, directory, *, base=None, head=None):
         "modules_to_save": ["score"] if head else None, "inference_mode": True,
     }  # fmt: skip
     write_safetensors(state, directory / WEIGHTS_FILE)
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / CONFIG_FILE, config)
 
 
 def load_adapter(model, directory, name) -> Adapter:
@@ -112,10 +109,4 @@ def read_adapter_config(directory) -> dict:
 
 
 def _read_weights(directory):
-    path = Path(directory) / WEIGHTS_FILE
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: not there; an adapter needs it beside {CONFIG_FILE}") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file: {error}") from None
+    return read_safetensors(Path(directory) / WEIGHTS_FILE)

@@ -20,7 +20,8 @@ from .errors import InputError, command
 from .lora import add_adapter, get_adapter, merge_adapter, merged_weights, use_adapter
 from .model import RewardModel, fingerprint, load_policy, load_tokenizer, read_head, reward_pad_token_id
 from .peft_format import load_adapter, read_adapter_config, save_adapter
-from .training import RECORD, check_run_directory, open_run_directory, read_record, save_policy, say, set_up, write_json
+from .files import RECORD, check_run_directory, open_run_directory, write_json
+from .training import read_record, save_policy, say, set_up
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

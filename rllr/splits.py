@@ -130,16 +130,21 @@ def inherit(config: DataConfig, record: dict, names=None):
     return contradictions
 
 
+def find_policy(config):
+    """(record, task) of the policy a later stage starts from; fills config.policy. InputError where there is none."""
+    config.policy = config.policy or f"runs/{load_task(config.task or 'demo').name}/sft"
+    if not Path(config.policy).is_dir() and config.policy.count("/") != 1:  # one slash may be a hub name
+        raise InputError(f"--policy {config.policy}: no such directory; train_sft.py makes one")
+    record = read_record(config.policy)
+    return record, resolve_task(config, record)
+
+
 def take_over(config):
     """(record, task, contradictions) of the policy a later stage starts from; fills config.policy and the data settings.
 
     InputError where there is no such policy, or where it was trained on another task.
     """
-    config.policy = config.policy or f"runs/{load_task(config.task or 'demo').name}/sft"
-    if not Path(config.policy).is_dir() and config.policy.count("/") != 1:  # one slash may be a hub name
-        raise InputError(f"--policy {config.policy}: no such directory; train_sft.py makes one")
-    record = read_record(config.policy)
-    task = resolve_task(config, record)
+    record, task = find_policy(config)
     contradictions = inherit(config, record)
     check_same_task(record, task, f"--policy {config.policy}")
     return record, task, contradictions

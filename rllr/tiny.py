@@ -20,12 +20,12 @@ from .config import check_choice, check_positive, check_range, parse_config
 from .dropout import set_dropout
 from .encoding import PLAIN_TEMPLATE, Encoder
 from .errors import InputError, command
+from .files import check_run_directory, open_run_directory
 from .logprobs import token_logprobs
 from .splits import DataConfig, load_splits
 from .tasks import load_task
 from .training import (
-    check_run_directory, make_optimizer, make_record, open_run_directory, optimizer_step, pack, save_policy, say, set_up,
-    show_config, shuffled_batches,
+    clip_gradient, make_optimizer, make_record, optimizer_step, pack, save_policy, say, set_up, show_config, shuffled_batches,
 )  # fmt: skip
 
 PAD, EOS = "<pad>", "<eos>"
@@ -111,7 +111,8 @@ def _warm_up(model, encoder, examples, task, config, seed, device, autocast):
             with autocast():
                 loss = -token_logprobs(model, sequences, prompt_lens, mask).sum()
             (loss / mask.sum()).backward()
-            optimizer_step(model, optimizer, scheduler, 1.0)
+            clip_gradient(model, 1.0)
+            optimizer_step(optimizer, scheduler)
             total, count = total + loss.item(), count + int(mask.sum())
             progress.update()
         say(

@@ -1,25 +1,21 @@
-"""What the three scripts share: run directories, records, metrics, optimiser and schedule, batches, console lines."""
+"""What the three scripts share: records, optimiser and schedule, finite numbers, batches, clock, console lines."""
 
 import ctypes
 import dataclasses
-import json
 import math
 import os
 import random
-import shutil
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from .errors import InputError, RunError
+from .files import RECORD, disk_faults, read_json, saving_into, write_json
 from .layout import pack_sequences
 from .tasks import Task, load_task
-
-RECORD = "rllr.json"  # beside every model we save: which stage made it, from what, on which rows
 
 
 def say(line):
@@ -27,9 +23,16 @@ def say(line):
     tqdm.write(str(line), file=sys.stdout)
 
 
-def set_up(precision, seed):
-    """Quiet libraries, the device, allocator settings. Returns (device, autocast): use `with autocast():` in forwards."""
+def set_up(precision, seed, deterministic=False):
+    """Quiet libraries, the device, allocator settings. Returns (device, autocast): use `with autocast():` in forwards.
+
+    deterministic: a GPU computes the same bits every time; an operation that cannot is named in a warning.
+    """
     import transformers
+
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -60,62 +63,7 @@ def keep_freed_memory():
     mallopt(M_TRIM_THRESHOLD, 2 * limit - 1)
 
 
-# ---- run directories and records -------------------------------------------------------------------------------------
-
-
-def check_run_directory(path, overwrite, inputs=()):
-    """The path of a run's output directory, once it is seen to be free; nothing is touched yet.
-
-    InputError where it already holds something, unless `overwrite`. --overwrite replaces a directory only if a run of
-    ours made it, and never one that holds an input of this run (`inputs`: the paths it reads from).
-    """
-    path = Path(path)
-    try:
-        if path.exists() and not path.is_dir():
-            raise InputError(f"--output_dir {path}: is a file")
-        ancestor = next(p for p in (path, *path.absolute().parents) if p.exists())
-        if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
-            raise InputError(
-                f"--output_dir {path}: cannot be written: {ancestor} is no directory that you may write to"
-            )
-        if path.is_dir() and any(path.iterdir()):
-            ours = (path / RECORD).is_file() or (path / "metrics.jsonl").is_file()
-            if not overwrite:
-                raise InputError(
-                    f"--output_dir {path}: already holds {'a run' if ours else 'files'}; give another or --overwrite"
-                )
-            if not ours:
-                raise InputError(f"--output_dir {path}: holds files that no run of rllr wrote; not overwriting them")
-            for name in filter(None, inputs):
-                if Path(name).exists() and Path(name).resolve().is_relative_to(path.resolve()):
-                    raise InputError(
-                        f"--output_dir {path}: --overwrite would delete {name}, which this run reads; give another"
-                    )
-    except OSError as error:
-        raise InputError(f"--output_dir {path}: cannot be read: {error.strerror or error}") from None
-    return path
-
-
-def open_run_directory(path, overwrite, inputs=()):
-    """Make a run's output directory, empty. InputErrors as `check_run_directory`, and where it cannot be written."""
-    path = check_run_directory(path, overwrite, inputs)
-    try:
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ".writable").touch()
-        (path / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"--output_dir {path}: cannot be written: {error.strerror or error}") from None
-    return path
-
-
-def write_json(path, value):
-    """A JSON file, through a temporary name: a killed run leaves the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+# ---- records -----------------------------------------------------------------------------------------------------------
 
 
 def read_record(model_dir):
@@ -123,10 +71,7 @@ def read_record(model_dir):
     path = Path(model_dir) / RECORD
     if not path.is_file():
         return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from None
+    record = read_json(path)
     try:
         assert isinstance(record, dict) and isinstance(record.get("data", {}), dict)
         task_of_record(record)
@@ -140,12 +85,11 @@ def save_policy(model, encoder, path, record, merged=False):
 
     Of an adapter on a shared base (`rllr.shared`) only the adapter, in PEFT's format; `merged`: the plain model.
     """
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     model.generation_config.eos_token_id = encoder.stop_ids if len(encoder.stop_ids) > 1 else encoder.stop_ids[0]
-    (model.save_merged if merged else model.save_pretrained)(path)
-    encoder.tokenizer.save_pretrained(path)
-    write_json(path / RECORD, record)
+    with disk_faults(f"model {path}"), saving_into(path) as temporary:
+        (model.save_merged if merged else model.save_pretrained)(temporary)
+        encoder.tokenizer.save_pretrained(temporary)
+        write_json(temporary / RECORD, record)
 
 
 def make_record(stage, task: Task, config, **more):
@@ -194,34 +138,6 @@ def check_same_task(record, task, path):
 def show_config(config, title):
     """The resolved configuration, one line per setting."""
     say(f"{title}: " + ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
-
-
-class MetricsLog:
-    """`metrics.jsonl`: one JSON object a step, and the same in a readable line."""
-
-    def __init__(self, directory):
-        self.file = open(Path(directory) / "metrics.jsonl", "a", encoding="utf-8")
-        self.start = time.monotonic()
-
-    def write(self, metrics, line=None):
-        metrics = {name: _plain(value) for name, value in metrics.items()}
-        metrics.setdefault("seconds", round(time.monotonic() - self.start, 3))
-        self.file.write(json.dumps(metrics) + "\n")
-        self.file.flush()
-        if line:
-            say(line)
-
-    def close(self):
-        self.file.close()
-
-
-def _plain(value):
-    """A number JSON can hold: tensors become floats, what is not finite becomes null."""
-    if isinstance(value, torch.Tensor):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 class Clock:
@@ -273,36 +189,45 @@ def make_optimizer(model, learning_rate, steps, *, warmup_share=0.0, schedule="l
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, factor(step)))
 
 
-def optimizer_step(model, optimizer, scheduler, max_grad_norm):
-    """Clip the gradient's norm, step, clear. Returns the norm before clipping; RunError, and no step, if it is not finite."""
+def clip_gradient(model, max_grad_norm):
+    """Scale a gradient down to this norm. Returns the norm before; RunError if it is not finite."""
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
     if not torch.isfinite(norm):
         raise RunError(f"the gradient's norm is {norm.item()}; stopped before the update.")
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-def require_finite(loss, what):
-    """Stop a run whose loss is not finite, before the optimiser spreads it."""
-    if not torch.isfinite(loss).all():
-        raise RunError(f"{what} is {loss.item()}; stopped before the update.")
+def optimizer_step(optimizer, scheduler):
+    """Step optimiser and learning rate, clear the gradient."""
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
-@contextmanager
-def name_faults(step, where):
-    """A RunError from inside also says at which step it came and `where` the last good state is."""
-    try:
-        yield
-    except RunError as error:
-        raise RunError(f"step {step}: {error} {where}") from None
+def require_finite(values, what, ids=()):
+    """Stop a run whose loss (a scalar), or one of whose rows [B] or [B, R], is not finite, before an optimiser spreads it.
+
+    ids: of the prompts, one per row of `values` or all that a loss is of.
+    """
+    finite = torch.isfinite(values)
+    if finite.all():
+        return
+    if values.dim():
+        bad = (~finite.flatten(1).all(1) if values.dim() > 1 else ~finite).nonzero().flatten().tolist()
+        ids, values = [ids[i] for i in bad] if ids else bad, values[bad[0]][~finite[bad[0]]].flatten()[0]
+    raise RunError(f"{what} is {values.item()}{name_ids(ids)}; stopped before the update.")
+
+
+def name_ids(ids, shown=5):
+    """What an error says of the rows it is about: (prompts a, b, ... of 12) after a space; nothing for no ids."""
+    named = ", ".join(map(str, ids[:shown])) + (f", ... of {len(ids)}" if len(ids) > shown else "")
+    return f" (prompt{'s' if len(ids) > 1 else ''} {named})" if ids else ""
 
 
 def shuffled_batches(rows, batch_size, seed, epoch):
     """Batches of an epoch in an order that depends on seed and epoch alone; the last one may be smaller.
 
-    Rows of similar length come together (little padding), the batches in random order. rows: (prompt ids, response ids).
+    Rows of similar length come together (little padding), the batches in random order. rows: (prompt ids, response ids, ...).
     """
     rng = random.Random(f"batches/{seed}/{epoch}")
     order = list(range(len(rows)))
@@ -317,8 +242,8 @@ def shuffled_batches(rows, batch_size, seed, epoch):
 
 
 def pack(rows, pad_token_id, device):
-    """(prompt ids, response ids) rows -> (sequences, prompt_lens, response_mask)."""
-    prompts, responses = zip(*rows)
+    """Rows that begin with (prompt ids, response ids) -> (sequences, prompt_lens, response_mask)."""
+    prompts, responses, *_ = zip(*rows)
     return pack_sequences(prompts, responses, pad_token_id, device)
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from .errors import RunError
+from .files import disk_faults, write_safetensors
 from .judge import Samples
 from .layout import trim
 from .logprobs import token_logprobs, token_logprobs_and_entropy
-from .model import write_safetensors
-from .ppo import policy_loss, value_loss
+from .ppo import kl_estimate, policy_loss, value_loss
 from .tasks import parse_answer
-from .training import optimizer_step, require_finite, split_rows
+from .training import clip_gradient, optimizer_step, require_finite, split_rows
 
 # |ratio - 1| on the first minibatch, where it must be 1: (mean, max) to warn at and to stop at.
 RATIO_WARN = {"fp32": (2e-5, 1e-3), "bf16": (2e-2, 0.5)}
@@ -33,6 +33,15 @@ class PromptStream:
             self.queue += self.order_rng.sample(range(len(self.examples)), len(self.examples))
         taken, self.queue = self.queue[: self.batch_size], self.queue[self.batch_size :]
         return [self.examples[i] for i in taken]
+
+    def state_dict(self):
+        return {"order": self.order_rng.getstate(), "minibatches": self.minibatch_rng.getstate(), "queue": list(self.queue)}
+
+    def load_state_dict(self, state):
+        for rng, name in ((self.order_rng, "order"), (self.minibatch_rng, "minibatches")):
+            version, numbers, gauss = state[name]
+            rng.setstate((version, tuple(numbers), gauss))
+        self.queue = list(state["queue"])
 
     def minibatch_plan(self, epochs, minibatches):
         """[epoch][minibatch] -> row indices of the rollout. Settled before scoring, so that old log-probabilities are
@@ -58,6 +67,7 @@ class Batch:
     entropy: torch.Tensor
     advantages: torch.Tensor | None = None
     returns: torch.Tensor | None = None
+    scores: torch.Tensor | None = None  # [B], of whole answers
 
     def rows(self, rows):
         """(sequences, prompt_lens, mask) of some rows, trimmed to their own width."""
@@ -70,9 +80,15 @@ class Batch:
 
 
 @torch.no_grad()
-def analyse(policy, reference, value_model, rollout, plan, config, autocast) -> Batch:
-    """Act 2: log-probabilities under policy and reference, values, entropy. All models in eval mode: no dropout."""
+def analyse(policy, reference, value_model, rollout, plan, config, autocast, ids=()) -> Batch:
+    """Act 2: log-probabilities under policy and reference, values, entropy. All models in eval mode: no dropout.
+
+    RunError, with the `ids` of the prompts, where a number is not finite or a mask does not count its answer's tokens.
+    """
     mask = rollout.response_mask
+    miscounted = (mask.sum(1) != rollout.response_lens).nonzero().flatten().tolist()
+    if miscounted:
+        raise RunError(f"the response mask of rows {miscounted[:5]} does not count their tokens; this is a bug.")
     zeros = lambda: torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)  # noqa: E731
     batch = Batch(rollout.sequences, rollout.prompt_lens, mask, zeros(), zeros(), zeros(), zeros())
     for minibatch in plan[0]:
@@ -84,7 +100,25 @@ def analyse(policy, reference, value_model, rollout, plan, config, autocast) -> 
                 batch.logprobs[rows, :width], batch.entropy[rows, :width] = logprobs, entropy
                 batch.ref_logprobs[rows, :width] = token_logprobs(reference, *packed, config.temperature)
                 batch.values[rows, :width] = value_model(*packed)
+    require_finite(rollout.rollout_logprobs, "a sampled token's log-probability", ids)
+    for name, what in (("logprobs", "the policy's log-probability"), ("ref_logprobs", "the reference's log-probability"),
+                       ("values", "the value model's output")):  # fmt: skip
+        require_finite(getattr(batch, name), what, ids)
     return batch
+
+
+def kl_within_bound(batch, config):
+    """Whether the rollout's mean KL to the reference, in nats per answer, is within --max_ref_kl. RunError if it is not and
+    --on_ref_kl is stop."""
+    kl = kl_estimate(batch.logprobs, batch.ref_logprobs).masked_fill(~batch.mask, 0.0).sum(1).mean().item()
+    if config.max_ref_kl is None or kl <= config.max_ref_kl:
+        return True
+    if config.on_ref_kl == "stop":
+        raise RunError(
+            f"the policy has left the SFT policy: {kl:.4g} nats per answer, more than --max_ref_kl {config.max_ref_kl:g}; take a "
+            "larger --kl_coef or a lower --learning_rate."
+        )
+    return False
 
 
 def samples_of(rollout, examples, task, encoder, gold) -> Samples:
@@ -103,18 +137,18 @@ def samples_of(rollout, examples, task, encoder, gold) -> Samples:
     )
 
 
-def improve(policy, value_model, policy_optimizer, value_optimizer, batch, plan, config, autocast) -> dict:
+def improve(policy, value_model, policy_optimizer, value_optimizer, batch, plan, config, autocast, ids=()) -> dict:
     """Act 6: PPO epochs over minibatches; policy and value model each have their optimiser and gradient clip.
 
     A minibatch's loss is normalised by its token count, so micro-batches add up to the same gradient. Returns the means
-    of the statistics over the updates. Raises RunError before a step whose loss is not finite, and where the first
-    minibatch's ratio is not 1.
+    of the statistics over the updates. Raises RunError, with the `ids` of the prompts, before a step whose loss or gradient is
+    not finite, and where the first minibatch's ratio is not 1.
     """
     history = []  # one dict of statistics per minibatch
     for minibatch in (minibatch for epoch in plan for minibatch in epoch):
         token_count = batch.mask[minibatch].sum()
         parts = [
-            _losses(policy, value_model, batch, rows, token_count, config, autocast)
+            _losses(policy, value_model, batch, rows, token_count, config, autocast, [ids[row] for row in rows] if ids else ())
             for rows in batch.micro_batches(minibatch, config)
         ]
         stats = {name: _combine(name, [part[name] for part in parts]) for name in parts[0]}
@@ -127,8 +161,11 @@ def improve(policy, value_model, policy_optimizer, value_optimizer, batch, plan,
             policy_optimizer[0].zero_grad(set_to_none=True)
             value_optimizer[0].zero_grad(set_to_none=True)
             break
-        stats["grad_norm_policy"] = optimizer_step(policy, *policy_optimizer, config.max_grad_norm)
-        stats["grad_norm_value"] = optimizer_step(value_model, *value_optimizer, config.max_grad_norm)
+        # Both gradients are seen to be finite before either model moves.
+        stats["grad_norm_policy"] = clip_gradient(policy, config.max_grad_norm)
+        stats["grad_norm_value"] = clip_gradient(value_model, config.max_grad_norm)
+        optimizer_step(*policy_optimizer)
+        optimizer_step(*value_optimizer)
     means = {}
     for name in history[0]:
         if not name.startswith("ratio_error"):
@@ -142,7 +179,7 @@ def _combine(name, values):
     return torch.stack(values).max() if name.endswith("_max") else torch.stack(values).sum()
 
 
-def _losses(policy, value_model, batch, rows, token_count, config, autocast):
+def _losses(policy, value_model, batch, rows, token_count, config, autocast, ids=()):
     """Backward of one micro-batch's share of both losses. Returns detached statistics that add up over the minibatch."""
     sequences, prompt_lens, mask = batch.rows(rows)
     width = mask.shape[1]
@@ -154,14 +191,14 @@ def _losses(policy, value_model, batch, rows, token_count, config, autocast):
     with autocast():
         new_logprobs = token_logprobs(policy, sequences, prompt_lens, mask, config.temperature)
     loss, stats = policy_loss(new_logprobs, old["logprobs"], old["advantages"], mask, config.clip, reduce=share)
-    require_finite(loss, "the policy loss")
+    require_finite(loss, "the policy loss", ids)
     loss.backward()
     with autocast():
         new_values = value_model(sequences, prompt_lens, mask)
     critic_loss, critic_stats = value_loss(
         new_values, old["values"], old["returns"], mask, config.value_clip, reduce=share
     )
-    require_finite(critic_loss, "the value loss")
+    require_finite(critic_loss, "the value loss", ids)
     critic_loss.backward()
     with torch.no_grad():
         error = ((new_logprobs - old["logprobs"]).masked_fill(~mask, 0.0).exp() - 1).abs()
@@ -185,12 +222,10 @@ def check_first_ratio(stats, precision):
     return mean
 
 
-def write_batch(path, rollout, batch, scores):
-    """The tensors of a failed step, for whoever looks into it."""
-    tensors = {
-        "sequences": batch.sequences, "prompt_lens": batch.prompt_lens, "response_mask": batch.mask.to(torch.uint8),
-        "logprobs": batch.logprobs, "ref_logprobs": batch.ref_logprobs, "values": batch.values, "scores": scores,
-        "rollout_logprobs": rollout.rollout_logprobs,
-    }  # fmt: skip
-    tensors |= {name: getattr(batch, name) for name in ("advantages", "returns") if getattr(batch, name) is not None}
-    write_safetensors(tensors, path)
+def write_batch(path, rollout, batch):
+    """The tensors of a failed step, for whoever looks into it. Returns a sentence that says where they are."""
+    tensors = {name: value for name, value in vars(batch).items() if value is not None}
+    tensors |= {"rollout_logprobs": rollout.rollout_logprobs, "response_mask": tensors.pop("mask").to(torch.uint8)}
+    with disk_faults(str(path)):
+        write_safetensors(tensors, path)
+    return f"The batch is in {path}."

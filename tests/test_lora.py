@@ -395,7 +395,7 @@ DAMAGES = {
     dora: r"adapter_config\.json: use_dora set; only plain LoRA",
     pissa: r"adapter_config\.json: init_lora_weights set",
     ia3: r"adapter_config\.json: peft_type 'IA3'; only LORA",
-    no_weights: r"adapter_model\.safetensors: not there",
+    no_weights: r"adapter_model\.safetensors: no such file",
     cut_weights: r"adapter_model\.safetensors: not a whole safetensors file",
     foreign_tensor: r"holds base_model\.model\.lm_head\.weight, which is no part",
     half_a_pair: r"lora_B is missing",

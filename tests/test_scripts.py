@@ -23,7 +23,7 @@ from rllr.encoding import Encoder
 from rllr.errors import RunError
 from rllr.model import RewardModel, load_policy, load_tokenizer
 from rllr.rewards import pairwise_accuracy
-from rllr.training import make_optimizer, optimizer_step, pack, read_record
+from rllr.training import clip_gradient, make_optimizer, optimizer_step, pack, read_record
 
 ROOT = Path(__file__).parent.parent
 
@@ -181,7 +181,7 @@ def test_reward_model_reports_and_stores_its_scores(toy):
 def test_reward_model_loads_as_a_sequence_classifier(toy):
     _, rows, encoder, (chosen, _) = training_pairs(toy, toy.label_rm)
     classifier = AutoModelForSequenceClassification.from_pretrained(toy.label_rm).eval()
-    sequences, prompt_lens, mask = pack([(prompt, answer) for prompt, answer, _ in rows], encoder.pad_id, "cpu")
+    sequences, prompt_lens, mask = pack([(prompt, answer) for prompt, answer, *_ in rows], encoder.pad_id, "cpu")
     attention = torch.arange(sequences.shape[1]) < (prompt_lens + mask.sum(1)).unsqueeze(1)
     with torch.no_grad():
         scores = classifier(input_ids=sequences, attention_mask=attention.long()).logits.squeeze(1)
@@ -449,7 +449,7 @@ def test_non_finite_reward_stops_before_the_update(toy, tmp_path, monkeypatch, c
         toy.ppo(tmp_path / "ppo", *flags, steps=3)
     message = capsys.readouterr().err
     assert stop.value.code == 1 and message.startswith(f"error: step {bad_step}: ") and message.count("\n") == 1
-    assert "policy loss is nan" in message and str(tmp_path / "ppo" / "last") in message
+    assert f"the label score is {value} (prompt train.jsonl:" in message and str(tmp_path / "ppo" / "last") in message
     assert generates(tmp_path / "ppo" / "last") and read_record(tmp_path / "ppo" / "last")["step"] == bad_step - 1
     assert same_weights(tmp_path / "ppo" / "last", toy.sft) == (bad_step == 1)
     assert len(read_metrics(tmp_path / "ppo", "judge/score")) == bad_step - 1
@@ -468,7 +468,8 @@ def test_a_gradient_that_is_not_finite_makes_no_step(value):
     model(torch.ones(1, 2)).sum().backward()
     model.weight.grad[0, 1] = value
     with pytest.raises(RunError, match=f"norm is {value}"):
-        optimizer_step(model, optimizer, scheduler, 1.0)
+        clip_gradient(model, 1.0)
+        optimizer_step(optimizer, scheduler)
     assert torch.equal(model.weight, before)
 
 

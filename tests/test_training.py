@@ -4,7 +4,6 @@ import json
 import math
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,94 +22,16 @@ from rllr.ppo import policy_loss, value_loss
 from rllr.rollout import generate
 from rllr.splits import DataConfig, inherit
 from rllr.tasks import TASKS, Task
+from rllr.files import RECORD
 from rllr.training import (
-    RECORD, Clock, MetricsLog, check_run_directory, check_same_task, make_optimizer, make_record, open_run_directory,
-    name_faults, optimizer_step, pack, read_record, require_finite, resolve_task, save_policy, shuffled_batches, split_rows,
-    task_of_record, write_json,
+    Clock, check_same_task, clip_gradient, make_optimizer, make_record, optimizer_step, pack, read_record, require_finite,
+    resolve_task, save_policy, shuffled_batches, split_rows, task_of_record,
 )  # fmt: skip
 from rllr.update import Batch, _losses, analyse, improve
 from train_rm import rm_loss
 from train_sft import sft_loss
 
 OWN = Task("own", ("x", "y"), "{text} {instruction}", metric="macro_f1", answer_format="label")
-
-
-# ---- run directories
-
-
-def test_a_new_run_directory_is_made_with_its_parents(tmp_path):
-    path = open_run_directory(str(tmp_path / "runs" / "task" / "sft"), overwrite=False)
-    assert path == tmp_path / "runs" / "task" / "sft" and list(path.iterdir()) == []
-    assert open_run_directory(path, overwrite=False) == path  # empty: nothing to lose
-
-
-@pytest.mark.parametrize("ours", [RECORD, "metrics.jsonl"])
-def test_a_run_is_replaced_only_with_overwrite(tmp_path, ours):
-    (tmp_path / ours).write_text("{}")
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "model.safetensors").write_text("weights")
-    with pytest.raises(InputError, match=f"^--output_dir {tmp_path}: already holds a run; give another or --overwrite"):
-        open_run_directory(tmp_path, overwrite=False)
-    assert (tmp_path / "sub" / "model.safetensors").exists()
-    assert list(open_run_directory(tmp_path, overwrite=True).iterdir()) == []
-
-
-def test_files_of_others_are_never_removed(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="already holds files; give another"):
-        open_run_directory(tmp_path, overwrite=False)
-    with pytest.raises(InputError, match="holds files that no run of rllr wrote; not overwriting them"):
-        open_run_directory(tmp_path, overwrite=True)
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_file_in_the_way(tmp_path, overwrite):
-    (tmp_path / "file").write_text("kept")
-    with pytest.raises(InputError, match=f"^--output_dir {tmp_path}/file: is a file"):
-        open_run_directory(tmp_path / "file", overwrite)
-    with pytest.raises(InputError, match=f"{tmp_path}/file/sft: cannot be written: {tmp_path}/file is no directory"):
-        open_run_directory(tmp_path / "file" / "sft", overwrite)
-    assert (tmp_path / "file").read_text() == "kept"
-
-
-def test_checking_a_run_directory_touches_nothing(tmp_path):
-    assert check_run_directory(str(tmp_path / "new"), overwrite=False) == tmp_path / "new"
-    assert not (tmp_path / "new").exists()
-    (tmp_path / "metrics.jsonl").write_text("{}")
-    assert check_run_directory(tmp_path, overwrite=True) == tmp_path and (tmp_path / "metrics.jsonl").exists()
-    with pytest.raises(InputError, match="already holds a run"):
-        check_run_directory(tmp_path, overwrite=False)
-
-
-@pytest.mark.parametrize("opened", [check_run_directory, open_run_directory])
-def test_overwrite_never_removes_what_the_run_reads(tmp_path, opened):
-    run, data = tmp_path / "run", tmp_path / "run" / "data" / "train.jsonl"
-    data.parent.mkdir(parents=True)
-    for file in (run / RECORD, data, tmp_path / "other.jsonl"):
-        file.write_text("{}")
-    for inside in (data, run, run / "data" / ".." / "data"):
-        with pytest.raises(InputError, match=f"--overwrite would delete {inside}, which this run reads"):
-            opened(run, True, inputs=[None, str(inside)])
-    assert data.exists()
-    opened(run, True, inputs=[None, "", str(tmp_path / "other.jsonl"), str(run / "none"), str(tmp_path), "org/model"])
-
-
-def test_a_directory_that_may_not_be_written_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(rllr.training.os, "access", lambda path, mode: False)
-    for path in (tmp_path, tmp_path / "a" / "b"):
-        with pytest.raises(InputError, match=f"{path}: cannot be written: {tmp_path} is no directory that you"):
-            check_run_directory(path, overwrite=False)
-
-
-@pytest.mark.parametrize("denied", ["mkdir", "touch"])
-def test_no_permission(tmp_path, monkeypatch, denied):
-    def refuse(*args, **options):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, denied, refuse)
-    with pytest.raises(InputError, match=f"^--output_dir {tmp_path}/x: cannot be written: Permission denied"):
-        open_run_directory(tmp_path / "x", overwrite=False)
 
 
 # ---- records and tasks
@@ -149,18 +70,6 @@ def test_records_that_are_not_there_or_damaged(tmp_path):
             read_record(tmp_path)
 
 
-def test_write_json_leaves_the_old_file_or_the_new_one(tmp_path):
-    write_json(tmp_path / "a.json", {"é": [1.5, None]})
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": [1.5, None]}
-    recursive = []
-    recursive.append(recursive)
-    with pytest.raises(ValueError):  # what cannot be written leaves the old file
-        write_json(tmp_path / "a.json", recursive)
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": [1.5, None]}
-    write_json(tmp_path / "a.json", [])
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-
-
 def test_resolve_task():
     record = json.loads(json.dumps(make_record("sft", OWN, DataConfig(task="tasks/own.yaml"))))
     for name in (None, "own", "tasks/own.yaml"):  # a later stage needs no --task, and not the file either
@@ -191,29 +100,7 @@ def test_inherit_fills_what_is_not_given_and_names_contradictions():
     assert inherit(DataConfig(labelled=3), {}) == []
 
 
-# ---- metrics
-
-
-def strictly(line):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
-
-    return json.loads(line, parse_constant=refuse)
-
-
-def test_metrics_are_valid_json_line_by_line(tmp_path, capsys):
-    log = MetricsLog(tmp_path)
-    log.write({"step": 1, "loss": torch.tensor(0.5), "bad": float("nan"), "worse": torch.tensor(math.inf), "n": None})
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # there at once, not when the run ends
-    row = strictly(lines[0])
-    assert row.pop("seconds") >= 0
-    assert row == {"step": 1, "loss": 0.5, "bad": None, "worse": None, "n": None}
-    log.write({"step": torch.tensor(2), "minus": -math.inf, "seconds": 7, "name": "é"}, "a readable line")
-    log.close()
-    assert capsys.readouterr().out == "a readable line\n"
-    MetricsLog(tmp_path).write({"step": 3})  # a log is continued
-    rows = [strictly(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert rows[1] == {"step": 2, "minus": None, "seconds": 7, "name": "é"} and rows[2]["step"] == 3
+# ---- the clock
 
 
 def test_clock(monkeypatch):
@@ -260,32 +147,40 @@ def test_weight_decay_spares_biases_norms_and_what_is_frozen():
     assert groups[0.0] == [id(p) for p in (model[0].bias, model[1].weight, model[1].bias, model[2].bias)]
 
 
-def test_optimizer_step_clips_and_returns_the_norm_before():
+def test_the_gradient_is_clipped_and_its_norm_before_is_returned():
     model = torch.nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         model.weight.fill_(0)
     model.weight.grad = torch.tensor([[-6.0]])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    assert float(optimizer_step(model, optimizer, scheduler, 1.5)) == 6
+    assert float(clip_gradient(model, 1.5)) == 6
+    optimizer_step(optimizer, scheduler)
     assert float(model.weight) == pytest.approx(1.5, rel=1e-5) and model.weight.grad is None
     assert scheduler.get_last_lr() == [0.5]
     model.weight.grad = torch.tensor([[-1.0]])
-    optimizer_step(model, optimizer, scheduler, 1.5)  # below the limit: as it is
+    clip_gradient(model, 1.5)  # below the limit: as it is
+    optimizer_step(optimizer, scheduler)
     assert float(model.weight) == pytest.approx(2.0, rel=1e-5)
     model.weight.grad = torch.tensor([[math.nan]])
     with pytest.raises(RunError, match="^the gradient's norm is nan; stopped before the update"):
-        optimizer_step(model, optimizer, scheduler, 1.5)
-    assert float(model.weight) == pytest.approx(2.0, rel=1e-5)
+        clip_gradient(model, 1.5)
 
 
 @pytest.mark.parametrize("value, shown", [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
-def test_a_loss_that_is_not_finite_stops_the_run(value, shown):
-    with name_faults(7, "The rest is in runs/x."):
-        require_finite(torch.tensor(3.0), "the loss")
-    with pytest.raises(RunError, match=f"^step 7: the loss is {shown}; stopped before the update. The rest is in runs/x.$"):
-        with name_faults(7, "The rest is in runs/x."):
-            require_finite(torch.tensor(value), "the loss")
+def test_what_is_not_finite_stops_the_run_and_is_named(value, shown):
+    require_finite(torch.tensor(3.0), "the loss", ["a"])
+    require_finite(torch.ones(2, 3), "the score", ["a", "b"])
+    with pytest.raises(RunError, match=f"^the loss is {shown}; stopped before the update.$"):
+        require_finite(torch.tensor(value), "the loss")
+    with pytest.raises(RunError, match=rf"^the loss is {shown} \(prompts a, b, c, d, e, ... of 7\); stopped"):
+        require_finite(torch.tensor(value), "the loss", list("abcdefg"))
+    with pytest.raises(RunError, match=rf"^the score is {shown} \(prompt b\); stopped"):
+        require_finite(torch.tensor([1.0, value, 2.0]), "the score", ["a", "b", "c"])
+    rows = torch.zeros(3, 4)
+    rows[0, 3] = rows[2, 1] = value
+    with pytest.raises(RunError, match=rf"^the values is {shown} \(prompts a, c\); stopped"):
+        require_finite(rows, "the values", ["a", "b", "c"])
 
 
 # ---- batches

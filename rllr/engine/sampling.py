@@ -61,5 +61,6 @@ def inverse_cdf(logits, uniform):
     end = inside[:, -1:]
     at = torch.minimum((share * end).clamp_(min=0.0), torch.nextafter(end, torch.zeros_like(end)))
     token = (block * BLOCK + torch.searchsorted(inside, at, right=True)).squeeze(1)
+    token.clamp_(max=vocabulary - 1)  # only NaN gets beyond; it is to reach the log-probability, where it is looked for
     logprob = (logits.gather(1, token.unsqueeze(1)) - top).double() - total.log()
     return token, logprob.squeeze(1).float()

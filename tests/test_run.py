@@ -1,0 +1,558 @@
+"""The life of a run: what --resume accepts and refuses, damage, signals, faults, a full disk, bounds while running."""
+
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import train_ppo
+import train_rm
+import train_sft
+from test_resume import stage_of
+from toy_runs import read_metrics, run
+
+import rllr.checkpoint
+import rllr.files
+import rllr.run
+import rllr.update
+from rllr.checkpoint import MANIFEST, STATE, TENSORS, damage, join_tensors, list_checkpoints, read_checkpoint, split_tensors, write_checkpoint
+from rllr.errors import InputError, RunError
+from rllr.model import load_policy
+from rllr.run import MetricsLog, StopRequest
+
+# ---- metrics
+
+
+def strictly(line):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def test_metrics_are_valid_json_line_by_line(tmp_path, capsys):
+    log = MetricsLog(tmp_path)
+    log.write({"step": 1, "loss": torch.tensor(0.5), "bad": float("nan"), "worse": torch.tensor(math.inf), "n": None})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # there at once, not when the run ends
+    row = strictly(lines[0])
+    assert row.pop("seconds") >= 0
+    assert row == {"step": 1, "loss": 0.5, "bad": None, "worse": None, "n": None}
+    log.write({"step": torch.tensor(2), "minus": -math.inf, "seconds": 7, "name": "é"}, "a readable line")
+    log.close()
+    assert capsys.readouterr().out == "a readable line\n"
+    MetricsLog(tmp_path).write({"step": 3})  # a log is continued
+    rows = [strictly(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[1] == {"step": 2, "minus": None, "seconds": 7, "name": "é"} and rows[2]["step"] == 3
+
+
+def test_metrics_go_on_where_the_checkpoint_was(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in (1, 2):
+        log.write({"step": step})
+    state = log.state_dict()
+    log.write({"step": 3})
+    log.file.write('{"step": 4, "lo')  # the line that was being written when the power went
+    log.close()
+    again = MetricsLog(tmp_path)
+    again.load_state_dict(state)
+    again.write({"step": 3})
+    again.close()
+    rows = [strictly(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3] and rows[2]["seconds"] >= rows[1]["seconds"]
+
+
+# ---- checkpoints on disk
+
+
+def state(step=3):
+    return {"step": step, "parts": {"model": {"w.a": torch.randn(4, 3)}, "rng": [3, (1, 2), None], "odd": {0: {"x": torch.tensor(1.5)}},
+            "best": [0.1, -math.inf], "name": "é", "flag": True}}  # fmt: skip
+
+
+def test_a_state_comes_back(tmp_path):
+    wanted = state()
+    write_checkpoint(tmp_path, 3, wanted, keep_last=2)
+    found = read_checkpoint(tmp_path / "checkpoints" / "step-000003")
+    parts = found["parts"]
+    assert torch.equal(parts["model"]["w.a"], wanted["parts"]["model"]["w.a"]) and parts["odd"][0]["x"].item() == 1.5
+    assert parts["rng"] == [3, [1, 2], None] and parts["best"] == [0.1, -math.inf]
+    assert (parts["name"], parts["flag"], found["step"]) == ("é", True, 3)
+
+
+def test_states_that_look_like_our_own_marks():
+    for wanted in ({"tensor": "x"}, {"pairs": [[1, 2]]}, {"tensor": torch.ones(1)}, {1: 2}, {}, []):
+        tensors = {}
+        plain = json.loads(json.dumps(split_tensors(wanted, tensors)))
+        assert str(join_tensors(plain, tensors)) == str(wanted)
+    with pytest.raises(TypeError, match="a.0: a checkpoint cannot hold a set"):
+        split_tensors({"a": [set()]}, {})
+
+
+def test_the_last_ones_are_kept(tmp_path):
+    for step in (1, 2, 3, 4):
+        write_checkpoint(tmp_path, step, state(step), keep_last=3)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000004", "step-000003", "step-000002"]
+    write_checkpoint(tmp_path, 3, state(3), keep_last=3)  # gone on with from an earlier step: what came after is another run's
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000003", "step-000002"]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGE = {
+    "a torn file": (TENSORS, cut, "bytes, and not what manifest.json says"),
+    "a flipped bit in the tensors": (TENSORS, flip, "its SHA-256 differs"),
+    "a flipped bit in the state": (STATE, flip, "its SHA-256 differs"),
+    "a lost file": (STATE, Path.unlink, "No such file"),
+    "a lost manifest": (MANIFEST, Path.unlink, "manifest.json: no such file"),
+    "a torn manifest": (MANIFEST, cut, None),
+    "an empty manifest": (MANIFEST, lambda path: path.write_text("{}"), "is not a manifest"),
+    "another format": (MANIFEST, lambda path: path.write_text('{"format": 99, "files": {}}'), "reads format 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_seen(tmp_path, name):
+    file, harm, words = DAMAGE[name]
+    path = write_checkpoint(tmp_path, 3, state(), keep_last=2)
+    assert damage(path) is None
+    harm(path / file)
+    if name == "a torn manifest":
+        harm(path / file), harm(path / file)  # the last character is a line's end
+        words = "not valid JSON"
+    assert words in damage(path)
+    with pytest.raises(InputError, match=f"^checkpoint {path}: "):
+        read_checkpoint(path)
+
+
+# ---- what --resume accepts and refuses
+
+
+@pytest.fixture(scope="session")
+def stopped(toy, tmp_path_factory):
+    """{stage: directory} of runs that stopped half-way, with checkpoints at steps 4 and 8. Copy before use."""
+    made = {}
+    for name in ("sft/full", "rm/full", "ppo/gold"):
+        directory = tmp_path_factory.mktemp("stopped") / "run"
+        main, flags = stage_of(toy, name, directory)
+
+        def asked(self, step, last=False, plain=rllr.run.Run.checkpoint):
+            self.request.name = "SIGTERM" if step == 8 else None
+            plain(self, step, last)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(rllr.run.Run, "checkpoint", asked)
+            run(main, *flags)
+        made[name[: name.index("/")]] = directory
+    return made
+
+
+@pytest.fixture
+def copy_of(stopped, tmp_path):
+    def copied(stage):
+        return Path(shutil.copytree(stopped[stage], tmp_path / "run"))
+
+    return copied
+
+
+MAINS = {"sft": train_sft.main, "rm": train_rm.main, "ppo": train_ppo.main}
+
+
+def refused(capsys, stage, *flags, code=2):
+    """What a script says when it ends with an error, in one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run(MAINS[stage], *flags)
+    error = capsys.readouterr().err
+    assert ended.value.code == code and error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+CHANGED = {
+    "sft": ["--seed 1", "--batch_size 4", "--learning_rate 1e-3", "--precision bf16", "--labelled 30", "--weight_decay 0.5", "--lora_rank 2"],
+    "rm": ["--seed 1", "--batch_size 4", "--pairs rationale", "--margin 0.5", "--label_pairs drawn"],
+    "ppo": ["--seed 1", "--rollout_prompts 4", "--minibatches 4", "--ppo_epochs 3", "--reward label", "--kl_coef 0.2", "--temperature 0.5"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage, flag", [(stage, flag) for stage in CHANGED for flag in CHANGED[stage]])
+def test_another_setting_would_be_another_run(copy_of, capsys, stage, flag):
+    directory = copy_of(stage)
+    name, value = flag.split()
+    before = json.loads((directory / "run.json").read_text())
+    error = refused(capsys, stage, "--resume", directory, name, value)
+    shown = type(before["config"][name[2:]])(value) if before["config"][name[2:]] is not None else value
+    assert f"this would be another run: {name} {shown} (the run has {before['config'][name[2:]]})" in error
+    assert json.loads((directory / "run.json").read_text()) == before and len(list_checkpoints(directory)) == 2
+
+
+def test_all_refused_settings_are_named_at_once(copy_of, capsys):
+    error = refused(capsys, "ppo", "--resume", copy_of("ppo"), "--seed", 9, "--gamma", 0.5, "--steps", 12)
+    assert "--seed 9 (the run has 0)" in error and "--gamma 0.5 (the run has 1.0)" in error and "steps" not in error
+
+
+@pytest.mark.parametrize("stage, flags", [
+    ("sft", "--log_every 3 --show 1 --save_every 2 --keep_last 5"), ("rm", "--log_every 2 --epochs 3"),
+    ("ppo", "--steps 9 --log_every 1 --show_every 1 --save_every 1 --max_ref_kl 55"),
+])  # fmt: skip
+def test_what_is_printed_kept_and_how_long_it_goes_may_change(copy_of, stage, flags):
+    directory = copy_of(stage)
+    output = run(MAINS[stage], "--resume", directory, *flags.split())
+    assert "resumed from" in output and "another run" not in output
+    if stage == "ppo":
+        assert read_metrics(directory, "judge/score")[-1]["step"] == 9
+    if stage == "sft":
+        assert len(list_checkpoints(directory)) == 5
+
+
+def test_smaller_micro_batches_go_on_with_a_warning(copy_of):
+    """They change no gradient, only rounding; and a run that ran out of memory needs them."""
+    output = run(train_ppo.main, "--resume", copy_of("ppo"), "--micro_batch_size", 1)
+    assert "warning: --micro_batch_size 1 (the run began with 2): equal to rounding from here on, not to the bit" in output
+
+
+def edit(path, old, new):
+    content = path.read_text()
+    assert old in content
+    path.write_text(content.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("stage", MAINS)
+@pytest.mark.parametrize("file, flag", [("train", "--train_file"), ("dev", "--eval_file")])
+def test_other_data_under_the_same_name(copy_of, toy, tmp_path, capsys, stage, file, flag):
+    directory, path = copy_of(stage), tmp_path / f"{file}.jsonl"
+    shutil.copy(getattr(toy, file), path)
+    error = None
+    run_again = ["--resume", directory, flag, path]
+    if stage == "ppo":
+        run(MAINS[stage], *run_again, "--steps", 9)  # a file of another name with the same rows is the same
+    row = json.loads(path.read_text().splitlines()[1])
+    edit(path, row["text"], row["text"] + " indeed")
+    error = refused(capsys, stage, *run_again)
+    assert f"this would be another run: {flag} {path} holds " in error and ", the run began with " in error
+
+
+def test_another_model_under_the_same_name(copy_of, toy, tmp_path, capsys):
+    other = shutil.copytree(toy.sft, tmp_path / "other")
+    model = load_policy(other)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[7] += 1e-3
+    model.save_pretrained(other)
+    for stage, flag in (("sft", "--model"), ("ppo", "--policy")):
+        directory = copy_of(stage)
+        assert f"another run: {flag} {other} holds " in refused(capsys, stage, "--resume", directory, flag, other)
+        shutil.rmtree(directory)
+
+
+def test_directories_that_hold_no_run(copy_of, toy, tmp_path, capsys):
+    directory = copy_of("ppo")
+    policy = ["--policy", toy.sft]
+    assert "no such run or checkpoint directory" in refused(capsys, "ppo", "--resume", tmp_path / "none")
+    assert "is neither a run's directory nor one of its checkpoints" in refused(capsys, "ppo", "--resume", tmp_path)
+    assert "holds no run.json" in refused(capsys, "ppo", *policy, "--output_dir", toy.sft.parent, "--resume")
+    assert "is a run of train_ppo.py, not of train_sft.py" in refused(capsys, "sft", "--resume", directory, "--epochs", 3)
+    assert "belongs to the run in" in refused(capsys, "ppo", "--resume", directory, "--output_dir", tmp_path / "else")
+    assert "--overwrite deletes it" in refused(capsys, "ppo", "--resume", directory, "--overwrite")
+    assert "already holds a run; give another, --resume or --overwrite" in refused(
+        capsys, "ppo", *policy, "--reward", "gold", "--output_dir", directory
+    )
+    (directory / "run.json").write_text("[]")
+    shutil.rmtree(directory / "checkpoints")
+    assert "is not the record of a run" in refused(capsys, "ppo", "--resume", directory)
+
+
+def test_nothing_to_resume_is_said_and_the_run_begins(toy, tmp_path):
+    main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
+    output = run(main, *flags, "--resume", "--steps", 2, "--save_every", 0)
+    assert f"nothing to resume in {tmp_path / 'run'}: the run starts from the beginning" in output
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    output = run(main, "--resume", tmp_path / "run", "--steps", 3)
+    assert "no checkpoint yet" in output and [line["step"] for line in read_metrics(tmp_path / "run", "judge/score")] == [1, 2, 3]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(copy_of, capsys):
+    directory = copy_of("rm")
+    newest, before = list_checkpoints(directory)
+    flip(newest / TENSORS)
+    output = run(train_rm.main, "--resume", directory)
+    assert f"warning: checkpoint {newest} is damaged: {TENSORS} is not the file that was written" in output
+    assert f"resumed from {before}" in output
+    assert [line["step"] for line in read_metrics(directory, "loss")] == list(range(1, 16))
+
+
+def test_no_whole_checkpoint_is_left(copy_of, capsys):
+    directory = copy_of("rm")
+    for path in list_checkpoints(directory):
+        cut(path / STATE)
+    before = sorted(directory.rglob("*"))
+    assert f"no whole checkpoint in {directory / 'checkpoints'}" in refused(capsys, "rm", "--resume", directory)
+    assert sorted(directory.rglob("*")) == before
+
+
+def test_an_older_checkpoint_by_name(copy_of):
+    directory = copy_of("ppo")
+    output = run(train_ppo.main, "--resume", directory / "checkpoints" / "step-000004", "--steps", 6)
+    assert "step-000004" in output
+    assert [line["step"] for line in read_metrics(directory, "judge/score")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_that_does_not_fit_is_named(copy_of, capsys):
+    """Whole by its hashes, but not a state of this run: an error of ours, not a traceback from the depths."""
+    directory = copy_of("sft")
+    path = list_checkpoints(directory)[0]
+    for harm, words in (
+        (lambda s: s["parts"].pop("optimizer"), "optimizer"),
+        (lambda s: s["parts"]["at"].update(colour=1), "at: it counts"),
+        (lambda s: s["parts"]["model"].popitem(), "model: its weights are other ones"),
+        (lambda s: s["parts"].update(scheduler=3), "scheduler"),
+        (lambda s: s["parts"]["streams"].update(python=[3, [1], None]), "streams"),
+        (lambda s: s["parts"]["metrics"].update(bytes="many"), "metrics"),
+        (lambda s: s["parts"]["streams"].update(torch=torch.zeros(3, dtype=torch.uint8)), "streams"),
+    ):
+        whole = read_checkpoint(path)
+        changed = read_checkpoint(path)
+        harm(changed)
+        write_checkpoint(directory, 8, changed, keep_last=2)
+        assert f"checkpoint {path}: its state.json does not fit this run: {words}" in refused(capsys, "sft", "--resume", directory)
+        write_checkpoint(directory, 8, whole, keep_last=2)
+
+
+def test_another_machine_is_named(copy_of, monkeypatch):
+    now = rllr.run.machine()
+    monkeypatch.setattr(rllr.run, "machine", lambda: now | {"threads": 64, "device": "NVIDIA H200"})
+    output = run(train_ppo.main, "--resume", copy_of("ppo"), "--steps", 9)
+    assert f"warning: threads 64, the run began with {now['threads']}: equal to rounding from here on, not to the bit" in output
+    assert "warning: device NVIDIA H200, the run began with cpu" in output
+
+
+# ---- signals
+
+
+def test_a_second_signal_stops_at_once():
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_second_signal_ends_the_script_with_130(toy, tmp_path, monkeypatch, capsys):
+    main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
+
+    def twice(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train_ppo, "generate", twice)
+    with pytest.raises(SystemExit) as ended:
+        run(main, *flags)
+    assert ended.value.code == 130 and capsys.readouterr().err.endswith("interrupted\n")
+
+
+# ---- faults: the state before them is saved, the message names tensor, step and prompts
+
+
+def poisoned(plain, step, harm):
+    """A function whose `step`-th result is harmed."""
+    calls = []
+
+    def function(*arguments, **options):
+        result = plain(*arguments, **options)
+        calls.append(1)
+        return harm(result) if len(calls) == step else result
+
+    return function
+
+
+def test_a_loss_that_is_no_number(toy, tmp_path, monkeypatch, capsys):
+    main, flags = stage_of(toy, "sft/full", tmp_path / "run")
+    monkeypatch.setattr(train_sft, "sft_loss", poisoned(train_sft.sft_loss, 12, lambda loss: loss * math.nan))
+    error = refused(capsys, "sft", *flags, code=1)
+    path = tmp_path / "run" / "checkpoints" / "step-000006"
+    assert "error: step 7: the SFT loss is nan (prompts train.jsonl:" in error and f"The state before it is in {path}." in error
+    monkeypatch.undo()
+    output = run(main, "--resume", tmp_path / "run")
+    assert f"resumed from {path}" in output
+
+
+def test_the_state_before_a_fault_is_the_state_before_the_step(toy, tmp_path, monkeypatch, capsys):
+    """The fault comes in the middle of a step, after dropout has drawn: resumed, the run is the one without the fault."""
+    from test_resume import assert_same_run
+
+    for name in ("rm/full", "ppo/gold"):
+        stage = name[: name.index("/")]
+        main, flags = stage_of(toy, name, tmp_path / stage / "whole")
+        run(main, *flags)
+        main, flags = stage_of(toy, name, tmp_path / stage / "run")
+        module, function, call = (train_rm, "rm_loss", 14) if stage == "rm" else (rllr.update, "_losses", 24)
+        with monkeypatch.context() as patch:
+            harm = lambda result: (_ for _ in ()).throw(RunError("the loss is odd."))  # noqa: E731
+            patch.setattr(module, function, poisoned(getattr(module, function), call, harm))
+            error = refused(capsys, stage, *flags, code=1)
+        assert "The state before it is in" in error or "The newest checkpoint is" in error
+        shutil.rmtree(tmp_path / stage / "run" / "last", ignore_errors=True)
+        (tmp_path / stage / "run" / "failed_batch.safetensors").unlink(missing_ok=True)
+        run(main, *flags, "--resume")
+        assert_same_run(tmp_path / stage / "whole", tmp_path / stage / "run")
+
+
+def nan_in_row(row, value=math.nan):
+    def harm(result):
+        tensor = result[0] if isinstance(result, tuple) else result
+        tensor[row] = value
+        return result
+
+    return harm
+
+
+def test_a_reward_that_is_no_number(toy, tmp_path, monkeypatch, capsys):
+    main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
+    monkeypatch.setattr(rllr.roles, "gold_reward", poisoned(rllr.roles.gold_reward, 3, nan_in_row(5)))
+    error = refused(capsys, "ppo", *flags, code=1)
+    found = list_checkpoints(tmp_path / "run")[0]
+    assert "error: step 3: the label score is nan (prompt train.jsonl:" in error and f"in {found}." in error and found.name == "step-000002"
+    assert (tmp_path / "run" / "last" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("what, words", [
+    ("policy", "a sampled token's log-probability is nan"), ("value_model", "the value model's output is"),
+])  # fmt: skip
+def test_weights_that_explode(toy, tmp_path, monkeypatch, capsys, what, words):
+    """Inf in the logits; a value model that explodes: in the fourth step, after three good ones."""
+    main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
+    plain, models = rllr.update.improve, {}
+
+    def exploding(policy, value_model, *rest):
+        stats = plain(policy, value_model, *rest)
+        models[0] = models.get(0, 0) + 1
+        if models[0] == 3:
+            with torch.no_grad():
+                target = policy.get_output_embeddings().weight if what == "policy" else value_model.head.bias
+                target.fill_(math.inf)
+        return stats
+
+    monkeypatch.setattr(train_ppo, "improve", exploding)
+    error = refused(capsys, "ppo", *flags, "--save_every", 1, "--eval_every", 99, code=1)
+    assert f"error: step 4: {words}" in error and "(prompts train.jsonl:" in error and "Traceback" not in error
+
+
+def test_out_of_memory(toy, tmp_path, monkeypatch, capsys):
+    main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
+    harm = lambda result: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ppo, "analyse", poisoned(train_ppo.analyse, 3, harm))
+        error = refused(capsys, "ppo", *flags, code=1)
+    assert "step 3: out of memory (CUDA out of memory. Tried to allocate 2 GiB); go on with a smaller" in error
+    assert "step-000002" in error
+    assert "resumed from" in run(main, "--resume", tmp_path / "run", "--micro_batch_size", 1)
+
+
+# ---- bounds while running
+
+
+def test_the_policy_may_not_leave_its_reference_too_far(toy, tmp_path, capsys):
+    main, flags = stage_of(toy, "ppo/gold", tmp_path / "stop")
+    flags += ["--learning_rate", 3e-2, "--max_ref_kl", 0.5]
+    error = refused(capsys, "ppo", *flags, code=1)
+    assert "the policy has left the SFT policy: " in error and "more than --max_ref_kl 0.5" in error and "The state before it is in" in error
+    lines = read_metrics(tmp_path / "stop", "judge/score")
+    assert all(line["analyse/kl_sequence"] <= 0.5 for line in lines) and len(lines) < 10
+
+
+def test_or_the_rollouts_beyond_are_skipped(toy, tmp_path, capsys, monkeypatch):
+    main, flags = stage_of(toy, "ppo/gold", tmp_path / "skip")
+    flags += ["--learning_rate", 3e-2, "--max_ref_kl", 0.5, "--on_ref_kl", "skip"]
+    run(main, *flags)
+    lines = read_metrics(tmp_path / "skip", "judge/score")
+    skipped = [line for line in lines if line["analyse/kl_sequence"] > 0.5]
+    assert len(lines) == 10 and skipped and all("improve/policy_loss" not in line for line in skipped)
+    assert all("improve/policy_loss" in line for line in lines if line not in skipped)
+    monkeypatch.setattr(train_ppo, "MOST_SKIPPED", len(skipped))
+    error = refused(capsys, "ppo", *flags, "--overwrite", code=1)
+    assert f"{len(skipped)} rollouts in a row beyond --max_ref_kl 0.5" in error
+
+
+def test_a_mask_that_does_not_count_its_tokens(toy, tmp_path, monkeypatch, capsys):
+    main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
+
+    def harm(rollout):
+        rollout.response_mask[3] = False
+        return rollout
+
+    monkeypatch.setattr(train_ppo, "generate", poisoned(train_ppo.generate, 2, harm))
+    assert "step 2: the response mask of rows [3] does not count their tokens" in refused(capsys, "ppo", *flags, code=1)
+
+
+def test_a_reference_that_changes(toy, tmp_path, monkeypatch, capsys):
+    main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
+    plain = train_ppo.load_policy_and_reference
+
+    def leaking(config, device):
+        policy, reference, frozen, found = plain(config, device)
+        monkeypatch.setattr(train_ppo, "improve", poisoned(train_ppo.improve, 2, lambda stats: frozen.lm_head.weight.data.add_(1e-3) is None or stats))
+        return policy, reference, frozen, found
+
+    monkeypatch.setattr(train_ppo, "load_policy_and_reference", leaking)
+    assert "the reference policy changed during training" in refused(capsys, "ppo", *flags, code=1)
+
+
+# ---- a full disk
+
+
+@contextmanager
+def small_disk(path, megabytes):
+    """A file system of that size at `path`; the test is skipped where mounting one is not allowed."""
+    path.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(path)], capture_output=True)
+    if made.returncode:
+        pytest.skip("mounting a small file system needs rights that this user does not have")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_a_disk_that_fills_up(toy, tmp_path, capsys):
+    """A real one: the run stops with what is wrong, the checkpoint before is whole, and with room again the run goes on."""
+    with small_disk(tmp_path / "disk", 3) as disk:
+        main, flags = stage_of(toy, "ppo/gold", disk / "run")
+        error = refused(capsys, "ppo", *flags, "--save_every", 1, "--keep_last", 50, code=1)
+        assert "cannot be written: " in error and "No space left on device" in error and "Make room and go on with --resume" in error
+        assert "Traceback" not in error and damage(list_checkpoints(disk / "run")[0]) is None
+        assert not list((disk / "run").rglob("*.part"))
+        subprocess.run(["mount", "-o", "remount,size=40m", str(disk)], check=True)
+        assert "resumed from" in run(main, "--resume", disk / "run", "--keep_last", 2)
+
+
+@pytest.mark.parametrize("failing, call, words", [
+    ("write_safetensors", 2, "checkpoint"), ("force_to_disk", 40, "checkpoint"), ("write_json", 9, "cannot be written"),
+])  # fmt: skip
+def test_writing_fails(toy, tmp_path, monkeypatch, capsys, failing, call, words):
+    """The same by an injected error, wherever it strikes."""
+    main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
+    place = rllr.files if failing == "force_to_disk" else rllr.checkpoint
+    full = lambda result: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(place, failing, poisoned(getattr(place, failing), call, full))
+        error = refused(capsys, "ppo", *flags, "--save_every", 2, code=1)
+    assert words in error and "No space left on device" in error
+    assert all(damage(path) is None for path in list_checkpoints(tmp_path / "run"))
+    run(main, "--resume", tmp_path / "run")
