@@ -17,7 +17,7 @@ from .config import check_choice, check_positive, parse_config
 from .encoding import Encoder
 from .errors import InputError, command
 from .files import write_json
-from .model import load_policy, load_tokenizer
+from .model import allow_remote_code, load_policy, load_tokenizer
 from .rollout import generate
 from .splits import DataConfig, inherit, load_evaluation
 from .tasks import Example, Task, parse_answer
@@ -229,11 +229,13 @@ class Config(DataConfig):
     part: str = "eval"  # demo only: eval (dev) or test
     precision: str = "fp32"  # fp32, or bf16 for autocast (GPU)
     seed: int = 0  # of the bootstrap
+    trust_remote_code: bool = False  # let a model's own Python code run, as some hub models need
 
 
 @command
 def main(argv=None):
     config = parse_config(Config, argv, __doc__)
+    allow_remote_code(config.trust_remote_code)
     check_positive(config, "max_new_tokens", "batch_size")
     check_choice(config, "part", ("eval", "test"))
     check_choice(config, "precision", ("fp32", "bf16"))

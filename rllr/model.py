@@ -155,6 +155,8 @@ def _require_model_directory(name_or_path):
 
 
 def _first_line(error):
+    if "trust_remote_code" in str(error):
+        return "it brings Python code of its own, which runs with --trust_remote_code only; read that code first"
     return str(error).strip().split("\n")[0]
 
 

@@ -30,6 +30,7 @@ class ModelWriter(GivenWriter):
         missing = [(example, label) for example, label in wanted if (example.id, label) not in written]
         if missing:
             log(f"writing {len(missing)} rationales ({len(wanted) - len(missing)} are in {cache_file})")
+        drop_torn_line(cache_file)
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
             texts = self._ask(batch, task, model, encoder, max_new_tokens)
@@ -83,6 +84,8 @@ def read_cache(cache_file):
     try:
         with open(cache_file, "rb") as file:
             for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):  # a run was killed while it wrote this line
+                    break
                 try:
                     row = json.loads(line)
                     written[row["id"], row["label"]] = row["rationale"], row.get("asked")
@@ -93,3 +96,12 @@ def read_cache(cache_file):
     except FileNotFoundError:
         pass
     return written
+
+
+def drop_torn_line(cache_file):
+    """Cut off what follows a file's last line end: half a line, left behind by a run that was killed."""
+    try:
+        with open(cache_file, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    except FileNotFoundError:
+        pass

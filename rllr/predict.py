@@ -17,7 +17,7 @@ from .data import load_examples, parse_mapping_flag
 from .encoding import Encoder
 from .errors import InputError, command
 from .evaluate import answer_rows
-from .model import load_policy, load_tokenizer
+from .model import allow_remote_code, load_policy, load_tokenizer
 from .tasks import split_answer
 from .training import check_same_task, read_record, resolve_task, set_up
 
@@ -34,6 +34,7 @@ class Config:
     max_new_tokens: int = 48  # of an answer
     batch_size: int = 256  # prompts decoded together
     precision: str = "fp32"  # fp32, or bf16 for autocast (GPU)
+    trust_remote_code: bool = False  # let a model's own Python code run, as some hub models need
 
 
 def read_stdin(stream):
@@ -50,6 +51,7 @@ def read_stdin(stream):
 @command
 def main(argv=None):
     config = parse_config(Config, argv, __doc__)
+    allow_remote_code(config.trust_remote_code)
     check_positive(config, "max_new_tokens", "batch_size")
     check_choice(config, "precision", ("fp32", "bf16"))
     if config.output and Path(config.output).exists() and not config.overwrite:

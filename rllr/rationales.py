@@ -254,14 +254,17 @@ class Config:
     label_map: str | None = None  # other label words: Sci/Tech=technology
     rationale_model: str | None = None  # the causal LM, for --writer model
     overwrite: bool = False  # replace an output file that is already there
+    trust_remote_code: bool = False  # let a model's own Python code run, as some hub models need
 
 
 @command
 def main(argv=None):
     """Write a data file with a rationale for every label of every row."""
+    from .model import allow_remote_code
     from .training import say, set_up
 
     config = parse_config(Config, argv, __doc__)
+    allow_remote_code(config.trust_remote_code)
     check_choice(config, "writer", WRITERS)
     output = Path(config.output)
     if output.exists() and not config.overwrite:

@@ -18,7 +18,7 @@ from .config import check_choice, check_positive, parse_config
 from .encoding import Encoder
 from .errors import InputError, command
 from .lora import add_adapter, get_adapter, merge_adapter, merged_weights, use_adapter
-from .model import RewardModel, fingerprint, load_policy, load_tokenizer, read_head, reward_pad_token_id
+from .model import RewardModel, allow_remote_code, fingerprint, load_policy, load_tokenizer, read_head, reward_pad_token_id
 from .peft_format import load_adapter, read_adapter_config, save_adapter
 from .files import RECORD, check_run_directory, open_run_directory, write_json
 from .training import read_record, save_policy, say, set_up
@@ -233,6 +233,7 @@ class MergeConfig:
     adapter: str  # directory of a policy's or reward model's adapter
     output_dir: str  # where the plain Hugging Face model goes
     overwrite: bool = False  # replace a model that is already there
+    trust_remote_code: bool = False  # let a model's own Python code run, as some hub models need
 
 
 @command
@@ -244,6 +245,7 @@ def merge_command(argv=None):
     if verb != "merge":
         raise InputError(f"{verb}: the only command is merge --adapter DIR --output_dir OUT")
     config = parse_config(MergeConfig, flags, "Merge an adapter into its base: a plain Hugging Face model directory.")
+    allow_remote_code(config.trust_remote_code)
     set_up("fp32", 0)
     adapter, record = Path(config.adapter), read_record(config.adapter)
     is_reward = read_adapter_config(adapter).get("task_type") == "SEQ_CLS"

@@ -59,6 +59,10 @@ class Task:
     answer_format: str = "rationale"
 
     def __post_init__(self):
+        if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w .+-]{0,79}", self.name) or self.name.endswith((" ", ".")):
+            raise InputError(  # it names directories: runs/<task>/...
+                f"task {self.name!r:.90}: field 'name' must be letters, digits, spaces, and . _ + - inside, at most 80 of them"
+            )
         where = f"task {self.name!r}"
         labels = [label.strip() for label in self.labels]
         object.__setattr__(self, "labels", tuple(labels))  # frozen: the stripped spelling is the one in use
