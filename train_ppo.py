@@ -18,7 +18,7 @@ from tqdm import tqdm
 from rllr.config import check_choice, check_divisible, check_positive, check_range, parse_config
 from rllr.encoding import Encoder
 from rllr.engine.checkpointing import checkpoint_layers
-from rllr.errors import InputError, RunError, command
+from rllr.errors import InputError, RunError, brief, command
 from rllr.evaluate import answer_rows, metric_line, score_answers, show_samples
 from rllr.model import allow_remote_code, backbone_of, fingerprint, load_tokenizer
 from rllr.monitor import show_rollout, step_line, step_metrics
@@ -54,8 +54,8 @@ class Config(RunConfig, LoRAConfig, DataConfig):
     micro_batch_size: int = 0  # answers per forward; 0: the whole minibatch. Does not change the gradient
     tokens_per_batch: int = 0  # padded tokens per forward; 0: no limit. Does not change the gradient either
     gradient_checkpointing: bool = False  # compute layers again in backward instead of keeping their activations
-    learning_rate: float | None = None  # of the policy (tiny 2e-4, others 1e-6; adapters x 10), linear decay
-    value_learning_rate: float | None = None  # of the value model (tiny 5e-4, others 5e-6; adapters x 10)
+    learning_rate: float | None = None  # of the policy (tiny 2e-4, others 1e-6; adapters x 10, tiny ones x 3), linear decay
+    value_learning_rate: float | None = None  # of the value model (tiny 5e-4, others 5e-6; adapters x 10, tiny ones x 3)
     warmup: float = 0.0  # share of the updates in which the policy's learning rate rises; the value model learns meanwhile
     value_init: str | None = None  # directory the value model starts from (the reward model; SFT backbone, zero head)
     kl_coef: float = 0.1  # beta: weight of the per-token KL to the SFT policy in the reward
@@ -102,18 +102,18 @@ class Config(RunConfig, LoRAConfig, DataConfig):
         check_divisible(self, "rollout_prompts", "minibatches")
         check_lora(self)
         if self.reward not in ("label", "rationale", "mixed", "gold") and ":" not in self.reward:
-            raise InputError(f"--reward {self.reward!r}: choose label, rationale, mixed, gold, or give module:function")
+            raise InputError(f"--reward {brief(self.reward)}: choose label, rationale, mixed, gold, or give module:function")
         if self.threshold is not None and self.reward != "mixed":
             raise InputError("--threshold caps the label reward in --reward mixed; it means nothing otherwise")
         if self.reward != "mixed" and self.rationale_rm and self.reward != "rationale":
-            raise InputError(f"--rationale_rm is not used by --reward {self.reward}; did you mean --reward mixed?")
+            raise InputError(f"--rationale_rm is not used by --reward {brief(self.reward)}; did you mean --reward mixed?")
         if self.reward == "mixed":
             self.threshold = self.threshold or "1.0"
             try:
                 number = float(self.threshold.removeprefix("q"))
                 assert math.isfinite(number) and (not self.threshold.startswith("q") or 0 <= number <= 1)
             except (ValueError, AssertionError):
-                raise InputError(f"--threshold {self.threshold!r}: give a number, or a quantile like q0.9") from None
+                raise InputError(f"--threshold {brief(self.threshold)}: give a number, or a quantile like q0.9") from None
 
 
 def default_directory(config):
@@ -131,8 +131,8 @@ def main(argv=None):
     for contradiction in contradictions:
         say(f"warning: {contradiction}")
     config.task, tiny = config.task or task.name, record.get("tiny", False)
-    config.learning_rate = config.learning_rate or (2e-4 if tiny else 1e-6) * rate_factor(config)
-    config.value_learning_rate = config.value_learning_rate or (5e-4 if tiny else 5e-6) * rate_factor(config)
+    config.learning_rate = config.learning_rate or (2e-4 if tiny else 1e-6) * rate_factor(config, tiny)
+    config.value_learning_rate = config.value_learning_rate or (5e-4 if tiny else 5e-6) * rate_factor(config, tiny)
     config.freeze_embeddings = tiny if config.freeze_embeddings is None else config.freeze_embeddings
     device, autocast = set_up(config.precision, config.seed, config.deterministic)
 

@@ -21,7 +21,7 @@ from rllr.data import load_pairs
 from rllr.dropout import set_dropout
 from rllr.encoding import Encoder
 from rllr.engine.checkpointing import checkpoint_layers
-from rllr.errors import InputError, command
+from rllr.errors import InputError, brief, command
 from rllr.files import RECORD, disk_faults, write_json
 from rllr.judge import ScoreStatistics, score_rows
 from rllr.model import RewardModel, allow_remote_code, fingerprint, load_policy, load_tokenizer, reward_pad_token_id
@@ -34,7 +34,6 @@ from rllr.rewards import pairwise_accuracy, pairwise_loss
 from rllr.run import Run, RunConfig, digest, reads_of, take_up
 from rllr.shared import LoRAConfig, RolePolicy, check_lora, load_base, load_scalar_role, new_role, rate_factor
 from rllr.splits import DataConfig, find_policy, load_splits, take_over
-from rllr.tables import brief
 from rllr.training import (
     clip_gradient, make_optimizer, make_record, optimizer_step, pack, require_finite, say, set_up, show_config, shuffled_batches,
     split_rows,
@@ -61,7 +60,7 @@ class Config(RunConfig, LoRAConfig, DataConfig):
     micro_batch_size: int = 0  # pairs per forward; 0: the whole batch. Does not change the gradient
     tokens_per_batch: int = 0  # padded tokens per forward; 0: no limit. Does not change the gradient either
     gradient_checkpointing: bool = False  # compute layers again in backward instead of keeping their activations
-    learning_rate: float | None = None  # AdamW peak (tiny 5e-4, any other model 5e-6; adapters 5e-3, 5e-5)
+    learning_rate: float | None = None  # AdamW peak (tiny 5e-4, any other model 5e-6; adapters 1.5e-3, 5e-5)
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01  # not on biases and norms
     dropout: float | None = None  # while training (tiny 0.2, any other model 0)
@@ -171,7 +170,7 @@ def main(argv=None):
     for line in contradictions:
         say(f"warning: {line}: rows that evaluate here may have trained the policy")
     tiny, kind = record.get("tiny", False), kind_of(config)
-    config.learning_rate = config.learning_rate or (5e-4 if tiny else 5e-6) * rate_factor(config)
+    config.learning_rate = config.learning_rate or (5e-4 if tiny else 5e-6) * rate_factor(config, tiny)
     config.dropout = (0.2 if tiny else 0.0) if config.dropout is None else config.dropout
     device, autocast = set_up(config.precision, config.seed, config.deterministic)
 

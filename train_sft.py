@@ -47,7 +47,7 @@ class Config(RunConfig, LoRAConfig, DataConfig):
     micro_batch_size: int = 0  # answers per forward; 0: the whole batch. Does not change the gradient
     tokens_per_batch: int = 0  # padded tokens per forward; 0: no limit. Does not change the gradient either
     gradient_checkpointing: bool = False  # compute layers again in backward instead of keeping their activations
-    learning_rate: float | None = None  # AdamW peak (tiny 1e-3, any other model 1e-5; adapters 1e-2, 1e-4)
+    learning_rate: float | None = None  # AdamW peak (tiny 1e-3, any other model 1e-5; adapters 3e-3, 1e-4)
     warmup: float = 0.05  # share of the steps
     schedule: str = "linear"  # linear, cosine or constant, after the warm-up
     weight_decay: float = 0.01  # not on biases and norms
@@ -108,7 +108,7 @@ def main(argv=None):
         config.task or task.name,
         config.seed if config.data_seed is None else config.data_seed,
     )
-    config.learning_rate = config.learning_rate or (1e-3 if tiny else 1e-5) * rate_factor(config)
+    config.learning_rate = config.learning_rate or (1e-3 if tiny else 1e-5) * rate_factor(config, tiny)
     config.dropout = (0.2 if tiny else 0.0) if config.dropout is None else config.dropout
     device, autocast = set_up(config.precision, config.seed, config.deterministic)
 

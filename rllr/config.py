@@ -10,7 +10,7 @@ import types
 import typing
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, brief
 from .tasks import read_mapping
 
 
@@ -49,7 +49,7 @@ def parse_config(cls, argv=None, description=None):
     if config_file:
         for key, value in read_mapping(Path(config_file)).items():
             if key not in fields:
-                raise InputError(f"{config_file}: unknown setting {key!r}; the settings are {', '.join(fields)}")
+                raise InputError(f"{config_file}: unknown setting {brief(key)}; the settings are {', '.join(fields)}")
             values[key] = _convert(fields[key], value, f"{config_file}: {key}")
     for key, value in flags.items():
         values[key] = value if isinstance(value, bool) else _convert(fields[key], value, f"--{key}")
@@ -88,17 +88,17 @@ def _convert(field, value, where):
     if kind is bool:
         if isinstance(value, bool):
             return value
-        raise InputError(f"{where}: must be true or false, got {value!r}")
+        raise InputError(f"{where}: must be true or false, got {brief(value)}")
     if isinstance(value, (bool, list, dict)):
-        raise InputError(f"{where}: must be a {kind.__name__}, got {value!r}")
+        raise InputError(f"{where}: must be a {kind.__name__}, got {brief(value)}")
     try:
         if kind is int and isinstance(value, float) and value != int(value):
             raise ValueError
         converted = kind(value)
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{where}: must be a number of type {kind.__name__}, got {value!r}") from None
+        raise InputError(f"{where}: must be a number of type {kind.__name__}, got {brief(value)}") from None
     if kind is float and converted != converted or converted in (float("inf"), float("-inf")):
-        raise InputError(f"{where}: must be finite, got {value!r}")
+        raise InputError(f"{where}: must be finite, got {brief(value)}")
     return converted
 
 
@@ -144,7 +144,7 @@ def check_range(config, name, low, high):
 def check_choice(config, name, choices):
     value = getattr(config, name)
     if value not in choices:
-        raise InputError(f"--{name} {value!r}: choose from {', '.join(map(str, choices))}")
+        raise InputError(f"--{name} {brief(value)}: choose from {', '.join(map(str, choices))}")
 
 
 def check_divisible(config, whole, part):

@@ -17,8 +17,8 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
-from .errors import InputError
-from .tables import Table, brief, dataset_rows, first_line, read_table
+from .errors import InputError, brief, brief_list
+from .tables import Table, dataset_rows, first_line, read_table
 from .tasks import Example, Task, split_answer
 
 FIELDS = ("id", "text", "text_b", "label", "score", "rationale", "rationales")
@@ -197,7 +197,7 @@ class _RowReader:
         present = table.columns
         for name, column in mapping.items():
             if column not in present:
-                raise InputError(f"{table.name}: no column {column!r} (--columns {name}={column}); {_present(present)}")
+                raise InputError(f"{table.name}: no column {brief(column)} (--columns {name}={column}); {_present(present)}")
         # A column given to one field is not read for another as well: after score=label, `label` holds no labels.
         self.columns = {name: name for name in FIELDS if name in present and name not in mapping.values()} | mapping
         # The authors' own format: the label and the rationale are both inside `output`.
@@ -371,4 +371,4 @@ def _shuffle_key(examples: list[Example], purpose: str, seed: int):
 
 
 def _present(columns) -> str:
-    return f"the columns are {', '.join(map(repr, columns))}"
+    return f"the columns are {brief_list(columns)}"

@@ -8,6 +8,7 @@
 """
 
 import functools
+import reprlib
 import sys
 
 
@@ -41,3 +42,20 @@ def command(main):
             sys.exit(130)
 
     return run
+
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = 60
+_brief.maxlevel = 2
+
+
+def brief(value) -> str:
+    """A value as a message can show it: 60 characters, however long it is or deep (a small YAML file can hold a vast one)."""
+    text = _brief.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def brief_list(values, shown=20) -> str:
+    """Names in a message: the first twenty."""
+    values = list(values)
+    return ", ".join(brief(value) for value in values[:shown]) + (f", ... ({len(values)} in all)" if len(values) > shown else "")

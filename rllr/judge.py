@@ -5,7 +5,6 @@ line, `rewards.label_sensitive_reward`. Here is what comes before that line: raw
 """
 
 import importlib
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .errors import InputError
-from .files import write_json
+from .files import read_json, write_json
 from .layout import batches_by_length, trim
 
 STATISTICS = "score_statistics.json"
@@ -67,16 +66,16 @@ class ScoreStatistics:
     @classmethod
     def load(cls, directory):
         path = Path(directory) / STATISTICS
+        if not path.is_file():
+            raise InputError(f"{path}: not there; train_rm.py writes it beside the reward model (or use --score_norm none)")
         try:
-            statistics = cls(**json.loads(path.read_text(encoding="utf-8")))
-            assert statistics.std >= MIN_STD and len(statistics.quantiles) == GRID
-            return statistics
-        except FileNotFoundError:
-            raise InputError(
-                f"{path}: not there; train_rm.py writes it beside the reward model (or use --score_norm none)"
-            ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AssertionError):
+            statistics = cls(**read_json(path))
+            numbers = (statistics.mean, statistics.std, statistics.count, *statistics.quantiles)
+            assert all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+            assert statistics.std >= MIN_STD and statistics.count > 0 and len(statistics.quantiles) == GRID
+        except (InputError, TypeError, AssertionError, OverflowError):
             raise InputError(f"{path}: damaged; train the reward model again (or use --score_norm none)") from None
+        return statistics
 
 
 class RewardModelScorer:

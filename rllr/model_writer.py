@@ -89,7 +89,7 @@ def read_cache(cache_file):
                 try:
                     row = json.loads(line)
                     written[row["id"], row["label"]] = row["rationale"], row.get("asked")
-                except (ValueError, KeyError, TypeError):  # ValueError: not JSON, or not UTF-8
+                except (ValueError, KeyError, TypeError, RecursionError):  # ValueError: not JSON, or not UTF-8
                     raise InputError(
                         f"{cache_file}:{number}: not a cached rationale; delete the line or the file"
                     ) from None

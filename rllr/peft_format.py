@@ -3,13 +3,12 @@
 An adapter knows its base by name (`base_model_name_or_path`); our record beside it (`rllr.json`) also by fingerprint.
 """
 
-import json
 from pathlib import Path
 
 from transformers.pytorch_utils import Conv1D
 
-from .errors import InputError
-from .files import read_safetensors, write_json, write_safetensors
+from .errors import InputError, brief
+from .files import read_json, read_safetensors, write_json, write_safetensors
 from .lora import Adapter, get_adapter, install, linear_modules, linear_shape
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -88,18 +87,18 @@ def load_adapter(model, directory, name) -> Adapter:
 def read_adapter_config(directory) -> dict:
     """adapter_config.json, checked. InputError where it is damaged or asks for something else than plain LoRA."""
     path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(f"{path}: not there, so {directory} holds no adapter")
+    config = read_json(path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(config, dict) and isinstance(config.get("base_model_name_or_path") or "", str)
         assert isinstance(config["r"], int) and config["r"] > 0 and isinstance(config["lora_alpha"], (int, float))
-    except FileNotFoundError:
-        raise InputError(f"{path}: not there, so {directory} holds no adapter") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, KeyError):
+    except (AssertionError, KeyError):
         raise InputError(
             f"{path}: damaged (it must give r and lora_alpha); restore it or train the adapter again"
         ) from None
     if config.get("peft_type", "LORA") != "LORA":
-        raise InputError(f"{path}: peft_type {config['peft_type']!r}; only LORA can be loaded")
+        raise InputError(f"{path}: peft_type {brief(config['peft_type'])}; only LORA can be loaded")
     asked = [option for option in UNSUPPORTED if config.get(option)]
     asked += ["bias"] if config.get("bias", "none") != "none" else []
     asked += ["init_lora_weights"] if config.get("init_lora_weights") not in PLAIN_INITS else []

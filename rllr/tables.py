@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, brief, brief_list
 
 NAMED_ROWS = 5  # how many dropped rows a log line names
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -148,7 +148,7 @@ def _read_csv(path: Path, content: str, delimiter: str = ",", quoting: int = csv
             if header is None and cells:
                 header = [cell.strip() for cell in cells]
                 if len(set(header)) < len(header):
-                    raise InputError(f"{path}:{line}: the header names a column twice: {', '.join(header)}")
+                    raise InputError(f"{path}:{line}: the header names a column twice: {brief_list(header)}")
             elif cells and len(cells) != len(header):
                 raise InputError(
                     f"{path}:{line}: has {len(cells)} fields where the header has {len(header)}; "
@@ -191,8 +191,3 @@ def dataset_rows(dataset) -> tuple[dict[str, list[str]], list[tuple[int, dict]]]
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0] or type(error).__name__
-
-
-def brief(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from .errors import InputError
+from .errors import InputError, brief
 
 LABEL_PREFIX = "Label:"
 ANSWER_FORMATS = ("rationale", "label")  # rationale then label line (default); label line alone (the paper's plain SFT)
@@ -67,28 +67,28 @@ class Task:
         labels = [label.strip() for label in self.labels]
         object.__setattr__(self, "labels", tuple(labels))  # frozen: the stripped spelling is the one in use
         if len(labels) < 2:
-            raise InputError(f"{where}: field 'labels' needs at least two labels, got {list(self.labels)}")
+            raise InputError(f"{where}: field 'labels' needs at least two labels, got {brief(list(self.labels))}")
         if any(not label or "\n" in label for label in labels):
-            raise InputError(f"{where}: field 'labels' has an empty or many-line label: {list(self.labels)}")
+            raise InputError(f"{where}: field 'labels' has an empty or many-line label: {brief(list(self.labels))}")
         if len({label.casefold() for label in labels}) < len(labels):
             raise InputError(
-                f"{where}: field 'labels' has two labels that differ only in case or space: {list(self.labels)}"
+                f"{where}: field 'labels' has two labels that differ only in case or space: {brief(list(self.labels))}"
             )
         if "{text}" not in self.prompt:
             raise InputError(f"{where}: field 'prompt' must contain {{text}} (and {{text_b}} for a pair task)")
         for name in (self.metric, *self.metrics):
             if name not in METRICS:
-                raise InputError(f"{where}: unknown metric {name!r}; choose from {', '.join(METRICS)}")
+                raise InputError(f"{where}: unknown metric {brief(name)}; choose from {', '.join(METRICS)}")
         if self.metric not in self.metrics:
             raise InputError(
-                f"{where}: field 'metric' is {self.metric!r}, which is not among 'metrics' {list(self.metrics)}"
+                f"{where}: field 'metric' is {brief(self.metric)}, which is not among 'metrics' {brief(list(self.metrics))}"
             )
         if self.ordinal or {"pearson", "spearman"} & set(self.metrics):
             for label in labels:
                 if not re.fullmatch(r"-?[0-9]+", label):
-                    raise InputError(f"{where}: Pearson and Spearman need integer labels, got {label!r}")
+                    raise InputError(f"{where}: Pearson and Spearman need integer labels, got {brief(label)}")
         if self.answer_format not in ANSWER_FORMATS:
-            raise InputError(f"{where}: answer_format {self.answer_format!r}; choose from {', '.join(ANSWER_FORMATS)}")
+            raise InputError(f"{where}: answer_format {brief(self.answer_format)}; choose from {', '.join(ANSWER_FORMATS)}")
 
     @property
     def is_pair(self) -> bool:
@@ -226,20 +226,20 @@ def _task_from_file(path: Path) -> Task:
     known = {f.name for f in fields(Task)}
     for key in mapping:
         if key not in known:
-            raise InputError(f"{path}: unknown field {key!r}; a task has {', '.join(sorted(known))}")
+            raise InputError(f"{path}: unknown field {brief(key)}; a task has {', '.join(sorted(known))}")
     for key in ("labels", "prompt"):
         if key not in mapping:
-            raise InputError(f"{path}: field {key!r} is missing")
+            raise InputError(f"{path}: field {brief(key)} is missing")
     for key in ("labels", "metrics"):
         if key in mapping:
             if not isinstance(mapping[key], list) or any(
                 isinstance(v, (list, dict, bool, type(None))) for v in mapping[key]
             ):
-                raise InputError(f"{path}: field {key!r} must be a list of words (quote yes, no, on and off in YAML)")
+                raise InputError(f"{path}: field {brief(key)} must be a list of words (quote yes, no, on and off in YAML)")
             mapping[key] = tuple(str(value) for value in mapping[key])
     for key in ("name", "prompt", "metric", "answer_format"):
         if key in mapping and not isinstance(mapping[key], str):
-            raise InputError(f"{path}: field {key!r} must be text, got {mapping[key]!r}")
+            raise InputError(f"{path}: field {brief(key)} must be text, got {brief(mapping[key])}")
     if not isinstance(mapping.get("ordinal", False), bool):
         raise InputError(f"{path}: field 'ordinal' must be true or false")
     if mapping.get("ordinal") and "metrics" not in mapping:

@@ -282,7 +282,7 @@ GOOD = '{"text": "x", "label": "positive"}\n'
     ("a.json", GOOD + "oops", 2, "not valid JSON"),
     ("a.csv", "text,label\nx,positive\na, b,negative\n", 3, "has 3 fields where the header has 2; put quotes around"),
     ("a.csv", 'text,label\n"x\ny",positive\n"z,negative\nv,positive\n', 4, "quotes do not pair up"),
-    ("a.csv", "text,text\nx,y\n", 1, "the header names a column twice: text, text"),
+    ("a.csv", "text,text\nx,y\n", 1, "the header names a column twice: 'text', 'text'"),
     ("a.tsv", 'text\tlabel\nx\ty\tpositive\n', 2, "has 3 fields where the header has 2"),
 ])
 def test_broken_files_name_the_line(tmp_path, name, content, line, problem):

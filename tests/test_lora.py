@@ -389,7 +389,7 @@ def half_a_pair(directory, config):
 
 
 DAMAGES = {
-    damaged_config: r"adapter_config\.json: damaged \(it must give r and lora_alpha\)",
+    damaged_config: r"adapter_config\.json: not valid JSON",
     no_rank: r"adapter_config\.json: damaged",
     other_rank: r"q_proj\.lora_A is \(3, 32\), but rank and base ask for \(4, 32\)",
     dora: r"adapter_config\.json: use_dora set; only plain LoRA",

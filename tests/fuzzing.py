@@ -1,0 +1,245 @@
+"""Hostile input: readers, seeds they accept, and ways to spoil a seed. `test_fuzz.py` tries some, `benchmarks/fuzz.py` many.
+
+Every input must end in a result or in an InputError that names the file; no other exception, no hang, bounded memory.
+"""
+
+import csv
+import io
+import json
+import signal
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+import torch
+import train_ppo
+import train_rm
+import train_sft
+
+from rllr.checkpoint import MANIFEST, STATE, TENSORS, damage, list_checkpoints, read_checkpoint, restore_part, write_checkpoint
+from rllr.config import parse_config
+from rllr.data import load_examples, load_pairs
+from rllr.errors import InputError
+from rllr.files import read_safetensors, sha256_of
+from rllr.judge import ScoreStatistics
+from rllr.model_writer import read_cache
+from rllr.peft_format import read_adapter_config
+from rllr.run import take_up
+from rllr.tasks import load_task, parse_answer, split_answer
+from rllr.training import read_record
+
+SECONDS = 20  # an input that takes longer hangs
+
+ROWS = [
+    {"id": "a", "text": "a fine film", "label": "positive", "rationale": "fine", "rationales": {"negative": "film"}, "score": 1.5},
+    {"id": 7, "text": "dull, \"overlong\"\nand sad", "label": "NEGATIVE ", "rationales": "{\"negative\": \"dull\"}"},
+    {"text": "שלום \u202e e\u0301 😀 naïve", "label": "positive"},
+]
+PAIRS = [{"prompt": "p", "chosen": "a\nLabel: x", "rejected": "b\nLabel: y", "kind": "mine"}, {"prompt": "q", "chosen": "c", "rejected": "d"}]
+TASK = {"name": "own", "labels": ["good", "bad"], "prompt": "{text} {instruction}", "metric": "accuracy", "metrics": ["accuracy", "macro_f1"]}
+RECORD = {"stage": "sft", "task": TASK | {"ordinal": False, "answer_format": "rationale"}, "data": {"task": "own", "labelled": 40},
+          "config": {"rationales": "given"}, "tiny": True, "base": {"path": "x", "fingerprint": "ab"}}  # fmt: skip
+ADAPTER = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "base", "target_modules": ["q_proj"], "bias": "none"}
+SETTINGS = "policy: runs/x\nsteps: 20\nkl_coef: 0.05\nfreeze_embeddings: false\nreward: mixed\nthreshold: q0.9\nmax_ref_kl: none\n"
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def csv_of(rows, delimiter):
+    buffer = io.StringIO()
+    csv.writer(buffer, delimiter=delimiter).writerows([("text", "label"), *((row["text"], row["label"]) for row in rows)])
+    return buffer.getvalue().encode()
+
+
+def parquet():
+    import pyarrow
+    import pyarrow.parquet
+
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a fine film", "dull"], "label": ["positive", "negative"]}), buffer)
+    return buffer.getvalue()
+
+
+def safetensors_bytes():
+    from safetensors.torch import save
+
+    return save({"a": torch.ones(2, 3), "b": torch.zeros(4, dtype=torch.uint8)})
+
+
+class Checkpoint:
+    """A checkpoint with one file replaced; `rehashed`: by somebody who mends the manifest, too."""
+
+    def __init__(self, name, rehashed=False):
+        self.name, self.rehashed = name, rehashed
+
+    def seed(self, root):
+        folder = root / "seed"
+        machine = {"device": "cpu", "threads": 1}
+        run = {"stage": "ppo", "config": {"steps": 3, "policy": "runs/x", "seed": 0}, "reads": {"--policy": "ab"}, "machine": machine}
+        parts = {"at": {"step": 3, "best": 0.5}, "model": {"w": torch.ones(3)}, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}}}
+        path = write_checkpoint(folder, 3, {"step": 3, "run": run, "parts": parts}, 2)
+        (folder / "run.json").write_text(json.dumps(run))
+        self.files = {name: (path / name).read_bytes() for name in (TENSORS, STATE, MANIFEST)} | {"run.json": (folder / "run.json").read_bytes()}
+        return [self.files[self.name]]
+
+    def __call__(self, path, content):
+        folder = path.parent / "run"
+        checkpoint = folder / "checkpoints" / "step-000003"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        for name, good in self.files.items():
+            ((folder if name == "run.json" else checkpoint) / name).write_bytes(content if name == self.name else good)
+        if self.rehashed:
+            manifest = json.loads(self.files[MANIFEST])
+            manifest["files"][self.name] = {"bytes": len(content), "sha256": sha256_of(checkpoint / self.name)}
+            (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+        damage(checkpoint)
+        assert len(list_checkpoints(folder)) == 1
+        config = parse_config(train_ppo.Config, ["--resume", str(folder)])
+        taken_up = take_up("ppo", config, lambda config: "runs/none")
+        if taken_up.checkpoint:
+            state = read_checkpoint(taken_up.checkpoint)
+            self.restore(state)
+
+    def restore(self, state):
+        """As `Run.track` does it, with the errors it expects."""
+        class At:
+            def __init__(self):
+                self.step, self.best = 0, None
+
+        for name, part in (("at", At()), ("model", torch.nn.ParameterDict({"w": torch.zeros(3)}))):
+            try:
+                restore_part(part, state["parts"][name])
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError):
+                pass
+
+
+
+
+def answer(path, content):
+    text, task = content.decode("utf-8", "surrogateescape"), load_task("agnews")
+    label = parse_answer(task, text)
+    assert label is None or label in task.labels
+    rationale, again = split_answer(task, text)
+    assert again == label and isinstance(rationale, str)
+
+
+def config_of(script):
+    def read(path):
+        config = parse_config(script.Config, ["--config", str(path)])
+        config.validate()
+    return read
+
+
+def examples(labels, task="sst2", **options):
+    return lambda path: load_examples(str(path), load_task(task), labels=labels, log=lambda line: None, **options)
+
+
+TARGETS = {  # name -> (reader of a path, file name, seeds)
+    "data.jsonl": (examples("required"), "rows.jsonl", [jsonl(ROWS), jsonl(ROWS).replace(b"\n", b"\r\n")]),
+    "data.jsonl, optional labels": (examples("optional"), "rows.jsonl", [jsonl(ROWS)]),
+    "data.jsonl, ordinal": (examples("optional", "stsb"), "rows.jsonl", [jsonl([{"text": "a", "text_b": "b", "score": 2.5, "label": "3"}])]),
+    "data.json": (examples("required"), "rows.json", [json.dumps(ROWS).encode(), json.dumps(ROWS, indent=1).encode(), jsonl(ROWS)]),
+    "authors' format": (examples("required"), "rows.json",
+                        [json.dumps([{"instruction": "i", "input": "t", "output": "fine\nLabel: positive"}]).encode()]),
+    "data.csv": (examples("required"), "rows.csv", [csv_of(ROWS, ","), b"\xef\xbb\xbf" + csv_of(ROWS, ",")]),
+    "data.tsv": (examples("required"), "rows.tsv", [csv_of(ROWS, "\t")]),
+    "data.parquet": (examples("required"), "rows.parquet", [parquet()]),
+    "pairs": (lambda path: load_pairs(str(path), lambda line: None), "pairs.jsonl", [jsonl(PAIRS)]),
+    "task.yaml": (lambda path: load_task(str(path)), "task.yaml",
+                  [b'name: own\nlabels: [good, bad]\nprompt: "{text}\\n{instruction}"\nordinal: false\nmetrics: [accuracy]\n']),
+    "task.json": (lambda path: load_task(str(path)), "task.json", [json.dumps(TASK).encode()]),
+    "config.yaml, ppo": (config_of(train_ppo), "config.yaml", [SETTINGS.encode()]),
+    "config.json, sft": (config_of(train_sft), "config.json", [b'{"epochs": 3, "learning_rate": 1e-3, "dropout": null, "resume": "newest"}']),
+    "config.yaml, rm": (config_of(train_rm), "config.yaml", [b"pairs: rationale\nepochs: 2\nloss: span\ncolumns: text=a,label=b\n"]),
+    "rllr.json": (lambda path: read_record(path.parent), "rllr.json", [json.dumps(RECORD).encode()]),
+    "adapter_config.json": (lambda path: read_adapter_config(path.parent), "adapter_config.json", [json.dumps(ADAPTER).encode()]),
+    "score_statistics.json": (lambda path: ScoreStatistics.load(path.parent), "score_statistics.json",
+        [json.dumps({"mean": 0.1, "std": 1.5, "count": 600, "quantiles": [i / 100 for i in range(101)]}).encode()]),
+    "rationale cache": (read_cache, "rationales.jsonl", [jsonl([{"id": "a", "label": "x", "rationale": "r", "asked": "ab"}])]),
+    "weights": (read_safetensors, "w.safetensors", [safetensors_bytes()]),
+    "state.json": (Checkpoint(STATE), "state.json", None),
+    "state.json, rehashed": (Checkpoint(STATE, rehashed=True), "state.json", None),
+    "state.safetensors, rehashed": (Checkpoint(TENSORS, rehashed=True), "state.safetensors", None),
+    "manifest.json": (Checkpoint(MANIFEST), "manifest.json", None),
+    "run.json": (Checkpoint("run.json"), "run.json", None),
+    "parse_answer": (answer, "answer.txt", [b"because\nLabel: sports\n", "ein Grund\u2028Label: Welt".encode(), b"Label:world\r\n\r\n"]),
+}  # fmt: skip
+
+TOKENS = [
+    b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\r", b"\n\n", b"\x1f\x8b", b"\xe2\x80\xa8", b"\xe2\x80\xae", b"\xcc\x81", "😀".encode(),
+    b"\\ud800", b"\\udc00", b"\\u0000", b'"', b"'", b"{", b"}", b"[", b"]", b",", b":", b"null", b"true", b"NaN", b"Infinity", b"-1",
+    b"1e999", b"9" * 400, b"9" * 5000, b"[" * 2000, b'{"a":' * 2000, b"{text}", b"Label:", b"label", b"text", b"id", b"&a", b"*a",
+    b"!!python/object:os.system", b"!!binary", b"<<", b"---", b"2001-99-99", b"0x", b"\t", b"../../", b"tensor", b"pairs", b"%s", b"",
+    b"-0", b"1_000", b"=", b"\\", b"\xc3\x28", b"a" * 3000,
+]  # fmt: skip
+
+
+def spoil(rng, seeds):
+    """A seed with one to eight random changes: bits, bytes, tokens, cuts, doubled, moved or foreign stretches."""
+    data = bytearray(rng.choice(seeds))
+    for _ in range(rng.choice((1, 1, 1, 2, 3, 5, 8))):
+        at, end = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+        what = rng.randrange(8)
+        if what == 0 and data:
+            data[min(at, len(data) - 1)] ^= 1 << rng.randrange(8)
+        elif what == 1:
+            data[at:at] = rng.choice(TOKENS)
+        elif what == 2:
+            data[at : min(end, at + 12)] = rng.choice(TOKENS)
+        elif what == 3:
+            del data[at : min(end, at + rng.choice((1, 4, 30)))]
+        elif what == 4:
+            del data[at:]
+        elif what == 5:
+            data[at:at] = data[at:end] * rng.choice((1, 2, 7))
+        elif what == 6:
+            other = rng.choice(seeds)
+            data[at:end] = other[rng.randrange(len(other) + 1) :]
+        else:
+            data[at:at] = rng.randbytes(rng.choice((1, 3, 20)))
+        del data[1 << 20 :]
+    return bytes(data)
+
+
+@contextmanager
+def alarm(seconds):
+    """TimeoutError in the main thread if the block takes longer."""
+    def ring(number, frame):
+        raise TimeoutError(f"hangs: more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Fuzzer:
+    """Feeds contents to a target in a directory of its own."""
+
+    def __init__(self, name, root):
+        self.name, (self.read, file, self.seeds) = name, TARGETS[name]
+        self.path = Path(root) / name.replace(" ", "_").replace(",", "").replace("'", "") / file
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.seeds is None:
+            self.seeds = self.read.seed(self.path.parent)
+
+    def __call__(self, content):
+        """"result" or "refused"; AssertionError for what is neither."""
+        wants_content = isinstance(self.read, Checkpoint) or self.read is answer
+        if not wants_content:
+            self.path.write_bytes(content)
+        try:
+            with alarm(SECONDS), redirect_stdout(io.StringIO()):
+                self.read(self.path, content) if wants_content else self.read(self.path)
+            return "result"
+        except InputError as error:
+            message = str(error)
+            named = "config" in self.name or str(self.path.parent) in message or message.startswith("task ")
+            assert named and len(message) < 5000, f"{self.name}: {message[:300]!r} does not name the file, or is too long"
+            return "refused"
+        except Exception as error:
+            raise AssertionError(f"{self.name}: {type(error).__name__}: {str(error)[:300]}\n{content[:2000]!r}") from error
