@@ -7,12 +7,14 @@ tokens, because the template already holds them), else through a plain template,
 """
 
 import dataclasses
+import functools
 
 from .errors import InputError
 from .model import context_length, stop_token_ids
 
 PLAIN_TEMPLATE = "{prompt}\n"
 DEFAULT_CONTEXT = 2048  # for architectures without a limit of their own (Bloom)
+CHARACTERS_SPARE = 4  # times a token's own length: so many characters of a text it may stand for (normalisation drops some)
 
 
 class Encoder:
@@ -66,6 +68,11 @@ class Encoder:
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         return after[0] if after and after[0] in special.union(self.tokenizer.all_special_ids) else None
 
+    @functools.cached_property
+    def longest_token(self):
+        """Characters of the vocabulary's longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
     def prompt_ids(self, prompt: str) -> list[int]:
         """Ids of a prompt as the model is asked it."""
         prompt = self._plain(prompt)
@@ -112,6 +119,11 @@ class Encoder:
         return fitted
 
     def _cut(self, example, task, budget):
+        # What cannot fit by its mere length is not tokenised first: ten megabytes would take half a minute and gigabytes.
+        most = CHARACTERS_SPARE * budget * self.longest_token
+        for name in ("text", "text_b"):
+            if len(getattr(example, name) or "") > most:
+                example = dataclasses.replace(example, **{name: getattr(example, name)[:most]})
         while True:
             excess = len(self.prompt_ids(task.render_prompt(example.text, example.text_b))) - budget
             if excess <= 0:

@@ -465,6 +465,66 @@ def test_out_of_memory(toy, tmp_path, monkeypatch, capsys):
     assert "resumed from" in run(main, "--resume", tmp_path / "run", "--micro_batch_size", 1)
 
 
+# ---- what looks like a fault and is none
+
+
+def test_answers_of_one_token_and_a_batch_without_an_end(toy, tmp_path):
+    toy.ppo(tmp_path / "ppo", "--reward", "label", "--label_rm", toy.label_rm, "--max_new_tokens", 1, steps=3)
+    lines = read_metrics(tmp_path / "ppo", "judge/score")
+    assert [line["act/truncated"] for line in lines] == [1, 1, 1] and [line["act/response_len"] for line in lines] == [1, 1, 1]
+    assert all(value is not None for line in lines for name, value in line.items()) and lines[0]["judge/score"] <= -1  # cap, penalty
+
+
+def test_advantages_that_are_all_the_same(toy, tmp_path, monkeypatch):
+    """One score for everything, no KL, a zero value model: no advantage, so the policy stays where it is, to the bit."""
+    (tmp_path / "my_flat_reward.py").write_text("def flat(samples):\n    return [1.0] * len(samples.answers)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    flags = ["--reward", "my_flat_reward:flat", "--kl_coef", 0, "--lam", 1, "--missing_eos_penalty", 0, "--learning_rate", 1e-2]
+    toy.ppo(tmp_path / "ppo", *flags, steps=1)
+    (line,) = read_metrics(tmp_path / "ppo", "judge/score")
+    assert line["credit/advantage_std"] < 1e-6 and line["improve/grad_norm_policy"] < 1e-4 and line["improve/value_loss"] > 0.1
+    before, after = load_policy(toy.sft).state_dict(), load_policy(tmp_path / "ppo" / "last").state_dict()
+    assert max((before[name] - after[name]).abs().max() for name in before) < 2e-2  # Adam makes steps of its own size of rounding
+    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+
+
+def test_a_row_of_nothing_but_padding(monkeypatch):
+    """A prompt without an answer among the others: no loss, no gradient, nothing for the other rows to notice."""
+    from contextlib import nullcontext
+
+    from test_training import policy_model, ppo_config, random_rows, scored_batch
+
+    from rllr.model import ValueModel
+    from rllr.ppo import gae, masked_whiten
+    from rllr.rewards import shape_rewards
+    from rllr.training import make_optimizer
+    from rllr.update import Batch, improve
+
+    monkeypatch.setattr(rllr.update, "check_first_ratio", lambda *arguments: 0.0)  # these log-probabilities are off on purpose
+    weights = []
+    for empty in (False, True):
+        policy, value_model, config = policy_model(), ValueModel.from_policy(policy_model()), ppo_config()
+        batch = scored_batch(policy, value_model, random_rows(8, 1), config)
+        if empty:  # row 8: the prompt of row 0 alone
+            def more(tensor, value):
+                return torch.cat([tensor, torch.full_like(tensor[:1], value)])
+
+            batch = Batch(
+                torch.cat([batch.sequences, batch.sequences[:1]]), torch.cat([batch.prompt_lens, batch.prompt_lens[:1]]),
+                more(batch.mask, False), *(more(getattr(batch, name), math.nan) for name in ("logprobs", "ref_logprobs", "values", "entropy")),
+            )  # fmt: skip
+        scores = torch.arange(len(batch.mask), dtype=torch.float64)
+        rewards = shape_rewards(scores, batch.logprobs, batch.ref_logprobs - 0.1, batch.mask, 0.1)
+        advantages, batch.returns = gae(rewards, batch.values, batch.mask, 1.0, 0.95)
+        batch.advantages = masked_whiten(advantages, batch.mask)
+        batch.logprobs, batch.values = batch.logprobs.masked_fill(~batch.mask, 0), batch.values.masked_fill(~batch.mask, 0)
+        plan = [[[0, 5, 2, 7] + [8] * empty, [1, 3, 4, 6]]]
+        optimizers = [make_optimizer(model, 1e-3, 10) for model in (policy, value_model)]
+        improve(policy, value_model, *optimizers, batch, plan, config, nullcontext)
+        weights.append(torch.cat([p.detach().flatten() for m in (policy, value_model) for p in m.parameters()]))
+    assert torch.isfinite(weights[1]).all() and (weights[0] - weights[1]).abs().max() < 1e-9
+
+
 # ---- bounds while running
 
 
