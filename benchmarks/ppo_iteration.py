@@ -10,6 +10,7 @@ steps on both sides: TRL runs with a batch of 64 and no accumulation, because wi
 """
 
 import argparse
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -17,7 +18,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
-from common import EOS, draw_lengths, draw_prompts, force, forced_rollout, make_model, set_up, write_result
+from common import EOS, draw_lengths, draw_prompts, force, forced_rollout, make_model, net_peak_mb, set_up, write_result
 
 BATCH, MINIBATCHES = 64, 4
 
@@ -129,15 +130,40 @@ def trl_iterations(shape, prompts, max_new_tokens, lengths, repeats):
     return spent, len(steps) / len(ends)
 
 
+def peak_mb(engine, shape, threads, prompts, cap, lengths):
+    """Net peak of two iterations, models included, in a process of its own: no engine finds memory that another left."""
+    set_up(threads)
+    if engine == "TRL":
+        import trl.experimental.ppo  # noqa: F401  the libraries themselves do not count
+
+        return net_peak_mb(lambda: trl_iterations(shape, prompts, cap, lengths, 1))
+    import rllr.update  # noqa: F401
+
+    def ours():
+        run = our_iteration(shape, prompts, lengths)
+        run(), run()
+
+    return net_peak_mb(ours)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="S", choices=["S", "M"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
     args = parser.parse_args()
     set_up(args.threads)
     for workload, cap, lengths in (("48 tokens each", 48, [48] * BATCH), ("real EOS, at most 64", 64, draw_lengths(BATCH))):
         prompts = draw_prompts(BATCH, 8000)
+        if args.memory:
+            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+                peaks = {e: pool.apply(peak_mb, (e, args.shape, args.threads, prompts, cap, lengths)) for e in ("TRL", "rllr")}
+            lines = ["64 answers, 4 optimiser steps; peak of two iterations above the libraries, four models and two optimisers included.", "",
+                     "| | MB |", "|---|---|", *(f"| {engine} | {peak:.0f} |" for engine, peak in peaks.items()),
+                     f"| times less | {peaks['TRL'] / peaks['rllr']:.2f} |"]  # fmt: skip
+            write_result("ppo_iteration", f"{args.shape}, {workload}, memory", lines, {"shape": args.shape, "workload": workload, "peaks_mb": peaks})
+            continue
         trl, real_steps = trl_iterations(args.shape, prompts, cap, lengths, args.repeats)
         run = our_iteration(args.shape, prompts, lengths)
         run()

@@ -58,7 +58,8 @@ def generate(
 
     prompts: list of token-id lists; eos_token_id: an int or a list, any of which ends an answer and belongs to it.
     A sampled pad id is an ordinary token. At most `batch_size` answers are written at a time, fewer where their keys and
-    values would take more than `cache_bytes` (default: half of the free memory on a GPU); prompts are started longest
+    values would take more than `cache_bytes` (default on a GPU: half of the free memory; a quarter of all where algorithms are to
+    be deterministic); prompts are started longest
     first, and run through the model once for all their answers. Dropout is off while sampling. The same generator state,
     prompts and limits give the same answers.
     """
@@ -132,7 +133,8 @@ def slots_within(cache_bytes, model, length):
     if cache_bytes is None and model.device.type != "cuda":
         return sys.maxsize
     if cache_bytes is None:
-        cache_bytes = torch.cuda.mem_get_info(model.device)[0] // 2
+        free, total = torch.cuda.mem_get_info(model.device)
+        cache_bytes = total // 4 if torch.are_deterministic_algorithms_enabled() else free // 2
     config = model.config
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -387,6 +387,21 @@ def test_an_interrupted_writer_goes_on(tmp_path, asked, monkeypatch):
     assert asked_for == [4, 4, 4, 4] and read_cache(cache) == read_cache(whole)
 
 
+def test_half_a_line_at_the_end_of_a_cache_is_written_again(asked, tmp_path):
+    """What a run leaves that was killed in the middle of a line; half a line anywhere else is somebody's edit, and refused."""
+    cache, whole = tmp_path / "rationales.jsonl", tmp_path / "whole.jsonl"
+    ModelWriter(CORPUS, SST2, cache_file=whole, batch_size=4, **asked)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    cache.write_bytes(b"".join(lines[:5]) + lines[5][:17])
+    assert len(read_cache(cache)) == 5
+    ModelWriter(CORPUS, SST2, cache_file=cache, batch_size=4, **asked)
+    assert read_cache(cache) == read_cache(whole) and cache.read_bytes().count(b"\n") == len(lines)
+    cache.write_bytes(lines[0][:17] + b"\n" + lines[1])
+    with pytest.raises(InputError, match="rationales.jsonl:1: not a cached rationale"):
+        read_cache(cache)
+
+
+
 @pytest.mark.parametrize(
     "bad", [b"{", b"[]", b"3", b'{"id": "b", "label": "x"}', b'{"id": [], "label": 1, "rationale": "r"}', b"\xff\xfe"]
 )

@@ -219,6 +219,15 @@ def test_what_is_printed_kept_and_how_long_it_goes_may_change(copy_of, stage, fl
         assert len(list_checkpoints(directory)) == 5
 
 
+def test_more_epochs_plan_the_learning_rate_anew(copy_of):
+    """Eight of 15 steps are done when 30 are asked for: linear decay as if it had been 30 from the start, after a warm-up of one."""
+    directory = copy_of("sft")
+    run(train_sft.main, "--resume", directory, "--epochs", 6)
+    rates = [line["lr"] / 2e-3 for line in read_metrics(directory, "loss")]
+    assert rates[:8] == pytest.approx([1 - step / 15 for step in range(8)])
+    assert rates[8:] == pytest.approx([1 - (step - 1) / 29 for step in range(8, 30)])
+
+
 def test_smaller_micro_batches_go_on_with_a_warning(copy_of):
     """They change no gradient, only rounding; and a run that ran out of memory needs them."""
     output = run(train_ppo.main, "--resume", copy_of("ppo"), "--micro_batch_size", 1)
