@@ -58,10 +58,9 @@ def generate(
 
     prompts: list of token-id lists; eos_token_id: an int or a list, any of which ends an answer and belongs to it.
     A sampled pad id is an ordinary token. At most `batch_size` answers are written at a time, fewer where their keys and
-    values would take more than `cache_bytes` (default on a GPU: half of the free memory; a quarter of all where algorithms are to
-    be deterministic); prompts are started longest
-    first, and run through the model once for all their answers. Dropout is off while sampling. The same generator state,
-    prompts and limits give the same answers.
+    values would take more than `cache_bytes` (default on a GPU: half of the free memory, or, where algorithms are to be
+    deterministic, a quarter of all); prompts are started longest first, and run through the model once for all their
+    answers. Dropout is off while sampling. The same generator state, prompts and limits give the same answers.
     """
     if max_new_tokens < 1 or not temperature > 0:
         raise ValueError(

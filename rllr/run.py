@@ -279,7 +279,7 @@ class Run:
             now, before = getattr(self.config, name, None), self.taken_up.recorded["config"].get(name)
             if now != before:
                 say(f"--{name} {before} -> {now}: the learning rate's schedule is planned anew from here")
-        say(f"resumed from {path}")
+        say(f"resumed from {path}: {at.step} of {steps} steps are done")
 
     def __enter__(self):
         self.request.__enter__()
