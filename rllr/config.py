@@ -11,7 +11,7 @@ import typing
 from pathlib import Path
 
 from .errors import InputError, brief
-from .tasks import read_mapping
+from .tasks import check_text, read_mapping
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,12 +79,15 @@ def _is_list(field):
 
 def _convert(field, value, where):
     kind, optional = _type(field)
+    if isinstance(value, str):
+        check_text(value, where)
     if value is None or (optional and isinstance(value, str) and value.lower() == "none"):
         if optional:
             return None
         raise InputError(f"{where}: needs a value of type {kind.__name__}")
     if kind is list:
-        return [str(item) for item in (value if isinstance(value, list) else [value])]
+        items = [str(item) for item in (value if isinstance(value, list) else [value])]
+        return [check_text(item, where) for item in items]
     if kind is bool:
         if isinstance(value, bool):
             return value

@@ -23,6 +23,14 @@ INSTRUCTIONS = {"rationale": "Reason, then label:", "label": "Label:"}  # fills 
 METRICS = ("accuracy", "macro_f1", "pearson", "spearman")
 
 
+def check_text(text: str, where: str) -> str:
+    """The text itself. InputError for what no file system and no tokenizer takes: NUL, and half of a character (a JSON escape
+    can spell it)."""
+    if "\0" in text or re.search(r"[\ud800-\udfff]", text):
+        raise InputError(f"{where}: holds a NUL character or a lone surrogate; remove it (got {brief(text)})")
+    return text
+
+
 @dataclass(frozen=True)
 class Example:
     """One row of data: a text (or pair), its label where it is known, and what rationales come with it.
@@ -64,6 +72,7 @@ class Task:
                 f"task {self.name!r:.90}: field 'name' must be letters, digits, spaces, and . _ + - inside, at most 80 of them"
             )
         where = f"task {self.name!r}"
+        check_text("\n".join((self.prompt, *self.labels)), f"{where}: prompt or labels")
         labels = [label.strip() for label in self.labels]
         object.__setattr__(self, "labels", tuple(labels))  # frozen: the stripped spelling is the one in use
         if len(labels) < 2:

@@ -116,6 +116,17 @@ class Checkpoint:
 
 
 
+def usable(result):
+    """Every text in a result can be printed, and tokenised: it has no half characters. The result itself is handed on."""
+    parts = result if isinstance(result, (list, tuple)) else [result]
+    for part in parts:
+        fields = vars(part) if hasattr(part, "__dict__") else part if isinstance(part, dict) else {}
+        for value in fields.values():
+            for text in value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]:
+                assert not isinstance(text, str) or text.encode() is not None
+    return result
+
+
 def answer(path, content):
     text, task = content.decode("utf-8", "surrogateescape"), load_task("agnews")
     label = parse_answer(task, text)
@@ -128,11 +139,13 @@ def config_of(script):
     def read(path):
         config = parse_config(script.Config, ["--config", str(path)])
         config.validate()
+        usable(config)
+
     return read
 
 
 def examples(labels, task="sst2", **options):
-    return lambda path: load_examples(str(path), load_task(task), labels=labels, log=lambda line: None, **options)
+    return lambda path: usable(load_examples(str(path), load_task(task), labels=labels, log=lambda line: None, **options))
 
 
 TARGETS = {  # name -> (reader of a path, file name, seeds)
@@ -145,10 +158,10 @@ TARGETS = {  # name -> (reader of a path, file name, seeds)
     "data.csv": (examples("required"), "rows.csv", [csv_of(ROWS, ","), b"\xef\xbb\xbf" + csv_of(ROWS, ",")]),
     "data.tsv": (examples("required"), "rows.tsv", [csv_of(ROWS, "\t")]),
     "data.parquet": (examples("required"), "rows.parquet", [parquet()]),
-    "pairs": (lambda path: load_pairs(str(path), lambda line: None), "pairs.jsonl", [jsonl(PAIRS)]),
-    "task.yaml": (lambda path: load_task(str(path)), "task.yaml",
+    "pairs": (lambda path: usable(load_pairs(str(path), lambda line: None)), "pairs.jsonl", [jsonl(PAIRS)]),
+    "task.yaml": (lambda path: usable(load_task(str(path))), "task.yaml",
                   [b'name: own\nlabels: [good, bad]\nprompt: "{text}\\n{instruction}"\nordinal: false\nmetrics: [accuracy]\n']),
-    "task.json": (lambda path: load_task(str(path)), "task.json", [json.dumps(TASK).encode()]),
+    "task.json": (lambda path: usable(load_task(str(path))), "task.json", [json.dumps(TASK).encode()]),
     "config.yaml, ppo": (config_of(train_ppo), "config.yaml", [SETTINGS.encode()]),
     "config.json, sft": (config_of(train_sft), "config.json", [b'{"epochs": 3, "learning_rate": 1e-3, "dropout": null, "resume": "newest"}']),
     "config.yaml, rm": (config_of(train_rm), "config.yaml", [b"pairs: rationale\nepochs: 2\nloss: span\ncolumns: text=a,label=b\n"]),

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 import pytest
+import train_ppo
 
 from rllr.config import check_choice, check_divisible, check_positive, check_range, parse_config
 from rllr.errors import InputError, RunError, command
+from rllr.tasks import load_task
 
 
 @dataclass
@@ -217,3 +219,13 @@ def test_command_leaves_results_and_bugs_alone():
             raise ValueError("plain")
 
         main()
+
+
+@pytest.mark.parametrize("text", ["a\\u0000b", "\\ud800", "x\\udfffy"])
+def test_texts_that_no_file_system_takes(tmp_path, text):
+    (tmp_path / "c.json").write_text('{"policy": "%s"}' % text)
+    with pytest.raises(InputError, match="c.json: policy: holds a NUL character or a lone surrogate"):
+        parse_config(train_ppo.Config, ["--config", str(tmp_path / "c.json")])
+    (tmp_path / "t.json").write_text('{"labels": ["a", "b"], "prompt": "{text}%s"}' % text)
+    with pytest.raises(InputError, match="prompt or labels: holds a NUL character or a lone surrogate"):
+        load_task(str(tmp_path / "t.json"))
