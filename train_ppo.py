@@ -20,6 +20,7 @@ from rllr.encoding import Encoder
 from rllr.engine.checkpointing import checkpoint_layers
 from rllr.errors import InputError, RunError, brief, command
 from rllr.evaluate import answer_rows, metric_line, score_answers, show_samples
+from rllr.metrics import Clock, say
 from rllr.model import allow_remote_code, backbone_of, fingerprint, load_tokenizer
 from rllr.monitor import show_rollout, step_line, step_metrics
 from rllr.ppo import AdaptiveKL, FixedKL, gae, masked_whiten
@@ -29,7 +30,7 @@ from rllr.rollout import generate
 from rllr.run import Run, RunConfig, digest, reads_of, take_up
 from rllr.shared import LoRAConfig, check_lora, rate_factor
 from rllr.splits import DataConfig, find_policy, gold_labels, load_splits, take_over
-from rllr.training import Clock, make_optimizer, make_record, require_finite, save_policy, say, set_up, show_config
+from rllr.training import make_optimizer, make_record, require_finite, save_policy, set_up, show_config
 from rllr.update import PromptStream, analyse, improve, kl_within_bound, samples_of, write_batch
 
 MOST_SKIPPED = 10  # rollouts in a row whose update --on_ref_kl skip may leave out: the policy does not come back by itself

@@ -24,6 +24,7 @@ from rllr.engine.checkpointing import checkpoint_layers
 from rllr.errors import InputError, brief, command
 from rllr.files import RECORD, disk_faults, write_json
 from rllr.judge import ScoreStatistics, score_rows
+from rllr.metrics import say
 from rllr.model import RewardModel, allow_remote_code, fingerprint, load_policy, load_tokenizer, reward_pad_token_id
 from rllr.pairs import (
     LABEL_PAIRS, Pair, describe, label_sensitive_pairs, rationale_sensitive_pairs, split_by_prompt, write_pairs,
@@ -35,7 +36,7 @@ from rllr.run import Run, RunConfig, digest, reads_of, take_up
 from rllr.shared import LoRAConfig, RolePolicy, check_lora, load_base, load_scalar_role, new_role, rate_factor
 from rllr.splits import DataConfig, find_policy, load_splits, take_over
 from rllr.training import (
-    clip_gradient, make_optimizer, make_record, optimizer_step, pack, require_finite, say, set_up, show_config, shuffled_batches,
+    clip_gradient, make_optimizer, make_record, optimizer_step, pack, require_finite, set_up, show_config, shuffled_batches,
     split_rows,
 )  # fmt: skip
 

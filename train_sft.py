@@ -21,6 +21,7 @@ from rllr.errors import InputError, command
 from rllr.evaluate import answer_rows, metric_line, score_answers, show_samples
 from rllr.files import check_run_directory
 from rllr.logprobs import token_logprobs
+from rllr.metrics import say
 from rllr.model import allow_remote_code, backbone_of, fingerprint, load_policy, load_tokenizer
 from rllr.rationales import WRITERS, check_writer, default_writer, make_writer
 from rllr.run import Run, RunConfig, reads_of, take_up
@@ -29,7 +30,7 @@ from rllr.splits import DataConfig, inherit, load_splits
 from rllr.tiny import TinyConfig, build_tiny
 from rllr.training import (
     check_same_task, clip_gradient, make_optimizer, make_record, optimizer_step, pack, read_record, require_finite, resolve_task,
-    save_policy, say, set_up, show_config, shuffled_batches, split_rows,
+    save_policy, set_up, show_config, shuffled_batches, split_rows,
 )  # fmt: skip
 
 BASE = "base"  # in the run's directory: the model that --model tiny built

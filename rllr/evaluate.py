@@ -17,11 +17,12 @@ from .config import check_choice, check_positive, parse_config
 from .encoding import Encoder
 from .errors import InputError, command
 from .files import write_json
+from .metrics import say
 from .model import allow_remote_code, load_policy, load_tokenizer
 from .rollout import generate
 from .splits import DataConfig, inherit, load_evaluation
 from .tasks import Example, Task, parse_answer
-from .training import check_same_task, read_record, resolve_task, say, set_up, task_of_record
+from .training import check_same_task, read_record, resolve_task, set_up, task_of_record
 
 
 @dataclass(frozen=True)

@@ -260,8 +260,9 @@ class Config:
 @command
 def main(argv=None):
     """Write a data file with a rationale for every label of every row."""
+    from .metrics import say
     from .model import allow_remote_code
-    from .training import say, set_up
+    from .training import set_up
 
     config = parse_config(Config, argv, __doc__)
     allow_remote_code(config.trust_remote_code)

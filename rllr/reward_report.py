@@ -9,9 +9,10 @@ import torch
 from .errors import InputError
 from .evaluate import accuracy, answer_rows
 from .judge import score_rows
+from .metrics import say
 from .rollout import generate
 from .tasks import split_answer
-from .training import pack, say
+from .training import pack
 
 MIN_PROMPTS = 512  # sampled answers wanted behind the stored statistics
 

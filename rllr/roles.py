@@ -8,10 +8,11 @@ from pathlib import Path
 
 from .errors import InputError
 from .judge import ScoreStatistics, gold_reward, load_function, load_scorer
+from .metrics import say
 from .model import RewardModel, ValueModel, backbone_of, fingerprint, load_backbone, load_policy, read_head
 from .peft_format import is_adapter
 from .shared import RolePolicy, load_base, load_scalar_role, new_role
-from .training import check_same_task, read_record, say
+from .training import check_same_task, read_record
 
 
 def load_policy_and_reference(config, device):

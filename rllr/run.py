@@ -14,12 +14,9 @@
 import dataclasses
 import hashlib
 import json
-import math
-import os
 import signal
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +28,8 @@ from .checkpoint import (
     FOLDER, STATE, WEIGHTY, GlobalStreams, damage, list_checkpoints, read_checkpoint, restore_part, state_of, write_checkpoint,
 )  # fmt: skip
 from .errors import InputError, RunError, Stopped
-from .files import METRICS, RUN, disk_faults, open_run_directory, read_json, write_json
-from .training import say
+from .files import RUN, disk_faults, open_run_directory, read_json, write_json
+from .metrics import MetricsLog, say
 
 # On --resume these may differ from the run's own: they change what is printed or kept, or how long the run is;
 FREE = {"output_dir", "overwrite", "resume", "save_every", "keep_last", "steps", "epochs", "log_every", "show", "show_every",
@@ -159,50 +156,6 @@ def digest(*values):
     """SHA-256 of values that JSON can hold (dataclasses too): the content of rows, pairs and tasks, whatever file they came from."""
     text = json.dumps(values, default=lambda value: dataclasses.asdict(value), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-class MetricsLog:
-    """`metrics.jsonl`: one JSON object a step. After a resume it goes on where the checkpoint was: no step twice, no torn line."""
-
-    def __init__(self, directory):
-        self.path, self.start = Path(directory) / METRICS, time.monotonic()
-        self.file = open(self.path, "a", encoding="utf-8")
-
-    def write(self, metrics, line=None):
-        metrics = {name: _plain(value) for name, value in metrics.items()}
-        metrics.setdefault("seconds", round(time.monotonic() - self.start, 3))
-        with disk_faults(str(self.path)):
-            self.file.write(json.dumps(metrics) + "\n")
-            self.file.flush()
-        if line:
-            say(line)
-
-    def state_dict(self):
-        return {"bytes": self.file.tell(), "seconds": time.monotonic() - self.start}
-
-    def load_state_dict(self, state):
-        written = self.path.stat().st_size
-        if written < state["bytes"]:
-            say(f"warning: {self.path} is shorter than it was at the checkpoint; lines are missing")
-        self.file.truncate(min(written, state["bytes"]))
-        self.file.seek(0, os.SEEK_END)
-        self.start = time.monotonic() - state["seconds"]
-
-    def sync(self):
-        with disk_faults(str(self.path)):
-            os.fsync(self.file.fileno())
-
-    def close(self):
-        self.file.close()
-
-
-def _plain(value):
-    """A number JSON can hold: tensors become floats, what is not finite becomes null."""
-    if isinstance(value, torch.Tensor):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 class StopRequest:

@@ -18,10 +18,11 @@ from .config import check_choice, check_positive, parse_config
 from .encoding import Encoder
 from .errors import InputError, command
 from .lora import add_adapter, get_adapter, merge_adapter, merged_weights, use_adapter
+from .metrics import say
 from .model import RewardModel, allow_remote_code, fingerprint, load_policy, load_tokenizer, read_head, reward_pad_token_id
 from .peft_format import load_adapter, read_adapter_config, save_adapter
 from .files import RECORD, check_run_directory, open_run_directory, write_json
-from .training import read_record, save_policy, say, set_up
+from .training import read_record, save_policy, set_up
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -6,7 +6,7 @@ unlabelled  prompts of PPO; their labels, where a file has them, are removed
 eval        dev rows: they choose epoch, step and recipe
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from .data import Source, load_examples, parse_mapping_flag, select_labelled, split_holdout
@@ -34,6 +34,10 @@ class DataConfig:
     labelled: int | None = None  # rows whose labels are used, the rest are PPO's prompts; without it all rows serve all
     held_out: float | None = None  # share of the labelled rows set aside to evaluate reward models (0.1)
     data_seed: int | None = None  # chooses the labelled and the held-out rows (--seed of the SFT run)
+
+    def data_settings(self):
+        """These settings alone, of a script's whole configuration: what a model's record hands on to the later stages."""
+        return {field.name: getattr(self, field.name) for field in fields(DataConfig)}
 
 
 @dataclass

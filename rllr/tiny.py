@@ -22,10 +22,11 @@ from .encoding import PLAIN_TEMPLATE, Encoder
 from .errors import InputError, command
 from .files import check_run_directory, open_run_directory
 from .logprobs import token_logprobs
+from .metrics import say
 from .splits import DataConfig, load_splits
 from .tasks import load_task
 from .training import (
-    clip_gradient, make_optimizer, make_record, optimizer_step, pack, save_policy, say, set_up, show_config, shuffled_batches,
+    clip_gradient, make_optimizer, make_record, optimizer_step, pack, save_policy, set_up, show_config, shuffled_batches,
 )  # fmt: skip
 
 PAD, EOS = "<pad>", "<eos>"

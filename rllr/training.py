@@ -1,4 +1,4 @@
-"""What the three scripts share: records, optimiser and schedule, finite numbers, batches, clock, console lines."""
+"""What the three scripts share: records, optimiser and schedule, what must be finite, batches, console lines."""
 
 import ctypes
 import dataclasses
@@ -6,21 +6,15 @@ import math
 import os
 import random
 import sys
-import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from .errors import InputError, RunError
 from .files import RECORD, disk_faults, read_json, saving_into, write_json
 from .layout import pack_sequences
+from .metrics import say
 from .tasks import Task, load_task
-
-
-def say(line):
-    """A line on stdout that does not tear the progress bar."""
-    tqdm.write(str(line), file=sys.stdout)
 
 
 def set_up(precision, seed, deterministic=False):
@@ -94,11 +88,8 @@ def save_policy(model, encoder, path, record, merged=False):
 
 def make_record(stage, task: Task, config, **more):
     """What a later stage, or a reader, must know of a model: stage, task, data settings, the whole resolved config."""
-    from .splits import DataConfig
-
     settings = dataclasses.asdict(config)
-    data = {field.name: settings[field.name] for field in dataclasses.fields(DataConfig)}
-    return {"stage": stage, "task": dataclasses.asdict(task), "data": data, "config": settings, **more}
+    return {"stage": stage, "task": dataclasses.asdict(task), "data": config.data_settings(), "config": settings, **more}
 
 
 def task_of_record(record):
@@ -138,27 +129,6 @@ def check_same_task(record, task, path):
 def show_config(config, title):
     """The resolved configuration, one line per setting."""
     say(f"{title}: " + ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
-
-
-class Clock:
-    """Seconds per named phase: `with clock("rollout"): ...`, then `clock.take()`."""
-
-    def __init__(self):
-        self.spent = {}
-
-    def __call__(self, name):
-        self.name = name
-        return self
-
-    def __enter__(self):
-        self.started = time.monotonic()
-
-    def __exit__(self, *exception):
-        self.spent[self.name] = self.spent.get(self.name, 0.0) + time.monotonic() - self.started
-
-    def take(self):
-        spent, self.spent = self.spent, {}
-        return {f"time/{name}": round(seconds, 4) for name, seconds in spent.items()}
 
 
 # ---- optimisation ----------------------------------------------------------------------------------------------------

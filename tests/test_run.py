@@ -25,7 +25,8 @@ import rllr.update
 from rllr.checkpoint import MANIFEST, STATE, TENSORS, damage, join_tensors, list_checkpoints, read_checkpoint, split_tensors, write_checkpoint
 from rllr.errors import InputError, RunError
 from rllr.model import load_policy
-from rllr.run import MetricsLog, StopRequest
+from rllr.metrics import MetricsLog
+from rllr.run import StopRequest
 
 # ---- metrics
 

@@ -11,7 +11,7 @@ import torch
 from families import EOS, tiny_model, toy_tokenizer
 from torch.nn import functional as F
 
-import rllr.training
+import rllr.metrics
 import rllr.update
 from rllr.encoding import Encoder
 from rllr.errors import InputError, RunError
@@ -23,8 +23,9 @@ from rllr.rollout import generate
 from rllr.splits import DataConfig, inherit
 from rllr.tasks import TASKS, Task
 from rllr.files import RECORD
+from rllr.metrics import Clock
 from rllr.training import (
-    Clock, check_same_task, clip_gradient, make_optimizer, make_record, optimizer_step, pack, read_record, require_finite,
+    check_same_task, clip_gradient, make_optimizer, make_record, optimizer_step, pack, read_record, require_finite,
     resolve_task, save_policy, shuffled_batches, split_rows, task_of_record,
 )  # fmt: skip
 from rllr.update import Batch, _losses, analyse, improve
@@ -105,7 +106,7 @@ def test_inherit_fills_what_is_not_given_and_names_contradictions():
 
 def test_clock(monkeypatch):
     now = iter([0.0, 2.0, 10.0, 13.0, 20.0, 20.5])
-    monkeypatch.setattr(rllr.training.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(rllr.metrics.time, "monotonic", lambda: next(now))
     clock = Clock()
     for name in ("rollout", "score", "rollout"):
         with clock(name):

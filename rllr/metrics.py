@@ -1,0 +1,83 @@
+"""What a run says: `metrics.jsonl`, lines on the console, seconds per phase."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .files import METRICS, disk_faults
+
+
+def say(line):
+    """A line on stdout that does not tear the progress bar."""
+    tqdm.write(str(line), file=sys.stdout)
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a step. After a resume it goes on where the checkpoint was: no step twice, no torn line."""
+
+    def __init__(self, directory):
+        self.path, self.start = Path(directory) / METRICS, time.monotonic()
+        self.file = open(self.path, "a", encoding="utf-8")
+
+    def write(self, metrics, line=None):
+        metrics = {name: _plain(value) for name, value in metrics.items()}
+        metrics.setdefault("seconds", round(time.monotonic() - self.start, 3))
+        with disk_faults(str(self.path)):
+            self.file.write(json.dumps(metrics) + "\n")
+            self.file.flush()
+        if line:
+            say(line)
+
+    def state_dict(self):
+        return {"bytes": self.file.tell(), "seconds": time.monotonic() - self.start}
+
+    def load_state_dict(self, state):
+        written = self.path.stat().st_size
+        if written < state["bytes"]:
+            say(f"warning: {self.path} is shorter than it was at the checkpoint; lines are missing")
+        self.file.truncate(min(written, state["bytes"]))
+        self.file.seek(0, os.SEEK_END)
+        self.start = time.monotonic() - state["seconds"]
+
+    def sync(self):
+        with disk_faults(str(self.path)):
+            os.fsync(self.file.fileno())
+
+    def close(self):
+        self.file.close()
+
+
+def _plain(value):
+    """A number JSON can hold: tensors become floats, what is not finite becomes null."""
+    if isinstance(value, torch.Tensor):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class Clock:
+    """Seconds per named phase: `with clock("rollout"): ...`, then `clock.take()`."""
+
+    def __init__(self):
+        self.spent = {}
+
+    def __call__(self, name):
+        self.name = name
+        return self
+
+    def __enter__(self):
+        self.started = time.monotonic()
+
+    def __exit__(self, *exception):
+        self.spent[self.name] = self.spent.get(self.name, 0.0) + time.monotonic() - self.started
+
+    def take(self):
+        spent, self.spent = self.spent, {}
+        return {f"time/{name}": round(seconds, 4) for name, seconds in spent.items()}
