@@ -39,6 +39,7 @@ ROUNDING = {"micro_batch_size", "tokens_per_batch", "gradient_checkpointing", "e
 # these are compared by what they hold, not by name (`Run.reads`).
 BY_CONTENT = {"task", "train_file", "eval_file", "model", "policy", "label_rm", "rationale_rm", "value_init"}
 NEWEST = "newest"
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 @dataclass
@@ -238,9 +239,11 @@ class Run:
         self.request.__enter__()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, error, trace):
         self.request.__exit__()
         self.metrics.close()
+        if isinstance(error, OUT_OF_MEMORY):  # outside of a step
+            raise RunError(f"{_of_memory(error)}; go on with --resume and a smaller --eval_batch_size. {self._newest()}") from None
 
     @contextmanager
     def step(self, number, rescue=None):
@@ -251,10 +254,10 @@ class Run:
         light = {name: state_of(part) for name, part in self.parts.items() if not isinstance(part, WEIGHTY)}
         try:
             yield
-        except (RunError, torch.OutOfMemoryError, MemoryError) as error:
+        except (RunError, *OUT_OF_MEMORY) as error:
             message = str(error)
             if not isinstance(error, RunError):
-                message = f"out of memory ({message.splitlines()[0] if message else type(error).__name__}); go on with a smaller --tokens_per_batch."
+                message = f"{_of_memory(error)}; go on with --resume and a smaller --tokens_per_batch."
             saved = [_outcome(save) for save in (rescue, lambda: self._save_before(number - 1, light)) if save]
             raise RunError(" ".join([f"step {number}: {message}", *saved])) from None
 
@@ -264,8 +267,11 @@ class Run:
         if all(self.parts[name].last_epoch == light[name]["last_epoch"] for name in schedules):
             weighty = {name: state_of(part) for name, part in self.parts.items() if isinstance(part, WEIGHTY)}
             return f"The state before it is in {self._write(step, light | weighty)}."
+        return self._newest()
+
+    def _newest(self):
         newest = next((path for path in list_checkpoints(self.directory) if damage(path) is None), None)
-        return f"The newest checkpoint is {newest}." if newest else ""
+        return f"The newest checkpoint is {newest}." if newest else "There is no checkpoint yet."
 
     def checkpoint(self, step, last=False):
         """Write a checkpoint where one is due; Stopped, with the state saved, where a signal asked for it."""
@@ -278,6 +284,10 @@ class Run:
     def _write(self, step, parts):
         self.metrics.sync()
         return write_checkpoint(self.directory, step, {"step": step, "run": self.record, "parts": parts}, self.config.keep_last)
+
+
+def _of_memory(error):
+    return f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]})"
 
 
 def _outcome(save):

@@ -470,7 +470,11 @@ def test_out_of_memory(toy, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(train_ppo, "analyse", poisoned(train_ppo.analyse, 3, harm))
         error = refused(capsys, "ppo", *flags, code=1)
-    assert "step 3: out of memory (CUDA out of memory. Tried to allocate 2 GiB); go on with a smaller" in error
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ppo, "answer_rows", poisoned(train_ppo.answer_rows, 2, harm))
+        outside = refused(capsys, "ppo", *flags, "--overwrite", "--save_every", 1, "--eval_every", 3, code=1)
+    assert "2 GiB); go on with --resume and a smaller --eval_batch_size. The newest checkpoint is" in outside and "step-000002" in outside
+    assert "step 3: out of memory (CUDA out of memory. Tried to allocate 2 GiB); go on with --resume and a smaller" in error
     assert "step-000002" in error
     assert "resumed from" in run(main, "--resume", tmp_path / "run", "--micro_batch_size", 1)
 
