@@ -137,14 +137,14 @@ def show_config(config, title):
 def make_optimizer(model, learning_rate, steps, *, warmup_share=0.0, schedule="linear", weight_decay=0.0):
     """(AdamW, scheduler): linear warm-up over a share of the steps, then linear decay to 0, cosine to 0, or constant.
 
-    Weight decay spares biases and norms. On CUDA the fused kernel is used.
+    Weight decay spares biases and norms. The fused kernel goes over the weights once, and takes no memory of its own.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    fused = bool(parameters) and parameters[0].device.type == "cuda"
+    fused = bool(parameters) and parameters[0].device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, fused=fused)
     warmup = int(warmup_share * steps)
 

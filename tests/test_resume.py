@@ -33,7 +33,8 @@ def stage_of(toy, name, directory):
     common = ["--save_every", 4, "--output_dir", directory, *ANSWER, *lora]
     small = [*common, "--batch_size", 8, "--micro_batch_size", 4, "--learning_rate", 2e-3, "--dropout", 0.1]
     if stage == "sft":
-        return train_sft.main, [*toy.data, "--model", toy.base, *small, "--epochs", 3, "--show", 0]
+        model = ["--model", "tiny", "--tiny_epochs", 1] if variant == "tiny" else ["--model", toy.base]
+        return train_sft.main, [*toy.data, *model, *small, "--epochs", 3, "--show", 0]
     if stage == "rm":
         kind = ["--pairs", "rationale"] if variant == "rationale" else []
         return train_rm.main, ["--policy", toy.sft, *small, *kind, "--epochs", 3, "--patience", 99]
@@ -49,7 +50,7 @@ def stage_of(toy, name, directory):
     return train_ppo.main, ["--policy", toy.sft, *own, *models, *rates, *prompts, *common]
 
 
-RUNS = ["sft/full", "sft/lora", "rm/full", "rm/lora", "rm/rationale", "ppo/gold", "ppo/mixed", "ppo/lora"]
+RUNS = ["sft/full", "sft/tiny", "sft/lora", "rm/full", "rm/lora", "rm/rationale", "ppo/gold", "ppo/mixed", "ppo/lora"]
 
 
 @pytest.fixture(scope="session")

@@ -148,6 +148,25 @@ def test_weight_decay_spares_biases_norms_and_what_is_frozen():
     assert groups[0.0] == [id(p) for p in (model[0].bias, model[1].weight, model[1].bias, model[2].bias)]
 
 
+def test_adamw_by_hand():
+    """Two steps of decoupled weight decay and bias-corrected moments (arXiv:1711.05101, algorithm 2), under a linear schedule."""
+    model = torch.nn.Linear(1, 1, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.fill_(0.5), model.bias.fill_(-0.25)
+    optimizer, scheduler = make_optimizer(model, 0.1, 4, weight_decay=0.5)
+    weights, m, v = {"weight": 0.5, "bias": -0.25}, {"weight": 0.0, "bias": 0.0}, {"weight": 0.0, "bias": 0.0}
+    for t, rate in ((1, 0.1), (2, 0.075)):
+        for name, gradient in (("weight", 0.3 * t), ("bias", -2.0 + t)):
+            getattr(model, name).grad = torch.full_like(getattr(model, name), gradient)
+            m[name], v[name] = 0.9 * m[name] + 0.1 * gradient, 0.999 * v[name] + 0.001 * gradient**2
+            decay = 0.5 if name == "weight" else 0.0
+            weights[name] *= 1 - rate * decay
+            weights[name] -= rate * (m[name] / (1 - 0.9**t)) / ((v[name] / (1 - 0.999**t)) ** 0.5 + 1e-8)
+        optimizer_step(optimizer, scheduler)
+    assert model.weight.item() == pytest.approx(weights["weight"], abs=1e-12)
+    assert model.bias.item() == pytest.approx(weights["bias"], abs=1e-12) and model.bias.grad is None
+
+
 def test_the_gradient_is_clipped_and_its_norm_before_is_returned():
     model = torch.nn.Linear(1, 1, bias=False)
     with torch.no_grad():
