@@ -27,7 +27,8 @@ from rllr.ppo import AdaptiveKL, FixedKL, gae, masked_whiten
 from rllr.rewards import label_sensitive_reward, missing_eos_rule, shape_rewards
 from rllr.roles import eos_cap, load_judges, load_policy_and_reference, load_value_model
 from rllr.rollout import generate
-from rllr.run import Run, RunConfig, digest, reads_of, take_up
+from rllr.resume import RunConfig, take_up
+from rllr.run import Run, digest, reads_of, require_finite_weights
 from rllr.shared import LoRAConfig, check_lora, rate_factor
 from rllr.splits import DataConfig, find_policy, gold_labels, load_splits, take_over
 from rllr.training import make_optimizer, make_record, require_finite, save_policy, set_up, show_config
@@ -169,7 +170,8 @@ def main(argv=None):
     reads |= {"the gold labels": digest(sorted(gold.items()))} if config.reward == "gold" else {}
     reads |= {f"--{part}_rm": fingerprint(judge.model) for part, judge in judges.items() if hasattr(judge, "model")}
     reads |= {"--value_init": fingerprint(value_model)} if config.value_init else {}
-    inputs = [config.policy, config.label_rm, config.rationale_rm, config.value_init]
+    reads |= {"the reward function": digest(judges["label"].source)} if ":" in config.reward else {}
+    inputs = [config.policy, config.label_rm, config.rationale_rm, config.value_init, config.task, config.train_file, config.eval_file]
     run = Run("ppo", config, config.output_dir or default_directory(config), reads, taken_up, inputs)
     directory, metrics = run.directory, run.metrics
     show_config(config, "train_ppo")
@@ -193,7 +195,7 @@ def main(argv=None):
     def save(name, **more):
         on = {"base": {"path": config.policy, "fingerprint": policy_fingerprint}} if base else {}
         save_policy(policy, encoder, directory / name, make_record("ppo", task, config, tiny=tiny, **on, **more))
-        return f"The last good policy is in {directory / name}."
+        return f"The policy as it stood then is in {directory / name}."
 
     def evaluate(step):
         answers = answer_rows(
@@ -207,7 +209,8 @@ def main(argv=None):
         return scores, answers
 
     def rescue():
-        """What a failed step leaves behind beside a checkpoint: the last good policy, and its own tensors."""
+        """What a failed step leaves behind beside a checkpoint: the policy as it stood, if it is sound, and its own tensors."""
+        require_finite_weights(policy, "the policy")
         saved = save("last", step=at.step)
         return f"{saved} {write_batch(directory / 'failed_batch.safetensors', rollout, batch)}" if batch else saved
 

@@ -11,6 +11,7 @@ units. Writes runs/<task>/rm-label (or rm-rationale): a model directory that als
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -22,8 +23,8 @@ from rllr.dropout import set_dropout
 from rllr.encoding import Encoder
 from rllr.engine.checkpointing import checkpoint_layers
 from rllr.errors import InputError, brief, command
-from rllr.files import RECORD, disk_faults, write_json
-from rllr.judge import ScoreStatistics, score_rows
+from rllr.files import RECORD, check_run_directory, disk_faults, write_json
+from rllr.judge import STATISTICS, ScoreStatistics, score_rows
 from rllr.metrics import say
 from rllr.model import RewardModel, allow_remote_code, fingerprint, load_policy, load_tokenizer, reward_pad_token_id
 from rllr.pairs import (
@@ -32,7 +33,8 @@ from rllr.pairs import (
 from rllr.rationales import WRITERS, check_writer, default_label_pairs, default_writer, make_writer
 from rllr.reward_report import classifier_report, pair_report, sampled_scores, show_pairs
 from rllr.rewards import pairwise_accuracy, pairwise_loss
-from rllr.run import Run, RunConfig, digest, reads_of, take_up
+from rllr.resume import RunConfig, take_up
+from rllr.run import Run, digest, reads_of
 from rllr.shared import LoRAConfig, RolePolicy, check_lora, load_base, load_scalar_role, new_role, rate_factor
 from rllr.splits import DataConfig, find_policy, load_splits, take_over
 from rllr.training import (
@@ -197,11 +199,10 @@ def main(argv=None):
         train_pairs, held_pairs = split_by_prompt([Pair(**pair) for pair in load_pairs(config.pairs, say)])
     else:
         check_writer(config.rationales, labelled + held_out, task, config.rationale_model)
-    reads = reads_of(task, splits) | {"--policy": policy_fingerprint}
-    if kind == "file":
-        reads["--pairs"] = digest(train_pairs, held_pairs)
-    run = Run("rm", config, config.output_dir or f"runs/{task.name}/rm-{kind}", reads, taken_up, [config.policy])
-    directory, metrics = run.directory, run.metrics
+    directory = config.output_dir or f"runs/{task.name}/rm-{kind}"
+    inputs = [config.policy, config.task, config.train_file, config.eval_file, config.rationale_model, config.pairs]
+    if not taken_up:
+        check_run_directory(directory, config.overwrite, inputs)
     show_config(config, "train_rm")
     if kind != "file":
         writer = make_writer(
@@ -210,18 +211,23 @@ def main(argv=None):
             task,
             config=config,
             device=device,
-            directory=directory.parent,
+            directory=Path(directory).parent,
             log=say,
             also=held_out,
         )
         train_pairs = draw_pairs(config, labelled, task, writer, config.seed)
         held_pairs = draw_pairs(config, held_out, task, writer, 10_000 + config.seed)
-        with disk_faults(str(directory / "pairs.jsonl")):
-            write_pairs(directory / "pairs.jsonl", train_pairs)
-            write_pairs(directory / "pairs_held_out.jsonl", held_pairs)
     train_rows, train_pairs = encode_pairs(train_pairs, encoder)
     held_rows, held_pairs = encode_pairs(held_pairs, encoder)
     say(f"train: {describe(train_pairs)}\nheld out: {describe(held_pairs)}")
+    reads = reads_of(task, splits) | {"--policy": policy_fingerprint}
+    reads["--pairs" if kind == "file" else "the encoded pairs"] = digest(train_rows, held_rows)
+    run = Run("rm", config, directory, reads, taken_up, inputs)
+    directory, metrics = run.directory, run.metrics
+    if kind != "file":
+        with disk_faults(str(directory / "pairs.jsonl")):
+            write_pairs(directory / "pairs.jsonl", train_pairs)
+            write_pairs(directory / "pairs_held_out.jsonl", held_pairs)
 
     sampled = sampled_scores(policy, encoder, task, unlabelled or held_out, config, autocast)
     model = RewardModel.from_policy(start, seed=config.seed)
@@ -274,6 +280,8 @@ def main(argv=None):
                         at.since_best = 0 if at.best is None or result > at.best else at.since_best + 1
                         if at.since_best == 0:
                             at.best = result
+                            for stale in (RECORD, STATISTICS):  # of weights that are about to go
+                                (directory / stale).unlink(missing_ok=True)
                             model.save_pretrained(directory, tokenizer, pad_id)
                         at.stopped = at.since_best >= config.patience
                     run.checkpoint(at.step, last=at.step == steps or at.stopped)
@@ -298,13 +306,15 @@ def main(argv=None):
             score_rows(model, *sampled.batch, config.eval_batch_size, autocast), truncated=sampled.truncated,
             temperature=config.temperature, policy_fingerprint=policy_fingerprint,
         )  # fmt: skip
-        statistics.save(directory)
+        with disk_faults(str(directory / STATISTICS)):
+            statistics.save(directory)
         say(
             f"scores on {statistics.count} answers sampled by the policy: mean {statistics.mean:.3f}, standard deviation {statistics.std:.3f}"
         )
         on = {"base": {"path": config.policy, "fingerprint": policy_fingerprint}} if config.lora_rank else {}
-        write_json(directory / RECORD, make_record(
-            f"rm-{kind}", task, config, tiny=tiny, report=report, policy_fingerprint=policy_fingerprint, **on))  # fmt: skip
+        record = make_record(f"rm-{kind}", task, config, tiny=tiny, report=report, policy_fingerprint=policy_fingerprint, **on)
+        with disk_faults(str(directory / RECORD)):
+            write_json(directory / RECORD, record)
         metrics.write(
             {"step": at.step, **{f"final/{k}": v for k, v in report["pairs"]["all"].items() if not isinstance(v, list)}}
         )

@@ -9,6 +9,7 @@ Writes runs/<task>/sft: a Hugging Face model directory, metrics.jsonl, rllr.json
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 from tqdm import tqdm
@@ -24,7 +25,8 @@ from rllr.logprobs import token_logprobs
 from rllr.metrics import say
 from rllr.model import allow_remote_code, backbone_of, fingerprint, load_policy, load_tokenizer
 from rllr.rationales import WRITERS, check_writer, default_writer, make_writer
-from rllr.run import Run, RunConfig, reads_of, take_up
+from rllr.resume import RunConfig, take_up
+from rllr.run import Run, digest, reads_of
 from rllr.shared import DTYPES, LoRAConfig, cast_parameters, check_lora, new_role, rate_factor
 from rllr.splits import DataConfig, inherit, load_splits
 from rllr.tiny import TinyConfig, build_tiny
@@ -118,8 +120,9 @@ def main(argv=None):
     if config.model != "tiny" or built:
         model, tokenizer = load_policy(built or config.model, device=device), load_tokenizer(built or config.model)
     directory = config.output_dir or f"runs/{task.name}/sft"
+    inputs = [config.model, config.task, config.train_file, config.eval_file, config.rationale_model]
     if not taken_up:
-        check_run_directory(directory, config.overwrite, [config.model])
+        check_run_directory(directory, config.overwrite, inputs)
     show_config(config, "train_sft")
     if config.model == "tiny" and not built:
         model, tokenizer = build_tiny(
@@ -133,23 +136,24 @@ def main(argv=None):
     if task.answer_format == "rationale":
         check_writer(config.rationales, labelled, task, config.rationale_model)
     on = {"path": config.model, "fingerprint": fingerprint(model)}
-    reads = reads_of(task, splits) | {"--model": on["fingerprint"]}
-    run = Run("sft", config, directory, reads, taken_up, [config.model])
-    directory, metrics = run.directory, run.metrics
-    if config.model == "tiny" and not built:
-        save_policy(model, encoder, directory / BASE, make_record("tiny", task, config, tiny=True))
-    base = model
-    if config.lora_rank:
-        model = new_role(cast_parameters(base, DTYPES[config.base_dtype]), "sft", config, config.seed)
     if task.answer_format == "rationale":
         writer = make_writer(
-            config.rationales, labelled, task, config=config, device=device, directory=directory.parent, log=say
+            config.rationales, labelled, task, config=config, device=device, directory=Path(directory).parent, log=say
         )
     rows = []  # (prompt ids, answer ids, id)
     for example in labelled:
         rationale = writer.write(example, example.label) if task.answer_format == "rationale" else None
         prompt = encoder.prompt_ids(task.render_prompt(example.text, example.text_b))
         rows.append((prompt, encoder.answer_ids(task.render_answer(example.label, rationale)), example.id))
+
+    reads = reads_of(task, splits) | {"--model": on["fingerprint"], "the encoded rows": digest(rows)}
+    run = Run("sft", config, directory, reads, taken_up, inputs)
+    directory, metrics = run.directory, run.metrics
+    if config.model == "tiny" and not built:
+        save_policy(model, encoder, directory / BASE, make_record("tiny", task, config, tiny=True))
+    base = model
+    if config.lora_rank:
+        model = new_role(cast_parameters(base, DTYPES[config.base_dtype]), "sft", config, config.seed)
 
     steps = config.epochs * len(shuffled_batches(rows, config.batch_size, config.seed, 0))
     optimizer, scheduler = make_optimizer(

@@ -8,6 +8,7 @@ A *part* is an object with a state: a model (of which the trained weights are ke
 from), an optimiser, a schedule, a random stream, or anything with `state_dict` and `load_state_dict`.
 """
 
+import os
 import random
 import re
 import shutil
@@ -21,6 +22,7 @@ from .files import disk_faults, force_to_disk, new_directory, read_json, read_sa
 
 FORMAT = 1
 FOLDER, TENSORS, STATE, MANIFEST = "checkpoints", "state.safetensors", "state.json", "manifest.json"
+TENSOR, PAIRS = "__tensor__", "__pairs__"  # marks in the JSON of what JSON does not have
 WEIGHTY = (torch.nn.Module, torch.optim.Optimizer)  # the parts that only an optimiser step changes
 
 
@@ -62,6 +64,9 @@ def restore_part(part, state):
     else:
         if vars(part).keys() != state.keys():
             raise ValueError(f"it counts {', '.join(state)}, not {', '.join(vars(part))}")
+        for name, own in vars(part).items():
+            if own is not None and not isinstance(state[name], (float, int) if isinstance(own, float) else type(own)):
+                raise ValueError(f"{name} is a {type(state[name]).__name__}, not a {type(own).__name__}")
         vars(part).update(state)
 
 
@@ -100,17 +105,17 @@ def _python_state(state):
 
 
 def split_tensors(state, tensors, path=""):
-    """The state as JSON can hold it: each tensor goes into `tensors` under its path and leaves {"tensor": path}.
+    """The state as JSON can hold it: each tensor goes into `tensors` under its path and leaves {TENSOR: path}.
 
-    A dict that has other keys than strings becomes {"pairs": [[key, value], ...]} (an optimiser counts its parameters).
+    A dict that has other keys than strings becomes {PAIRS: [[key, value], ...]} (an optimiser counts its parameters).
     """
     if isinstance(state, torch.Tensor):
         tensors[path] = state
-        return {"tensor": path}
+        return {TENSOR: path}
     if isinstance(state, dict):
         pairs = [(key, split_tensors(value, tensors, f"{path}.{key}" if path else str(key))) for key, value in state.items()]
-        plain = all(isinstance(key, str) for key in state) and not state.keys() & {"tensor", "pairs"}
-        return dict(pairs) if plain else {"pairs": pairs}
+        plain = all(isinstance(key, str) for key in state) and not state.keys() & {TENSOR, PAIRS}
+        return dict(pairs) if plain else {PAIRS: pairs}
     if isinstance(state, (list, tuple)):
         return [split_tensors(value, tensors, f"{path}.{i}") for i, value in enumerate(state)]
     if isinstance(state, (str, int, float, type(None))):
@@ -124,10 +129,10 @@ def join_tensors(state, tensors):
         return [join_tensors(value, tensors) for value in state]
     if not isinstance(state, dict):
         return state
-    if state.keys() == {"tensor"}:
-        return tensors[state["tensor"]]
-    if state.keys() == {"pairs"}:
-        return {key: join_tensors(value, tensors) for key, value in state["pairs"]}
+    if state.keys() == {TENSOR}:
+        return tensors[state[TENSOR]]
+    if state.keys() == {PAIRS}:
+        return {key: join_tensors(value, tensors) for key, value in state[PAIRS]}
     return {key: join_tensors(value, tensors) for key, value in state.items()}
 
 
@@ -170,6 +175,24 @@ def read_checkpoint(path):
         return join_tensors(read_json(path / STATE), read_safetensors(path / TENSORS))
     except (KeyError, TypeError, ValueError, RecursionError):
         raise InputError(f"checkpoint {path}: its {STATE} is no state of a run") from None
+
+
+def run_of(path):
+    """The record of the run that a checkpoint belongs to, without its tensors."""
+    state = read_json(Path(path) / STATE)
+    try:
+        return join_tensors(state["run"], {})
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def mend(run_directory):
+    """Give a checkpoint its name back that a killed run had moved aside, and had not replaced yet."""
+    folder = Path(run_directory) / FOLDER
+    for old in folder.glob(".step-*.old") if folder.is_dir() else ():
+        path = folder / old.name[1 : -len(".old")]
+        if not path.exists():
+            os.rename(old, path)
 
 
 def damage(path):

@@ -50,9 +50,9 @@ def parse_config(cls, argv=None, description=None):
         for key, value in read_mapping(Path(config_file)).items():
             if key not in fields:
                 raise InputError(f"{config_file}: unknown setting {brief(key)}; the settings are {', '.join(fields)}")
-            values[key] = _convert(fields[key], value, f"{config_file}: {key}")
+            values[key] = convert_setting(fields[key], value, f"{config_file}: {key}")
     for key, value in flags.items():
-        values[key] = value if isinstance(value, bool) else _convert(fields[key], value, f"--{key}")
+        values[key] = value if isinstance(value, bool) else convert_setting(fields[key], value, f"--{key}")
     missing = [
         n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
@@ -77,7 +77,8 @@ def _is_list(field):
     return _type(field)[0] is list
 
 
-def _convert(field, value, where):
+def convert_setting(field, value, where):
+    """A value as its field's type, from a flag's text or a file. InputError that begins with `where`."""
     kind, optional = _type(field)
     if isinstance(value, str):
         check_text(value, where)

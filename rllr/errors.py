@@ -4,7 +4,7 @@
                 1    the run cannot go on (RunError); what was good is saved
                 2    bad input (InputError); nothing was written
                 75   stopped by Ctrl-C or SIGTERM, state saved: the same command with --resume goes on
-                130  stopped at once, by a second signal or before training began
+                130  stopped at once by Ctrl-C, a second one or before training began (143: by SIGTERM)
 """
 
 import functools
@@ -34,6 +34,9 @@ def command(main):
         except (InputError, RunError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2 if isinstance(error, InputError) else 1)
+        except OSError as error:  # what no other place has made a sentence of
+            print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+            sys.exit(1)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(75)

@@ -18,6 +18,7 @@ from .errors import InputError, RunError
 
 PART = ".part"  # ends the name of what is being written
 RECORD = "rllr.json"  # beside every model we save: which stage made it, from what, on which rows
+PROBE = ".writable"  # made and removed to see whether a directory can be written to
 METRICS, RUN = "metrics.jsonl", "run.json"  # of a run's directory: a line per step; its settings and what it reads
 
 
@@ -102,7 +103,7 @@ def new_directory(path):
     """A temporary directory that becomes `path`, whole, when the block ends; in the place of one that is there already."""
     path = Path(path)
     temporary, old = (path.with_name(f".{path.name}{end}") for end in (PART, ".old"))
-    for leftover in (temporary, old):
+    for leftover in (temporary, *([old] if path.exists() else ())):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -114,8 +115,9 @@ def new_directory(path):
         os.rename(temporary, path)
         force_to_disk(path.parent)
     finally:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists():  # else the old one is the only one there is
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def force_to_disk(path):
@@ -147,12 +149,21 @@ def disk_faults(what, kept=""):
     """What the disk refuses (full, gone, read-only) becomes a RunError that says what is safe."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # safetensors and tokenizers have errors of their own for what the system said
+        if not isinstance(error, (OSError, SafetensorError)) and "os error" not in str(error):
+            raise
         reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
         raise RunError(f"{what} cannot be written: {reason}. Make room and go on with --resume. {kept}".strip()) from None
 
 
 # ---- directories of runs ---------------------------------------------------------------------------------------------
+
+
+def is_empty(path):
+    """Whether a directory is not there, or holds nothing but what a run leaves that was killed while it opened it."""
+    path = Path(path)
+    return not path.is_dir() or all(inside.name in (PROBE, PART) or inside.name.endswith(PART) for inside in path.iterdir())
 
 
 def check_run_directory(path, overwrite, inputs=()):
@@ -170,7 +181,7 @@ def check_run_directory(path, overwrite, inputs=()):
             raise InputError(
                 f"--output_dir {path}: cannot be written: {ancestor} is no directory that you may write to"
             )
-        if path.is_dir() and any(path.iterdir()):
+        if not is_empty(path):
             ours = any((path / name).is_file() for name in (RECORD, METRICS, RUN))
             if not overwrite:
                 raise InputError(
@@ -196,8 +207,8 @@ def open_run_directory(path, overwrite, inputs=()):
         if path.is_dir():
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
-        (path / ".writable").touch()
-        (path / ".writable").unlink()
+        (path / PROBE).touch()
+        (path / PROBE).unlink()
     except OSError as error:
         raise InputError(f"--output_dir {path}: cannot be written: {error.strerror or error}") from None
     return path

@@ -5,13 +5,15 @@ line, `rewards.label_sensitive_reward`. Here is what comes before that line: raw
 """
 
 import importlib
+import inspect
 import math
+import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, RunError
 from .files import read_json, write_json
 from .layout import batches_by_length, trim
 
@@ -175,7 +177,13 @@ def load_function(spec):
         raise InputError(f"--reward {spec}: is a {type(function).__name__}, not a function")
 
     def checked(samples):
-        returned = function(samples)
+        try:
+            returned = function(samples)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise RunError(
+                f"--reward {spec} raised {type(error).__name__}: {error} ({place.filename}:{place.lineno})."
+            ) from error
         try:
             scores = torch.as_tensor(returned, dtype=torch.float32, device=samples.sequences.device)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -186,6 +194,10 @@ def load_function(spec):
             )
         return scores.detach()
 
+    try:
+        checked.source = inspect.getsource(inspect.getmodule(function))
+    except (OSError, TypeError):
+        checked.source = None  # built in, or from no file: nothing to compare when a run is gone on with
     return checked
 
 

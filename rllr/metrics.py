@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -39,18 +40,26 @@ class MetricsLog:
 
     def load_state_dict(self, state):
         written = self.path.stat().st_size
+        if not isinstance(state["bytes"], int) or state["bytes"] < 0:
+            raise ValueError(f"bytes is {state['bytes']!r:.20}")
         if written < state["bytes"]:
             say(f"warning: {self.path} is shorter than it was at the checkpoint; lines are missing")
-        self.file.truncate(min(written, state["bytes"]))
+        self.file.truncate(self._end_of_line(min(written, state["bytes"])))
         self.file.seek(0, os.SEEK_END)
         self.start = time.monotonic() - state["seconds"]
+
+    def _end_of_line(self, place):
+        """The end of the last whole line up to a place in the file."""
+        with open(self.path, "rb") as file:
+            return file.read(place).rfind(b"\n") + 1
 
     def sync(self):
         with disk_faults(str(self.path)):
             os.fsync(self.file.fileno())
 
     def close(self):
-        self.file.close()
+        with suppress(OSError):  # of a full disk, which `write` has told of
+            self.file.close()
 
 
 def _plain(value):

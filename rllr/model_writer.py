@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 
 from .errors import InputError
 from .rationales import GivenWriter
@@ -30,6 +31,7 @@ class ModelWriter(GivenWriter):
         missing = [(example, label) for example, label in wanted if (example.id, label) not in written]
         if missing:
             log(f"writing {len(missing)} rationales ({len(wanted) - len(missing)} are in {cache_file})")
+        Path(cache_file).parent.mkdir(parents=True, exist_ok=True)
         drop_torn_line(cache_file)
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]

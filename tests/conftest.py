@@ -56,6 +56,24 @@ def toy():
     return toy_runs()
 
 
+@pytest.fixture(scope="session")
+def undisturbed(toy, tmp_path_factory):
+    """undisturbed(name) -> directory of a run of `test_resume.RUNS` that nobody stops; made once. Do not change it in a test."""
+    from test_resume import stage_of
+    from toy_runs import run
+
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("undisturbed") / "run"
+            main, flags = stage_of(toy, name, made[name])
+            run(main, *flags)
+        return made[name]
+
+    return make
+
+
 @pytest.fixture
 def rng():
     """A seeded torch generator."""

@@ -53,21 +53,6 @@ def stage_of(toy, name, directory):
 RUNS = ["sft/full", "sft/tiny", "sft/lora", "rm/full", "rm/lora", "rm/rationale", "ppo/gold", "ppo/mixed", "ppo/lora"]
 
 
-@pytest.fixture(scope="session")
-def undisturbed(toy, tmp_path_factory):
-    """undisturbed(name) -> directory of the run that nobody stops; made once."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("undisturbed") / "run"
-            main, flags = stage_of(toy, name, made[name])
-            run(main, *flags)
-        return made[name]
-
-    return make
-
-
 def kill_at(monkeypatch, module, name, call):
     """The `call`-th call of a function dies instead."""
     plain, calls = getattr(module, name), []
@@ -173,7 +158,7 @@ def test_more_steps_than_at_first(toy, tmp_path):
     run(train_sft.main, *flags, "--epochs", 4, "--output_dir", tmp_path / "whole")
     run(train_sft.main, *flags, "--epochs", 2, "--output_dir", tmp_path / "parts")
     output = run(train_sft.main, "--resume", tmp_path / "parts", "--epochs", 4)
-    assert "--epochs 2 -> 4: the learning rate's schedule is planned anew" in output
+    assert "10 -> 20 steps: the learning rate's schedule is planned anew" in output
     record = json.loads((tmp_path / "parts" / "rllr.json").read_text())
     if record["config"]["epochs"] == 2:  # the best epoch was one of the first two, and is kept as it was recorded
         record["config"]["epochs"] = 4

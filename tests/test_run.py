@@ -7,23 +7,30 @@ import os
 import shutil
 import signal
 import subprocess
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import train_ppo
 import train_rm
 import train_sft
-from test_resume import stage_of
-from toy_runs import read_metrics, run
+from safetensors.torch import load_file
+from test_resume import Killed, assert_same_run, kill_at, stage_of
+from toy_runs import ANSWER, read_metrics, run
 
 import rllr.checkpoint
 import rllr.files
+import rllr.resume
 import rllr.run
 import rllr.update
-from rllr.checkpoint import MANIFEST, STATE, TENSORS, damage, join_tensors, list_checkpoints, read_checkpoint, split_tensors, write_checkpoint
+from rllr.checkpoint import (
+    MANIFEST, STATE, TENSORS, damage, join_tensors, list_checkpoints, mend, read_checkpoint, split_tensors, write_checkpoint,
+)  # fmt: skip
 from rllr.errors import InputError, RunError
+from rllr.files import new_directory
 from rllr.model import load_policy
 from rllr.metrics import MetricsLog
 from rllr.run import StopRequest
@@ -88,7 +95,7 @@ def test_a_state_comes_back(tmp_path):
 
 
 def test_states_that_look_like_our_own_marks():
-    for wanted in ({"tensor": "x"}, {"pairs": [[1, 2]]}, {"tensor": torch.ones(1)}, {1: 2}, {}, []):
+    for wanted in ({"__tensor__": "x"}, {"__pairs__": [[1, 2]]}, {"__tensor__": torch.ones(1)}, {"pairs": 1}, {1: 2}, {}, []):
         tensors = {}
         plain = json.loads(json.dumps(split_tensors(wanted, tensors)))
         assert str(join_tensors(plain, tensors)) == str(wanted)
@@ -138,6 +145,33 @@ def test_damage_is_seen(tmp_path, name):
     assert words in damage(path)
     with pytest.raises(InputError, match=f"^checkpoint {path}: "):
         read_checkpoint(path)
+
+
+def test_a_checkpoint_that_was_moved_aside_gets_its_name_back(tmp_path):
+    """Killed between the two renames that put a new checkpoint in the place of one of the same step."""
+    path = write_checkpoint(tmp_path, 3, state(), keep_last=2)
+    path.rename(path.with_name(".step-000003.old"))
+    path.with_name(".step-000003.part").mkdir()
+    assert list_checkpoints(tmp_path) == []
+    mend(tmp_path)
+    assert list_checkpoints(tmp_path) == [path] and damage(path) is None
+    path.rename(path.with_name(".step-000003.old"))
+    with pytest.raises(KeyboardInterrupt), new_directory(path):  # and writing it again does not remove the only copy first
+        raise KeyboardInterrupt
+    mend(tmp_path)
+    assert damage(path) is None
+
+
+def test_half_a_line_before_the_checkpoints_place(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write({"step": 1}), log.write({"step": 2})
+    saved = log.state_dict()
+    log.close()
+    cut(tmp_path / "metrics.jsonl"), cut(tmp_path / "metrics.jsonl")
+    again = MetricsLog(tmp_path)
+    again.load_state_dict(saved)
+    again.write({"step": 3})
+    assert [strictly(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 3]
 
 
 # ---- what --resume accepts and refuses
@@ -285,13 +319,52 @@ def test_directories_that_hold_no_run(copy_of, toy, tmp_path, capsys):
     assert "is not the record of a run" in refused(capsys, "ppo", "--resume", directory)
 
 
-def test_nothing_to_resume_is_said_and_the_run_begins(toy, tmp_path):
+def test_nothing_to_resume_is_said_and_the_run_begins(toy, tmp_path, monkeypatch):
     main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
-    output = run(main, *flags, "--resume", "--steps", 2, "--save_every", 0)
-    assert f"nothing to resume in {tmp_path / 'run'}: the run starts from the beginning" in output
-    assert not (tmp_path / "run" / "checkpoints").exists()
-    output = run(main, "--resume", tmp_path / "run", "--steps", 3)
-    assert "no checkpoint yet" in output and [line["step"] for line in read_metrics(tmp_path / "run", "judge/score")] == [1, 2, 3]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".writable").touch()  # all that is left of a run that was killed while it opened its directory
+    with monkeypatch.context() as patch:
+        kill_at(patch, rllr.update, "_losses", 10)  # in the third step; the first checkpoint is due after the fourth
+        with pytest.raises(Killed):
+            output = run(main, *flags, "--resume")
+    assert not (tmp_path / "run" / "checkpoints").exists() and len(read_metrics(tmp_path / "run")) == 3
+    output = run(main, *flags, "--resume", "--steps", 4)
+    assert "no checkpoint yet" in output and "nothing to resume" not in output
+    assert [line["step"] for line in read_metrics(tmp_path / "run", "judge/score")] == [1, 2, 3, 4]
+
+
+def everything_in(directory):
+    return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["sft/full", "rm/full", "ppo/gold"])
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(toy, undisturbed, tmp_path, capsys, name):
+    """Its models are there, and so is what else somebody has put beside them."""
+    directory = Path(shutil.copytree(undisturbed(name), tmp_path / "run"))
+    shutil.rmtree(directory / "checkpoints")
+    (directory / "notes.txt").write_text("mine")
+    before = everything_in(directory)
+    error = refused(capsys, name[: name.index("/")], "--resume", directory)
+    assert "steps were done, but there is no checkpoint; --overwrite starts again" in error
+    assert everything_in(directory) == before
+
+
+def test_nor_is_one_that_was_to_write_none(toy, tmp_path, capsys, monkeypatch):
+    main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
+    with monkeypatch.context() as patch:
+        kill_at(patch, rllr.update, "_losses", 10)
+        with pytest.raises(Killed):
+            run(main, *flags, "--save_every", 0)
+    assert "2 steps were done, but there is no checkpoint" in refused(capsys, "ppo", "--resume", tmp_path / "run")
+
+
+@pytest.mark.parametrize("flags", ["--steps 3", "--seed 9", "--train_file dev"])
+def test_what_is_refused_leaves_everything_as_it_was(toy, copy_of, capsys, flags):
+    directory = copy_of("ppo")
+    before = everything_in(directory)
+    name, value = flags.split()
+    refused(capsys, "ppo", "--resume", directory, name, toy.dev if value == "dev" else value)
+    assert everything_in(directory) == before
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(copy_of, capsys):
@@ -313,11 +386,14 @@ def test_no_whole_checkpoint_is_left(copy_of, capsys):
     assert sorted(directory.rglob("*")) == before
 
 
-def test_an_older_checkpoint_by_name(copy_of):
+def test_an_older_checkpoint_by_name(copy_of, capsys):
     directory = copy_of("ppo")
-    output = run(train_ppo.main, "--resume", directory / "checkpoints" / "step-000004", "--steps", 6)
-    assert "step-000004" in output
-    assert [line["step"] for line in read_metrics(directory, "judge/score")] == [1, 2, 3, 4, 5, 6]
+    older = directory / "checkpoints" / "step-000004"
+    error = refused(capsys, "ppo", "--resume", older, "--steps", 6)  # its best policy may come from what was after it
+    assert "an older checkpoint goes on as the run did; change --steps or --epochs from the newest one" in error
+    output = run(train_ppo.main, "--resume", older)
+    assert "step-000004: 4 of 10 steps are done" in output
+    assert [line["step"] for line in read_metrics(directory, "judge/score")] == list(range(1, 11))
 
 
 def test_a_checkpoint_that_does_not_fit_is_named(copy_of, capsys):
@@ -405,8 +481,6 @@ def test_a_loss_that_is_no_number(toy, tmp_path, monkeypatch, capsys):
 
 def test_the_state_before_a_fault_is_the_state_before_the_step(toy, tmp_path, monkeypatch, capsys):
     """The fault comes in the middle of a step, after dropout has drawn: resumed, the run is the one without the fault."""
-    from test_resume import assert_same_run
-
     for name in ("rm/full", "ppo/gold"):
         stage = name[: name.index("/")]
         main, flags = stage_of(toy, name, tmp_path / stage / "whole")
@@ -455,13 +529,83 @@ def test_weights_that_explode(toy, tmp_path, monkeypatch, capsys, what, words):
         models[0] = models.get(0, 0) + 1
         if models[0] == 3:
             with torch.no_grad():
-                target = policy.get_output_embeddings().weight if what == "policy" else value_model.head.bias
+                target = policy.base_model.layers[0].self_attn.q_proj.weight if what == "policy" else value_model.head.bias
                 target.fill_(math.inf)
         return stats
 
     monkeypatch.setattr(train_ppo, "improve", exploding)
-    error = refused(capsys, "ppo", *flags, "--save_every", 1, "--eval_every", 99, code=1)
+    error = refused(capsys, "ppo", *flags, "--save_every", 2, "--keep_last", 1, "--eval_every", 99, code=1)
     assert f"error: step 4: {words}" in error and "(prompts train.jsonl:" in error and "Traceback" not in error
+    # Neither a checkpoint nor a policy with such weights takes the place of a sound one.
+    (kept,) = list_checkpoints(tmp_path / "run")
+    assert kept.name == "step-000002" and "is not finite" in error and f"The newest checkpoint is {kept}." in error
+    saved = [load_file(path) for path in (tmp_path / "run").rglob("*.safetensors")]
+    assert all(torch.isfinite(tensor).all() for tensors in saved for tensor in tensors.values())
+    assert (tmp_path / "run" / "last").exists() == (what == "value_model")
+
+
+def test_a_checkpoint_of_unsound_weights_is_not_written(toy, tmp_path, monkeypatch, capsys):
+    main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
+    plain = train_ppo.improve
+
+    def exploding(policy, value_model, *rest):
+        stats = plain(policy, value_model, *rest)
+        value_model.head.bias.data.fill_(math.nan)
+        return stats
+
+    monkeypatch.setattr(train_ppo, "improve", exploding)
+    error = refused(capsys, "ppo", *flags, "--save_every", 1, code=1)
+    assert "a weight of the value_model after step 1 is not finite (head.bias); it is not saved. There is no checkpoint yet." in error
+
+
+def test_a_fault_within_an_optimisers_step(toy, tmp_path, monkeypatch, capsys):
+    """Some weights have moved: nothing is saved as the state before; the newest checkpoint is named, and leads to the same run."""
+    main, flags = stage_of(toy, "ppo/gold", tmp_path / "whole")
+    run(main, *flags)
+    main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
+    module, calls = sys.modules["torch.optim.adam"], []
+    plain = module.adam  # called once for each group of weights, two of each model
+
+    def failing(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 42:  # in the sixth step, after the policy's first group
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "adam", failing)
+        error = refused(capsys, "ppo", *flags, code=1)
+    newest = list_checkpoints(tmp_path / "run")[0]
+    assert f"The newest checkpoint is {newest}." in error and "The state before it" not in error and int(newest.name[-2:]) % 4 == 0
+    run(main, "--resume", tmp_path / "run")
+    (tmp_path / "run" / "failed_batch.safetensors").unlink(missing_ok=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_an_own_reward_that_fails(toy, tmp_path, monkeypatch, capsys):
+    body = "def score(samples):\n    calls.append(1)\n    if len(calls) == 3:\n        {}\n    return [1.0] * len(samples.answers)\n"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, failure, words in (
+        ("fails", "raise KeyError('price')", "--reward fails:score raised KeyError: 'price' ("), ("short", "return [1.0]", "must return 8 numbers"),
+    ):  # fmt: skip
+        (tmp_path / f"{name}.py").write_text("calls = []\n" + body.format(failure))
+        flags = ["--policy", toy.sft, *toy.ppo_flags, "--steps", 5, "--reward", f"{name}:score", "--output_dir", tmp_path / name / "run"]
+        error = refused(capsys, "ppo", *flags, code=1)
+        assert f"error: step 3: --reward {name}:score" in error and words in error and "step-000002" in error
+        assert "its reward is code of yours; give --reward" in refused(capsys, "ppo", "--resume", tmp_path / name / "run")
+        run(train_ppo.main, "--resume", tmp_path / name / "run", "--reward", f"{name}:score")
+    (tmp_path / "fails.py").write_text("calls = []\n" + body.format("pass"))
+    monkeypatch.delitem(sys.modules, "fails")
+    error = refused(capsys, "ppo", "--resume", tmp_path / "fails" / "run", "--reward", "fails:score")
+    assert "another run: the reward function holds " in error
+
+
+def test_a_bug_keeps_its_traceback_but_loses_nothing(toy, tmp_path, monkeypatch):
+    main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
+    monkeypatch.setattr(train_ppo, "gae", poisoned(train_ppo.gae, 6, lambda result: result[7]))
+    with pytest.raises(IndexError):
+        run(main, *flags)
+    assert list_checkpoints(tmp_path / "run")[0].name == "step-000005"
 
 
 def test_out_of_memory(toy, tmp_path, monkeypatch, capsys):
@@ -477,6 +621,9 @@ def test_out_of_memory(toy, tmp_path, monkeypatch, capsys):
     assert "step 3: out of memory (CUDA out of memory. Tried to allocate 2 GiB); go on with --resume and a smaller" in error
     assert "step-000002" in error
     assert "resumed from" in run(main, "--resume", tmp_path / "run", "--micro_batch_size", 1)
+    with pytest.raises(RuntimeError) as no_room:
+        torch.empty(10**15)
+    assert rllr.run.out_of_memory(no_room.value) and not rllr.run.out_of_memory(RuntimeError("shapes differ"))
 
 
 # ---- what looks like a fault and is none
@@ -630,3 +777,59 @@ def test_writing_fails(toy, tmp_path, monkeypatch, capsys, failing, call, words)
     assert words in error and "No space left on device" in error
     assert all(damage(path) is None for path in list_checkpoints(tmp_path / "run"))
     run(main, "--resume", tmp_path / "run")
+
+
+def test_the_disk_is_full_when_a_metrics_line_is_written(toy, tmp_path, capsys, monkeypatch):
+    """The line stays in the file's buffer, and closing the file tries to write it once more."""
+    with small_disk(tmp_path / "disk", 8) as disk:
+        main, flags = stage_of(toy, "ppo/gold", disk / "run")
+
+        def fill(stats):
+            with open(disk / "filler", "wb", buffering=0) as file, suppress(OSError):
+                while file.write(b"x" * 4096):
+                    pass
+            return stats
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_ppo, "improve", poisoned(train_ppo.improve, 6, fill))
+            patch.setattr(rllr.metrics, "json", SimpleNamespace(dumps=lambda line: json.dumps(line) + " " * 20_000))
+            error = refused(capsys, "ppo", *flags, code=1)
+        assert "metrics.jsonl cannot be written: No space left on device" in error
+        (disk / "filler").unlink()
+        run(main, "--resume", disk / "run")
+        assert [line["step"] for line in read_metrics(disk / "run", "judge/score")] == list(range(1, 11))
+
+
+def test_what_tokenizers_say_of_a_full_disk(toy):
+    """Their own kind of exception, with the system's words in it."""
+    from rllr.files import disk_faults
+    from rllr.model import load_tokenizer
+
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    with pytest.raises(RunError, match="model x cannot be written: No space left on device"):
+        with disk_faults("model x"):
+            load_tokenizer(toy.sft).backend_tokenizer.save("/dev/full")
+    with pytest.raises(ZeroDivisionError), disk_faults("model x"):
+        1 / 0
+
+
+def test_overwrite_spares_the_data_too(toy, tmp_path, capsys):
+    for stage, source in (("sft", ["--model", toy.base]), ("rm", ["--policy", toy.sft]), ("ppo", ["--policy", toy.sft, "--reward", "gold"])):
+        directory = tmp_path / stage
+        directory.mkdir()
+        data = shutil.copy(toy.train, directory / "train.jsonl")
+        (directory / "run.json").write_text("{}")
+        flags = ["--task", toy.task, "--train_file", data, "--eval_file", toy.dev, *source, *ANSWER]
+        assert f"--overwrite would delete {data}" in refused(capsys, stage, *flags, "--output_dir", directory, "--overwrite")
+        assert Path(data).is_file()
+
+
+def test_a_reward_model_that_goes_on_has_no_old_statistics_beside_it(toy, undisturbed, tmp_path, monkeypatch):
+    """Killed between its new weights and their statistics, it is refused by PPO rather than read in the wrong units."""
+    directory = Path(shutil.copytree(undisturbed("rm/full"), tmp_path / "run"))
+    monkeypatch.setattr(train_rm, "pairwise_accuracy", lambda chosen, rejected: torch.tensor(2.0))  # better than ever
+    kill_at(monkeypatch, train_rm, "show_pairs", 1)
+    with pytest.raises(Killed):
+        run(train_rm.main, "--resume", directory, "--epochs", 4)
+    assert not (directory / "score_statistics.json").exists() and not (directory / "rllr.json").exists()
