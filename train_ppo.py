@@ -187,8 +187,9 @@ def main(argv=None):
     clock = Clock()
     at = SimpleNamespace(step=0, best=None, before=None, skipped=0)  # step: rollouts done; before: the dev scores of the start
     run.track(
-        config.steps, at, policy=policy, policy_optimizer=policy_optimizer[0], policy_schedule=policy_optimizer[1], value_model=value_model,
-        value_optimizer=value_optimizer[0], value_schedule=value_optimizer[1], kl=kl, stream=stream, sampling=sampling,
+        config.steps, at, policy=policy, policy_optimizer=policy_optimizer[0], policy_schedule=policy_optimizer[1],
+        value_model=value_model, value_optimizer=value_optimizer[0], value_schedule=value_optimizer[1],
+        kl=kl, stream=stream, sampling=sampling,
         **{f"{name}_judge": judge for name, judge in judges.items() if hasattr(judge, "state_dict")},
     )  # fmt: skip
 
@@ -219,7 +220,8 @@ def main(argv=None):
             at.before, _ = evaluate(0)
             metrics.write({"step": 0, **{f"eval/{name}": value for name, value in at.before.items()}})
 
-        for step in tqdm(range(at.step + 1, config.steps + 1), desc="ppo", initial=at.step, total=config.steps, mininterval=2, disable=None):
+        steps = range(at.step + 1, config.steps + 1)
+        for step in tqdm(steps, desc="ppo", initial=at.step, total=config.steps, mininterval=2, disable=None):
             batch = None
             with run.step(step, rescue):
                 examples = stream.next()

@@ -272,7 +272,8 @@ def main(argv=None):
                         held_loss, held_accuracy = pairwise_loss(chosen, rejected).item(), pairwise_accuracy(chosen, rejected).item()
                         metrics.write(
                             {"step": at.step, "eval/loss": held_loss, "eval/accuracy": held_accuracy},
-                            f"step {at.step}/{steps}  loss {batch_loss:.3f}  held-out loss {held_loss:.3f}  accuracy {100 * held_accuracy:.1f} %",
+                            f"step {at.step}/{steps}  loss {batch_loss:.3f}  held-out loss {held_loss:.3f}  "
+                            f"accuracy {100 * held_accuracy:.1f} %",
                         )
                         # By accuracy, then loss: a model that is surer of itself may order better at a higher loss, and PPO
                         # reads the order.
@@ -309,7 +310,8 @@ def main(argv=None):
         with disk_faults(str(directory / STATISTICS)):
             statistics.save(directory)
         say(
-            f"scores on {statistics.count} answers sampled by the policy: mean {statistics.mean:.3f}, standard deviation {statistics.std:.3f}"
+            f"scores on {statistics.count} answers sampled by the policy: mean {statistics.mean:.3f}, "
+            f"standard deviation {statistics.std:.3f}"
         )
         on = {"base": {"path": config.policy, "fingerprint": policy_fingerprint}} if config.lora_rank else {}
         record = make_record(f"rm-{kind}", task, config, tiny=tiny, report=report, policy_fingerprint=policy_fingerprint, **on)

@@ -16,13 +16,12 @@ from .files import METRICS, RUN, is_empty, read_json
 from .metrics import say
 
 # On --resume these may differ from the run's own: they change what is printed or kept, or how long the run is;
-FREE = {"save_every", "keep_last", "steps", "epochs", "log_every", "show", "show_every",
-        "max_ref_kl", "on_ref_kl"}  # fmt: skip
-OWN = {"output_dir", "overwrite", "resume", "trust_remote_code"}  # of each command, never taken from the run;
+FREE = {"save_every", "keep_last", "steps", "epochs", "log_every", "show", "show_every", "max_ref_kl", "on_ref_kl"}
 # these as well, with a warning: the numbers agree to rounding, no longer to the bit;
 ROUNDING = {"micro_batch_size", "tokens_per_batch", "gradient_checkpointing", "eval_batch_size"}
 # these are compared by what they hold, not by name (`Run.reads`).
 BY_CONTENT = {"task", "train_file", "eval_file", "model", "policy", "label_rm", "rationale_rm", "value_init"}
+OWN = {"output_dir", "overwrite", "resume", "trust_remote_code"}  # of each command, never taken from the run
 NEWEST = "newest"
 
 
@@ -31,7 +30,7 @@ class RunConfig:
     """Settings of a run's directory and checkpoints, shared by the three scripts."""
 
     overwrite: bool = False  # replace a run that is already there
-    resume: str | None = field(default=None, metadata={"bare": NEWEST})  # go on: from the newest whole checkpoint, or from this one (or this run)
+    resume: str | None = field(default=None, metadata={"bare": NEWEST})  # go on from the newest whole checkpoint, or this one
     save_every: int = 100  # optimiser steps between checkpoints (PPO: rollouts); 0: none but when asked to stop
     keep_last: int = 2  # checkpoints kept, the newest ones
     deterministic: bool = False  # on a GPU: deterministic kernels only, so that a resumed run is the same to the bit
@@ -111,13 +110,13 @@ def _find_run(config, default_directory):
 def _whole_checkpoint(directory, wanted):
     """The one that was asked for, or the newest one that is whole; damaged ones are named. None if there was none yet."""
     mend(directory)
-    if wanted and damage(wanted):
-        raise InputError(f"--resume {wanted}: is damaged: {damage(wanted)}; --resume {directory} takes the newest whole one")
     candidates = [wanted] if wanted else list_checkpoints(directory)
     for path in candidates:
         problem = damage(path)
         if problem is None:
             return path
+        if wanted:
+            raise InputError(f"--resume {wanted}: is damaged: {problem}; --resume {directory} takes the newest whole one")
         say(f"warning: checkpoint {path} is damaged: {problem}")
     if candidates:
         raise InputError(f"--resume: no whole checkpoint in {directory / FOLDER}; give another, or start again with --overwrite")
