@@ -5,6 +5,7 @@ config = parse_config(PPOConfig)          # sys.argv, optionally --config file.y
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import types
 import typing
@@ -112,6 +113,7 @@ def _show(default):
     return "see text" if default is None else default
 
 
+@functools.cache
 def _comments(cls):
     """{field: the comment that follows it in the source}, base classes included."""
     found = {}

@@ -229,3 +229,14 @@ def test_texts_that_no_file_system_takes(tmp_path, text):
     (tmp_path / "t.json").write_text('{"labels": ["a", "b"], "prompt": "{text}%s"}' % text)
     with pytest.raises(InputError, match="prompt or labels: holds a NUL character or a lone surrogate"):
         load_task(str(tmp_path / "t.json"))
+
+
+def test_a_flag_that_may_stand_without_a_value():
+    bare, named, none = (parse_config(train_ppo.Config, argv) for argv in (["--resume"], ["--resume", "runs/x"], []))
+    assert (bare.resume, named.resume, none.resume) == ("newest", "runs/x", None)
+
+
+def test_what_was_given_is_known(tmp_path):
+    (tmp_path / "c.yaml").write_text("steps: 3\nname: y\n")
+    config = parse_config(Config, ["--config", str(tmp_path / "c.yaml"), "--rate", "0.5", "--fast"])
+    assert config.given == {"steps", "name", "rate", "fast"} and parse_config(Config, []).given == frozenset()

@@ -23,6 +23,8 @@ from rllr.checkpoint import (
     STATE, TENSORS, list_checkpoints, read_checkpoint, write_checkpoint,
 )  # fmt: skip
 from rllr.model import load_policy
+from rllr.config import parse_config
+from rllr.resume import take_up
 from rllr.run import StopRequest
 
 # ---- what --resume accepts and refuses
@@ -253,6 +255,29 @@ def test_a_checkpoint_that_does_not_fit_is_named(copy_of, capsys):
         write_checkpoint(directory, 8, changed, keep_last=2)
         assert f"checkpoint {path}: its state.json does not fit this run: {words}" in refused(capsys, "sft", "--resume", directory)
         write_checkpoint(directory, 8, whole, keep_last=2)
+
+
+def test_a_runs_record_cannot_switch_code_on(copy_of):
+    """--trust_remote_code counts where it is typed; whoever can write a run's files must not be able to say it."""
+    directory = copy_of("sft")
+    state = read_checkpoint(list_checkpoints(directory)[0])
+    state["run"]["config"]["trust_remote_code"] = True
+    write_checkpoint(directory, 8, state, keep_last=2)
+    config = parse_config(train_sft.Config, ["--resume", str(directory)])
+    assert take_up("sft", config, None).recorded["config"]["trust_remote_code"] is True and config.trust_remote_code is False
+    config = parse_config(train_sft.Config, ["--resume", str(directory), "--trust_remote_code"])
+    take_up("sft", config, None)
+    assert config.trust_remote_code is True
+
+
+@pytest.mark.parametrize("setting, value", [("epochs", "x"), ("task", [1]), ("train_file", 5.5), ("max_new_tokens", None), ("seed", 1e999)])
+def test_a_record_with_odd_settings(copy_of, capsys, setting, value):
+    directory = copy_of("sft")
+    state = read_checkpoint(list_checkpoints(directory)[0])
+    state["run"]["config"][setting] = value
+    write_checkpoint(directory, 8, state, keep_last=2)
+    error = refused(capsys, "sft", "--resume", directory)
+    assert f"run.json: {setting}: " in error or "no such file" in error  # 5.5 is a name
 
 
 def test_another_machine_is_named(copy_of, monkeypatch):
