@@ -3,7 +3,7 @@
     python benchmarks/soak.py --kills 200
 
 Each stage (SFT, reward model, PPO; in full and with adapters) runs once undisturbed and then again and again, each time
-killed several times. Every such run must end in the same weights, checkpoints and metrics as the undisturbed one, to the bit.
+killed several times. Every such run must end in the same weights, checkpoints and metrics as the undisturbed one, to the bit. Ctrl-C ends it early, with what there is.
 """
 
 import argparse
@@ -42,6 +42,25 @@ def flags_of(toy, name):
     return script, [*source, *flags.split(), *SHORT.split()], longest
 
 
+def once(name, toy, root, rng, whole, rows, failures):
+    """One run of a stage, killed several times, against the undisturbed one; counted in `rows`."""
+    script, flags, longest = flags_of(toy, name)
+    if name not in whole:
+        whole[name] = root / f"whole-{name}"
+        if start(script, [*flags, "--output_dir", whole[name]], root / "whole.log").wait():
+            raise SystemExit((root / "whole.log").read_text()[-2000:])
+    number = sum(row["runs"] for row in rows.values())
+    directory, log = root / f"run-{number}", root / f"run-{number}.log"
+    moments = run_until_done(script, flags, directory, log, rng, KILLS_PER_RUN, longest)
+    found, text = differences(whole[name], directory), log.read_text()
+    rows[name].update(
+        runs=1, kills=len(moments), writing=moments.count("writing"), resumed=text.count("resumed from"),
+        damaged=text.count("is damaged"), differ=int(bool(found)),
+    )  # fmt: skip
+    failures += [f"{name}, {directory}: {found[:5]}"] if found else []
+    print(name, dict(rows[name]), *failures[-1:], flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="in all")
@@ -49,23 +68,11 @@ def main():
     args = parser.parse_args()
     toy, root, rng, began = toy_runs(), Path(tempfile.mkdtemp(prefix="rllr-soak-")), random.Random(args.seed), time.monotonic()
     whole, rows, failures = {}, {name: Counter() for name in STAGES}, []
-    while sum(row["kills"] for row in rows.values()) < args.kills:
-        name = min(STAGES, key=lambda name: rows[name]["kills"])
-        script, flags, longest = flags_of(toy, name)
-        if name not in whole:
-            whole[name] = root / f"whole-{name}"
-            if start(script, [*flags, "--output_dir", whole[name]], root / "whole.log").wait():
-                raise SystemExit((root / "whole.log").read_text()[-2000:])
-        number = sum(row["runs"] for row in rows.values())
-        directory, log = root / f"run-{number}", root / f"run-{number}.log"
-        moments = run_until_done(script, flags, directory, log, rng, KILLS_PER_RUN, longest)
-        found, text = differences(whole[name], directory), log.read_text()
-        rows[name].update(
-            runs=1, kills=len(moments), writing=moments.count("writing"), resumed=text.count("resumed from"),
-            damaged=text.count("is damaged"), differ=int(bool(found)),
-        )  # fmt: skip
-        failures += [f"{name}, {directory}: {found[:5]}"] if found else []
-        print(name, dict(rows[name]), *failures[-1:], flush=True)
+    try:
+        while sum(row["kills"] for row in rows.values()) < args.kills:
+            once(min(STAGES, key=lambda name: rows[name]["kills"]), toy, root, rng, whole, rows, failures)
+    except KeyboardInterrupt:
+        print("stopped early", flush=True)
     columns = ("runs", "kills", "writing", "resumed", "damaged", "differ")
     lines = [
         f"{sum(row['kills'] for row in rows.values())} kills, seed {args.seed}, {time.monotonic() - began:.0f} s. Writing: killed while a "

@@ -12,6 +12,7 @@ from families import EOS, tiny_model, toy_tokenizer
 from torch.nn import functional as F
 
 import rllr.metrics
+import rllr.training
 import rllr.update
 from rllr.encoding import Encoder
 from rllr.errors import InputError, RunError
@@ -26,7 +27,7 @@ from rllr.files import RECORD
 from rllr.metrics import Clock
 from rllr.training import (
     check_same_task, clip_gradient, make_optimizer, make_record, optimizer_step, pack, read_record, require_finite,
-    resolve_task, save_policy, shuffled_batches, split_rows, task_of_record,
+    resolve_task, save_policy, set_up, shuffled_batches, split_rows, task_of_record,
 )  # fmt: skip
 from rllr.update import Batch, _losses, analyse, improve
 from train_rm import rm_loss
@@ -461,3 +462,28 @@ def test_scoring_does_not_depend_on_the_split():
             assert torch.allclose(batch.ref_logprobs, token_logprobs(reference, *packed, 0.7), atol=1e-4)
             assert torch.allclose(batch.values, value_model(*packed), atol=1e-4)
         assert (batch.entropy > 0).equal(batch.mask) and not batch.logprobs.requires_grad
+
+
+# ---- --deterministic
+
+
+def test_deterministic_algorithms_and_a_fixed_number_of_slots(monkeypatch):
+    """What a GPU needs to repeat itself: deterministic kernels, and as many answers at a time whatever memory is free."""
+    from rllr.rollout import slots_within
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    config = SimpleNamespace(num_attention_heads=4, num_key_value_heads=None, hidden_size=64, head_dim=None, num_hidden_layers=2)
+    model = SimpleNamespace(device=torch.device("cuda"), config=config, parameters=lambda: iter([torch.zeros(1)]))
+    per_answer = 2 * 2 * 4 * 16 * 10 * 4  # keys and values, layers, heads, head size, columns, bytes
+    try:
+        counts = []
+        for free in (8, 40):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * per_answer, 80 * per_answer))
+            counts.append(slots_within(None, model, 10))
+            set_up("fp32", 0, deterministic=True)
+            counts.append(slots_within(None, model, 10))
+            assert torch.are_deterministic_algorithms_enabled() and rllr.training.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+            torch.use_deterministic_algorithms(False)
+        assert counts == [4, 20, 20, 20]
+    finally:
+        torch.use_deterministic_algorithms(False)
