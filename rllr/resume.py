@@ -43,7 +43,7 @@ class TakenUp:
 
     directory: Path
     checkpoint: Path | None  # None: it was stopped before its first one
-    recorded: dict  # its run.json: stage, config, reads, machine, steps
+    recorded: dict  # its run.json: stage, config, reads, machine, steps, first_checkpoint (its step, once there was one)
 
 
 def take_up(stage, config, default_directory):
@@ -79,16 +79,16 @@ def take_up(stage, config, default_directory):
 
 
 def _steps_lost(taken_up):
-    """Steps that a run without a checkpoint had done; 0 where it simply never came to its first one, and can begin again."""
+    """Steps that a run without a checkpoint had done; 0 where it never came to have one, though it would have: it can begin again."""
+    if "first_checkpoint" not in taken_up.recorded and taken_up.recorded["config"].get("save_every"):
+        return 0
     done = 0
     for line in (taken_up.directory / METRICS).read_bytes().splitlines() if (taken_up.directory / METRICS).is_file() else ():
         try:
             done = max(done, int(json.loads(line)["step"]))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             pass  # a torn line
-    steps, every = taken_up.recorded.get("steps"), taken_up.recorded["config"].get("save_every")
-    first = min(every or 1, steps if isinstance(steps, int) else 1)
-    return done if done >= first else 0
+    return done
 
 
 def _find_run(config, default_directory):

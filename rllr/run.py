@@ -87,6 +87,8 @@ class Run:
             open_run_directory(directory, config.overwrite, inputs)
         config.resume, config.overwrite = None, False
         self.record = {"stage": stage, "config": dataclasses.asdict(config), "reads": reads, "machine": machine()}
+        if taken_up and "first_checkpoint" in taken_up.recorded:
+            self.record["first_checkpoint"] = taken_up.recorded["first_checkpoint"]
         if not taken_up or not taken_up.checkpoint:  # stopped before its first checkpoint: the same seed makes the same run
             (self.directory / METRICS).unlink(missing_ok=True)
             self._write_record()
@@ -200,7 +202,11 @@ class Run:
             if isinstance(part, torch.nn.Module):
                 require_finite_weights(part, f"a weight of the {name} after step {step}", self._newest)
         self.metrics.sync()
-        return write_checkpoint(self.directory, step, {"step": step, "run": self.record, "parts": parts}, self.config.keep_last)
+        path = write_checkpoint(self.directory, step, {"step": step, "run": self.record, "parts": parts}, self.config.keep_last)
+        if "first_checkpoint" not in self.record:  # from now on a run without checkpoints has lost them
+            self.record["first_checkpoint"] = step
+            self._write_record()
+        return path
 
 
 def require_finite_weights(model, what, hint=lambda: ""):

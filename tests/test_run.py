@@ -11,7 +11,7 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
-from stopping import MAINS, Killed, cut, flip, kill_at, refused, stage_of
+from stopping import MAINS, Killed, assert_same_run, cut, flip, kill_at, refused, stage_of
 from toy_runs import read_metrics, run
 
 import rllr.checkpoint
@@ -171,6 +171,18 @@ def test_nothing_to_resume_is_said_and_the_run_begins(toy, tmp_path, monkeypatch
     output = run(main, *flags, "--resume", "--steps", 4)
     assert "no checkpoint yet" in output and "nothing to resume" not in output
     assert [line["step"] for line in read_metrics(tmp_path / "run", "judge/score")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["sft/full", "rm/full", "ppo/gold"])
+def test_killed_while_the_first_checkpoint_is_written(toy, undisturbed, tmp_path, monkeypatch, name):
+    """As many steps are done as there are to the first checkpoint, and it is not there: not lost, but never made."""
+    main, flags = stage_of(toy, name, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        kill_at(patch, rllr.run, "write_checkpoint", 1)
+        with pytest.raises(Killed):
+            run(main, *flags)
+    assert "no checkpoint yet" in run(main, *flags, "--resume")
+    assert_same_run(undisturbed(name), tmp_path / "run")
 
 
 def everything_in(directory):
