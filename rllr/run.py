@@ -24,7 +24,8 @@ import torch
 import transformers
 
 from .checkpoint import (
-    STATE, WEIGHTY, GlobalStreams, checkpoint_path, damage, list_checkpoints, read_checkpoint, restore_part, state_of, write_checkpoint,
+    STATE, WEIGHTY, GlobalStreams, checkpoint_path, damage, list_checkpoints, read_checkpoint, restore_part, state_of, step_of,
+    write_checkpoint,
 )  # fmt: skip
 from .errors import InputError, RunError, Stopped
 from .files import METRICS, RUN, disk_faults, open_run_directory, write_json
@@ -87,9 +88,9 @@ class Run:
             open_run_directory(directory, config.overwrite, inputs)
         config.resume, config.overwrite = None, False
         self.record = {"stage": stage, "config": dataclasses.asdict(config), "reads": reads, "machine": machine()}
-        if taken_up and "first_checkpoint" in taken_up.recorded:
-            self.record["first_checkpoint"] = taken_up.recorded["first_checkpoint"]
-        if not taken_up or not taken_up.checkpoint:  # stopped before its first checkpoint: the same seed makes the same run
+        if taken_up and taken_up.checkpoint:
+            self.record["first_checkpoint"] = taken_up.recorded.get("first_checkpoint", step_of(taken_up.checkpoint))
+        else:  # new, or stopped before its first checkpoint: the same seed makes the same run
             (self.directory / METRICS).unlink(missing_ok=True)
             self._write_record()
         self.metrics, self.request, self.parts, self.moved = MetricsLog(self.directory), StopRequest(), {}, False
