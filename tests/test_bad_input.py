@@ -525,8 +525,9 @@ def test_what_a_reward_function_returns_is_checked(toy, tmp_path, monkeypatch, c
     own_rewards(Place(tmp_path, toy))
     with pytest.raises(SystemExit) as stop:
         run(train_ppo.main, *(GOLD + f" --reward bad_rewards:{function}").format(toy=toy, out=tmp_path / "out").split())
-    message = error_line(capsys, stop)
-    assert f"--reward bad_rewards:{function}" in message and fragment in message
+    message = capsys.readouterr().err  # found in the first step, so the run stops: exit code 1, its state saved
+    assert stop.value.code == 1 and message.count("\n") == 1
+    assert f"error: step 1: --reward bad_rewards:{function}" in message and fragment in message and "step-000000" in message
 
 
 def test_policy_whose_answers_never_end_is_named(toy, tmp_path, capsys):

