@@ -157,9 +157,9 @@ def write_checkpoint(run_directory, step, state, keep_last):
             name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_of(temporary / name)} for name in (TENSORS, STATE)
         }
         write_json(temporary / MANIFEST, {"format": FORMAT, "step": step, "files": files})
-    for old in [other for other in list_checkpoints(run_directory) if step_of(other) > step]:
-        shutil.rmtree(old, ignore_errors=True)
-    for old in list_checkpoints(run_directory)[keep_last:]:
+    later = [other for other in others if step_of(other) > step]
+    earlier = [other for other in others if step_of(other) < step]
+    for old in later + earlier[keep_last - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
     force_to_disk(path.parent)
     return path

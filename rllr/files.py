@@ -133,14 +133,10 @@ def force_to_disk(path):
 
 def sha256_of(path):
     """Hex SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file):  # Python 3.10
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -163,7 +159,7 @@ def disk_faults(what, kept=""):
 def is_empty(path):
     """Whether a directory is not there, or holds nothing but what a run leaves that was killed while it opened it."""
     path = Path(path)
-    return not path.is_dir() or all(inside.name in (PROBE, PART) or inside.name.endswith(PART) for inside in path.iterdir())
+    return not path.is_dir() or all(inside.name == PROBE or inside.name.endswith(PART) for inside in path.iterdir())
 
 
 def check_run_directory(path, overwrite, inputs=()):

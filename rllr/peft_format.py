@@ -58,7 +58,7 @@ def load_adapter(model, directory, name) -> Adapter:
 
     InputError where a file is damaged, does not fit the model, or asks for arithmetic that is not plain LoRA.
     """
-    config, state = read_adapter_config(directory), _read_weights(directory)
+    config, state = read_adapter_config(directory), read_safetensors(Path(directory) / WEIGHTS_FILE)
     modules, pairs = linear_modules(model), {}
     for key, tensor in state.items():
         path = key.removeprefix(PREFIX)
@@ -105,7 +105,3 @@ def read_adapter_config(directory) -> dict:
     if asked:
         raise InputError(f"{path}: {', '.join(asked)} set; only plain LoRA can be loaded")
     return config
-
-
-def _read_weights(directory):
-    return read_safetensors(Path(directory) / WEIGHTS_FILE)

@@ -70,10 +70,9 @@ def take_up(stage, config, default_directory):
         raise InputError(f"--resume {directory}: is a run of train_{recorded.get('stage')!s:.20}.py, not of train_{stage}.py")
     taken_up = TakenUp(directory, checkpoint, recorded)
     _settle(config, taken_up)
-    if not checkpoint and _steps_lost(taken_up):
-        raise InputError(
-            f"--resume {directory}: {_steps_lost(taken_up)} steps were done, but there is no checkpoint; --overwrite starts again"
-        )
+    lost = 0 if checkpoint else _steps_lost(taken_up)
+    if lost:
+        raise InputError(f"--resume {directory}: {lost} steps were done, but there is no checkpoint; --overwrite starts again")
     config.output_dir = str(directory)
     return taken_up
 

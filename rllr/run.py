@@ -80,7 +80,7 @@ class Run:
     def __init__(self, stage, config, directory, reads, taken_up=None, inputs=()):
         """reads: {"--flag" or what else it is: fingerprint} of everything the run reads; a resumed run must read the same.
         inputs: paths that --overwrite must not delete."""
-        self.stage, self.config, self.reads, self.taken_up = stage, config, reads, taken_up
+        self.config, self.reads, self.taken_up = config, reads, taken_up
         self.directory = Path(directory)
         if taken_up:
             self._check_reads(taken_up.recorded)

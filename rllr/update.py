@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .checkpoint import restore_part, state_of
 from .errors import RunError
 from .files import disk_faults, write_safetensors
 from .judge import Samples
@@ -35,12 +36,11 @@ class PromptStream:
         return [self.examples[i] for i in taken]
 
     def state_dict(self):
-        return {"order": self.order_rng.getstate(), "minibatches": self.minibatch_rng.getstate(), "queue": list(self.queue)}
+        return {"order": state_of(self.order_rng), "minibatches": state_of(self.minibatch_rng), "queue": list(self.queue)}
 
     def load_state_dict(self, state):
-        for rng, name in ((self.order_rng, "order"), (self.minibatch_rng, "minibatches")):
-            version, numbers, gauss = state[name]
-            rng.setstate((version, tuple(numbers), gauss))
+        restore_part(self.order_rng, state["order"])
+        restore_part(self.minibatch_rng, state["minibatches"])
         self.queue = list(state["queue"])
 
     def minibatch_plan(self, epochs, minibatches):
