@@ -23,14 +23,14 @@ from toy_runs import toy_runs  # noqa: E402
 
 KILLS_PER_RUN = 5
 SHORT = "--save_every 2 --max_new_tokens 12"
-STAGES = {  # script, flags, longest delay of a kill in seconds of training
-    "sft": ("train_sft.py", "--epochs 6 --batch_size 4 --learning_rate 2e-3 --dropout 0.1 --show 0", 1.0),
-    "sft, LoRA": ("train_sft.py", "--epochs 6 --batch_size 4 --dropout 0.1 --show 0 --lora_rank 2", 1.0),
-    "rm": ("train_rm.py", "--epochs 8 --batch_size 4 --learning_rate 2e-3 --dropout 0.1 --patience 99", 1.0),
-    "rm, LoRA": ("train_rm.py", "--epochs 8 --batch_size 4 --dropout 0.1 --patience 99 --lora_rank 2", 1.0),
+STAGES = {  # script, flags, metric lines within which it is killed
+    "sft": ("train_sft.py", "--epochs 6 --batch_size 4 --learning_rate 2e-3 --dropout 0.1 --show 0", 20),
+    "sft, LoRA": ("train_sft.py", "--epochs 6 --batch_size 4 --dropout 0.1 --show 0 --lora_rank 2", 20),
+    "rm": ("train_rm.py", "--epochs 8 --batch_size 4 --learning_rate 2e-3 --dropout 0.1 --patience 99", 20),
+    "rm, LoRA": ("train_rm.py", "--epochs 8 --batch_size 4 --dropout 0.1 --patience 99 --lora_rank 2", 20),
     "ppo": ("train_ppo.py", "--reward mixed --score_norm running --kl_control adaptive --steps 30 --rollout_prompts 8 --eval_rows 8 "
-            "--eval_every 5 --learning_rate 1e-3", 2.0),
-    "ppo, LoRA": ("train_ppo.py", "--steps 30 --rollout_prompts 8 --eval_rows 8 --eval_every 5 --lora_rank 2", 2.0),
+            "--eval_every 5 --learning_rate 1e-3", 20),
+    "ppo, LoRA": ("train_ppo.py", "--steps 30 --rollout_prompts 8 --eval_rows 8 --eval_every 5 --lora_rank 2", 20),
 }  # fmt: skip
 
 

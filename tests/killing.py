@@ -27,19 +27,19 @@ def start(script, flags, log):
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
 
 
-def kill_at(process, directory, moment, delay, patience=120.0):
-    """SIGKILL a process `delay` seconds after it began to train, or, "writing", at the first checkpoint it writes after that.
+def kill_at(process, directory, moment, lines, patience=120.0):
+    """SIGKILL a process once it has written so many metric lines, or, "writing", at the first checkpoint it writes after that.
 
-    Returns whether it was killed: it may have ended before.
+    Counted in lines, not seconds: what a test kills must not hang on how busy the machine is. Returns whether it was
+    killed: it may have ended before.
     """
-    begun, size = None, _size(directory)
+    fewest = _lines(directory)  # goes down when a resumed run cuts the file back to its checkpoint
     for _ in range(int(patience / 0.0005)):
         if process.poll() is not None:
             return False
-        now = time.monotonic()
-        if begun is None and _size(directory) != size:  # the metrics file grows (or was cut back): it trains
-            begun = now
-        if begun is not None and now - begun >= delay and (moment == "running" or any(Path(directory).glob("checkpoints/.*.part"))):
+        now = _lines(directory)
+        fewest = min(fewest, now)
+        if now > fewest and now - fewest >= lines and (moment == "running" or any(Path(directory).glob("checkpoints/.*.part"))):
             process.send_signal(signal.SIGKILL)
             process.wait()
             return True
@@ -47,17 +47,17 @@ def kill_at(process, directory, moment, delay, patience=120.0):
     raise AssertionError(f"the process neither trained nor ended within {patience} s")
 
 
-def _size(directory):
+def _lines(directory):
     try:
-        return (Path(directory) / "metrics.jsonl").stat().st_size
+        return (Path(directory) / "metrics.jsonl").read_bytes().count(b"\n")
     except FileNotFoundError:
-        return None
+        return 0
 
 
 def run_until_done(script, flags, directory, log, rng, kills, longest):
     """Start, kill and resume a script until it was killed `kills` times, then let it end. Returns the moments it was killed at.
 
-    rng: chooses moments and delays, up to `longest` seconds of training. RuntimeError, with the log's end, if it fails.
+    rng: chooses moments and places, up to `longest` metric lines after each start. RuntimeError, with the log's end, if it fails.
     """
     done = []
     while True:
