@@ -13,15 +13,24 @@ numbers that a useful error needs, reads the texts "NA" and "null" of a CSV file
 import hashlib
 import json
 import math
-import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
+from decimal import Decimal, InvalidOperation
+from numbers import Number
+from pathlib import Path
 
 from .errors import InputError, brief, brief_list
-from .tables import Table, dataset_rows, first_line, read_table
-from .tasks import Example, Task, split_answer
+from .tables import SAVED_DATA_SET, Table, dataset_rows, first_line, read_table
+from .tasks import Example, Task, same_word, split_answer
 
 FIELDS = ("id", "text", "text_b", "label", "score", "rationale", "rationales")
+IGNORABLE = ("id", "score", "rationale", "rationales")  # fields that --columns may map to nothing
+NO_LABEL = ("", "-1", "nan", "none", "null", "<na>")  # how files say that a row has no label, where these are no labels of the task
+NAMED_LABELS = 12  # spellings of a missing label that a log line names
+
+
+class NoSuchSplit(InputError):
+    """A data set that has no split of that name."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,8 @@ class Source:
     split: str = "train"  # of a hub data set
     columns: dict[str, str] = field(default_factory=dict)
     label_map: dict[str, str] = field(default_factory=dict)
+    delimiter: str | None = None  # of a CSV file; None: recognised
+    encoding: str | None = None  # of a text file; None: UTF-8
 
     def __post_init__(self):
         if bool(self.path) == bool(self.dataset):
@@ -43,13 +54,16 @@ class Source:
 # ---- the public functions
 
 
-def load_examples(source, task: Task, *, labels="required", columns=None, label_map=None, log=print) -> list[Example]:
-    """Examples from a path or a `Source`. `columns` and `label_map` are dicts or flag strings ("text=sentence").
+def load_examples(source, task: Task, *, labels="required", columns=None, label_map=None, empty="drop", log=print) -> list[Example]:
+    """Examples from a path, a `Source` or a `Table`. `columns` and `label_map` are dicts or flag strings ("text=sentence").
 
     labels: "required", "optional", or "ignored": then label, score and rationale columns are not even read. Rows with an
     empty text, or without a label where labels are required, are dropped; `log` gets a line that counts and names them.
-    Raises InputError for everything else that is wrong with the file, the mapping or a row.
+    empty "keep" keeps rows without a text, as "". Raises InputError for everything else that is wrong with the file, the
+    mapping or a row.
     """
+    if isinstance(source, Table):
+        return _to_examples(source, task, columns, label_map, labels, empty, log)
     if not isinstance(source, Source):
         source = Source(path=str(source))
     columns = source.columns if columns is None else columns
@@ -67,23 +81,42 @@ def load_examples(source, task: Task, *, labels="required", columns=None, label_
         )
     if source.path.partition(":")[0] == "demo":
         return _demo_examples(source.path.partition(":")[2] or "train", task)
-    return _to_examples(read_table(source.path), task, columns, label_map, labels, log)
+    table = read_table(source.path, source.delimiter, source.encoding)
+    return _to_examples(table, task, columns, label_map, labels, empty, log)
 
 
 def load_hub_examples(
     name: str, task: Task, *, config=None, split="train", columns=None, label_map=None, labels="required", log=print
 ) -> list[Example]:
-    """Examples from a hub data set, or a local directory laid out like one. Raises InputError as above."""
-    import datasets  # here, because the import takes two seconds that a JSONL file need not wait for
+    """Examples from a hub data set, a local directory laid out like one, or one that `datasets` saved with save_to_disk.
 
+    Raises InputError as above, and NoSuchSplit.
+    """
     full_name = "/".join(filter(None, (name, config, split)))
     try:
-        names, rows = dataset_rows(datasets.load_dataset(name, config, split=split))
+        names, rows = dataset_rows(_load_split(name, config, split))
+    except InputError:
+        raise
     except Exception as error:  # datasets, fsspec, httpx and pyarrow each raise their own; there is no common base
         flags = f"--dataset {name}" + (f" --dataset_config {config}" if config else "")
-        raise InputError(f"{flags}, split {split!r}: cannot be loaded: {first_line(error)}") from error
-    table = Table(full_name, full_name, rows, "row", names)
-    return _to_examples(table, task, columns, label_map, labels, log)
+        kind = NoSuchSplit if "Unknown split" in str(error) else InputError
+        raise kind(f"{flags}, split {split!r}: cannot be loaded: {first_line(error)}") from error
+    return _to_examples(Table(full_name, full_name, rows, "row", names), task, columns, label_map, labels, "drop", log)
+
+
+def _load_split(name, config, split):
+    import datasets  # here, because the import takes two seconds that a JSONL file need not wait for
+
+    if not any((Path(name) / file).is_file() for file in SAVED_DATA_SET):
+        return datasets.load_dataset(name, config, split=split)
+    saved = datasets.load_from_disk(name)
+    if not isinstance(saved, datasets.DatasetDict):
+        if split != "train":
+            raise NoSuchSplit(f"--dataset {name}: was saved as one data set, without splits, so there is no {split!r}")
+        return saved
+    if split not in saved:
+        raise NoSuchSplit(f"--dataset {name}: has no split {split!r}; it has {brief_list(saved)}")
+    return saved[split]
 
 
 def load_pairs(path, log=print) -> list[dict]:
@@ -118,12 +151,13 @@ def load_pairs(path, log=print) -> list[dict]:
 def select_labelled(examples: list[Example], n: int, seed: int) -> tuple[list[Example], list[Example]]:
     """`n` examples that keep their labels, and the rest with label, score and rationales taken away; order is kept.
 
-    The choice hangs on ids, seed and n alone, and is nested: under one seed the 1000 are among the 2000.
+    Drawn by class: each label has its share of the n, and one row at least as long as there are n. The choice hangs on ids,
+    labels, seed and n alone, and is nested: under one seed the 1000 are among the 2000.
     """
     candidates = [i for i, example in enumerate(examples) if example.label is not None]
     if not 1 <= n <= len(candidates):
         raise InputError(f"cannot keep the labels of {n} examples: only {len(candidates)} have one (the least is 1)")
-    chosen = set(sorted(candidates, key=_shuffle_key(examples, "labelled", seed))[:n])
+    chosen = set(_by_class(examples, candidates, "labelled", seed, first=0.0)[:n])
     unlabelled = [
         replace(example, label=None, score=None, rationale=None, rationales={})
         for i, example in enumerate(examples)
@@ -133,24 +167,39 @@ def select_labelled(examples: list[Example], n: int, seed: int) -> tuple[list[Ex
 
 
 def split_holdout(examples: list[Example], amount: int | float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(kept, held out): `amount` is a number of rows or a share below 1. The choice hangs on ids, seed and amount."""
+    """(kept, held out): `amount` is a number of rows or a share below 1, drawn by class: each label is held out in its share, and
+    a label of one row is kept. The choice hangs on ids, labels, seed and amount."""
     total = len(examples)
     n = max(1, round(amount * total)) if 0 < amount < 1 else int(amount) if float(amount).is_integer() else 0
     if not 1 <= n < total:
         raise InputError(f"cannot hold out {amount} of {total} examples: give a share below 1 or a smaller number")
-    held = set(sorted(range(total), key=_shuffle_key(examples, "holdout", seed))[:n])
+    held = set(_by_class(examples, range(total), "holdout", seed, first=0.5)[:n])
     return (
         [example for i, example in enumerate(examples) if i not in held],
         [example for i, example in enumerate(examples) if i in held],
     )
 
 
+def _by_class(examples, indices, purpose, seed, first):
+    """Indices in an order any beginning of which has the classes' own shares, to one row: a class of m rows stands at the places
+    first / m, (first + 1) / m, ... of the whole. Within a class, and where places coincide, the order is drawn by id."""
+    key, classes, places = _shuffle_key(examples, purpose, seed), defaultdict(list), {}
+    for i in sorted(indices, key=key):
+        classes[examples[i].label].append(i)
+    for members in classes.values():
+        places |= {i: (rank + first) / len(members) for rank, i in enumerate(members)}
+    return sorted(places, key=lambda i: (places[i], key(i)))
+
+
 def parse_mapping_flag(value: str | dict | None, flag: str = "--columns") -> dict[str, str]:
-    """ "text=sentence,label=gold" as a dict; a dict is checked likewise. Raises InputError that names the flag."""
+    """ "text=sentence,label=gold" as a dict; a dict is checked likewise. Raises InputError that names the flag.
+
+    Nothing behind the = means: a column that is not read, a label word that stands for no label.
+    """
     entries = [(str(left), right) for left, right in value.items()] if isinstance(value, dict) else []
     for entry in value.split(",") if isinstance(value, str) and value.strip() else ():
-        left, _, right = (part.strip() for part in entry.partition("="))
-        if not left or not right:
+        left, equals, right = (part.strip() for part in entry.partition("="))
+        if not left or not equals:
             raise InputError(f"{flag} {value!r}: {entry.strip()!r} is not of the form name=value; commas separate them")
         entries.append((left, right))
     mapping = dict(entries)
@@ -162,18 +211,20 @@ def parse_mapping_flag(value: str | dict | None, flag: str = "--columns") -> dic
                 f"{flag} {name}={mapping[name]}: unknown field {name!r}; write field=column, the field "
                 f"being one of {', '.join(FIELDS)}"
             )
+        if not mapping[name] and name not in IGNORABLE:
+            raise InputError(f"{flag} {name}=: the field {name!r} is needed; only {', '.join(IGNORABLE)} can be left out like this")
     return mapping
 
 
 # ---- rows to examples
 
 
-def _to_examples(table: Table, task: Task, columns, label_map, labels: str, log) -> list[Example]:
+def _to_examples(table: Table, task: Task, columns, label_map, labels: str, empty: str, log) -> list[Example]:
     reader = _RowReader(table, task, columns, label_map, labels)
     examples, dropped, times_seen, repeated = [], defaultdict(list), defaultdict(int), []
     for n, row in table.rows:
         example = reader.example(n, row)
-        if not example.text or task.is_pair and not example.text_b:
+        if empty == "drop" and (not example.text or task.is_pair and not example.text_b):
             dropped["empty text"].append(n)
         elif labels == "required" and example.label is None:
             dropped["no label"].append(n)
@@ -183,9 +234,12 @@ def _to_examples(table: Table, task: Task, columns, label_map, labels: str, log)
                 times_seen[example.id] += 1
                 unique = f"{example.id}#{times_seen[example.id]}"
             times_seen[unique] += 1
-            repeated += [n] if unique != example.id else []
+            repeated += [n] if unique != example.id and "id" in reader.columns else []  # equal texts are `splits`' to tell of
             examples.append(replace(example, id=unique))
     table.report(dropped, repeated, len(examples), log)
+    if labels == "optional" and reader.without_label or any(reader.without_label):
+        named = ", ".join(f"{brief(word) if word else 'empty'}: {count}" for word, count in reader.without_label.most_common(NAMED_LABELS))
+        log(f"{table.name}: rows without a label: {sum(reader.without_label.values())} ({named})")
     return examples
 
 
@@ -194,12 +248,17 @@ class _RowReader:
 
     def __init__(self, table: Table, task: Task, columns, label_map, labels: str):
         self.table, self.task, mapping = table, task, parse_mapping_flag(columns)
+        self.without_label = Counter()  # spelling: rows
         present = table.columns
         for name, column in mapping.items():
-            if column not in present:
+            if column and column not in present:
+                self._refuse_missing_header()
                 raise InputError(f"{table.name}: no column {brief(column)} (--columns {name}={column}); {_present(present)}")
         # A column given to one field is not read for another as well: after score=label, `label` holds no labels.
         self.columns = {name: name for name in FIELDS if name in present and name not in mapping.values()} | mapping
+        self.columns = {name: column for name, column in self.columns.items() if column}
+        if not (task.ordinal or {"pearson", "spearman"} & set(task.metrics)) and "score" not in mapping:
+            self.columns.pop("score", None)  # somebody's column of that name: scores mean something on a scale alone
         # The authors' own format: the label and the rationale are both inside `output`.
         needed = {"instruction"} if labels == "ignored" else {"instruction", "output"}
         self.rllr = "text" not in self.columns and needed <= set(present)
@@ -208,18 +267,30 @@ class _RowReader:
         if labels == "ignored":
             self.columns = {name: column for name, column in self.columns.items() if name in ("id", "text", "text_b")}
         self.label_map = {
-            word.strip().casefold(): self._mapped_label(word, label)
-            for word, label in parse_mapping_flag(label_map, "--label_map").items()
+            same_word(word): self._mapped_label(word, label) for word, label in parse_mapping_flag(label_map, "--label_map").items()
         }
         has_label = "label" in self.columns or task.ordinal and "score" in self.columns
         for name in ["text"] + ["text_b"] * task.is_pair + ["label"] * (labels == "required" and not has_label):
             if name not in self.columns:
+                self._refuse_missing_header()
                 raise InputError(
                     f"{table.name}: no column for the field {name!r} of task {task.name}; "
                     f"{_present(present)}; say which it is with --columns {name}=<column>"
                 )
 
-    def _mapped_label(self, word: str, label: str) -> str:
+    def _refuse_missing_header(self):
+        """InputError where what should be the names of the columns is a row: one of them is a label, and none a field."""
+        names = self.table.columns
+        labels = [name for name in names if self.task.canonical_label(name) is not None]
+        if labels and not set(names) & set(FIELDS):
+            raise InputError(
+                f"{self.table.name}: has no header: its first line is a row ({brief_list(names, 3)}); write the columns' names above it, "
+                "for example text,label"
+            )
+
+    def _mapped_label(self, word: str, label: str) -> str | None:
+        if not str(label):
+            return None
         canonical = self.task.canonical_label(str(label))
         if canonical is None:
             raise InputError(
@@ -246,6 +317,7 @@ class _RowReader:
             score=score,
             rationale=self._text(n, row, "rationale") or rationales.get(label),
             rationales=rationales,
+            place=f"{self.table.short}:{n}",
         )
 
     def _unpack_output(self, n: int, row: dict) -> dict:
@@ -266,37 +338,62 @@ class _RowReader:
         return row.get(self.columns[name]) if name in self.columns else None
 
     def _text(self, n: int, row: dict, name: str) -> str | None:
-        return self.table.text(n, row, name, self.columns[name]) if name in self.columns else None
+        if name not in self.columns:
+            return None
+        return self.table.text(n, row, name, self.columns[name], self._how_to_ignore(name) if name in IGNORABLE else "")
 
     def _error(self, n: int, name: str, problem: str) -> InputError:
         return self.table.error(n, name, self.columns.get(name, name), problem)
 
     def _id(self, n: int, row: dict) -> str:
+        """The row's own id, any scalar; else a hash of its texts, which is the same wherever the row stands."""
         value = self._value(row, "id")
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        return self._text(n, row, "id") or f"{self.table.short}:{n}"
+        if isinstance(value, (list, dict)):
+            raise self._error(n, "id", f"must be one value, got {type(value).__name__} {brief(value)}{self._how_to_ignore('id')}")
+        if isinstance(value, str):
+            self.table.text(n, row, "id", self.columns["id"])  # for its errors
+        written = "" if value is None or value != value else str(value).strip()
+        return written or text_hash(self._text(n, row, "text"), self._text(n, row, "text_b") if self.task.is_pair else None)
+
+    def _how_to_ignore(self, name):
+        return f"; --columns {name}= leaves this column out"
 
     def _label(self, n: int, value, name: str = "label") -> str | None:
-        """The task's label for a value: a word, a number, or an integer that stands for a ClassLabel's name."""
+        """The task's label for a value: a word, a number, or an integer that stands for a ClassLabel's name. None: no label.
+
+        Compared as written first, then as a number: "1.0" may be a task's label, or a 1 as pandas writes it.
+        """
         names = self.table.class_names.get(self.columns.get(name), [])
         words = _label_words(value, names)
         if words is None:
             raise self._error(n, name, f"must be a word or a number, got {type(value).__name__} {brief(value)}")
         for word in words:
-            if word.strip().casefold() in self.label_map:
-                return self.label_map[word.strip().casefold()]
+            if same_word(word) in self.label_map:
+                label = self.label_map[same_word(word)]
+                return self._no_label(word, name) if label is None else label
         # The first word alone: the integer behind a ClassLabel's name says nothing about the task's own digits.
-        if not words or self.task.canonical_label(words[0]) is not None:
-            return self.task.canonical_label(words[0]) if words else None
+        label = self.task.canonical_label(words[0])
+        label = self._label_of_number(words[0]) if label is None else label
+        if label is not None:
+            return label
+        if same_word(words[-1]) in NO_LABEL:
+            return self._no_label(words[-1], name)
         theirs = f" (the data set's labels: {', '.join(names)})" if names else ""
         hint = "; is it a score? --columns score=<column>" if self.task.ordinal and isinstance(value, float) else ""
         raise self._error(
             n,
             name,
             f"is {brief(words[0])}{theirs}, not a label of task {self.task.name}: "
-            f"{', '.join(self.task.labels)}; map it with --label_map <theirs>=<ours>,...{hint}",
+            f"{', '.join(self.task.labels)}; map it with --label_map <theirs>=<ours>,... (nothing behind the =: no label){hint}",
         )
+
+    def _no_label(self, word, name):
+        if name == "label":
+            self.without_label[word.strip()] += 1
+
+    def _label_of_number(self, word):
+        number = _number(word)
+        return None if number is None else next((label for label in self.task.labels if _number(label) == number), None)
 
     def _score(self, n: int, row: dict) -> float | None:
         value = self._value(row, "score")
@@ -317,28 +414,43 @@ class _RowReader:
             try:
                 value = json.loads(value) if value.strip() else None
             except (ValueError, RecursionError) as error:
-                raise self._error(n, "rationales", f"is not valid JSON: {first_line(error)}") from None
+                problem = f"is not valid JSON: {first_line(error)}{self._how_to_ignore('rationales')}"
+                raise self._error(n, "rationales", problem) from None
         if not isinstance(value, dict | None):
-            raise self._error(n, "rationales", f"must map labels to texts, got {type(value).__name__} {brief(value)}")
+            problem = f"must map labels to texts, got {type(value).__name__} {brief(value)}{self._how_to_ignore('rationales')}"
+            raise self._error(n, "rationales", problem)
         texts = {word: self.table.text(n, value, "rationales", word) for word in value or {}}
         return {self._label(n, word, "rationales"): text for word, text in texts.items() if text and word.strip()}
 
 
 def _label_words(value, names: list[str]) -> list[str] | None:
-    """The spellings under which to look a label up; none for a missing label; None for what can be no label."""
-    if value is None or isinstance(value, float) and math.isnan(value):
-        return []
+    """The spellings under which to look a label up, "" for a missing one; None for what can be no label."""
+    if value is None:
+        return [""]
     if isinstance(value, bool):
         return [str(value).lower()]
-    if isinstance(value, int) and names:  # -1 is how hub data sets mark a missing label
-        return [names[value], str(value)] if 0 <= value < len(names) else [] if value == -1 else [str(value)]
-    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\.0+\s*", value):  # "3.0", pandas' way to write a 3 in CSV
-        return [value.partition(".")[0], value]
     if isinstance(value, str):
-        return [value] if value.strip() else []
-    if isinstance(value, int | float):
-        return [str(int(value)) if float(value).is_integer() else str(value)]
+        return [value]
+    if isinstance(value, int) and names:  # -1 is how hub data sets mark a missing label
+        return [names[value], str(value)] if 0 <= value < len(names) else [str(value)]
+    if isinstance(value, Number):
+        whole = _number(str(value))
+        return [str(value)] + ([str(int(whole))] if whole is not None and whole == int(whole) else [])
     return None
+
+
+def _number(word: str) -> Decimal | None:
+    """A word as a finite number; None where it is none."""
+    try:
+        number = Decimal(word.strip()) if len(word) < 100 else None
+    except InvalidOperation:
+        return None
+    return number if number is not None and number.is_finite() and abs(number.adjusted()) < 100 else None
+
+
+def text_hash(text: str | None, text_b: str | None = None) -> str:
+    """What tells a row from others by its texts alone, as 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps([text or "", text_b or ""]).encode()).hexdigest()[:16]
 
 
 # ---- small things

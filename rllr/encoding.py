@@ -9,11 +9,14 @@ tokens, because the template already holds them), else through a plain template,
 import dataclasses
 import functools
 
+from .chat import ChatTemplate, squeeze
 from .errors import InputError
-from .model import context_length, stop_token_ids
+from .model import length_limit, stop_token_ids
+from .tasks import parse_answer
 
 PLAIN_TEMPLATE = "{prompt}\n"
 DEFAULT_CONTEXT = 2048  # for architectures without a limit of their own (Bloom)
+MANY_UNKNOWN = 0.2  # share of a prompt's tokens that the tokenizer does not know, above which a warning is due
 CHARACTERS_SPARE = 4  # times a token's own length: so many characters of a text it may stand for (normalisation drops some)
 
 
@@ -21,24 +24,34 @@ class Encoder:
     """Prompts and answers of one model as token ids.
 
     stop_ids end an answer in rollouts; end_id is the one that SFT teaches: the chat template's end-of-turn token where
-    there is a template, else the tokenizer's EOS, else the first stop id.
+    there is a template, else the tokenizer's EOS, else the first stop id. context: tokens of prompt and answer together,
+    the shortest of what the model, its attention windows and the tokenizer allow. clock: the moment that a template which
+    prints the date is given (`rllr.chat`); None: now. InputError where the tokenizer or its template cannot be used.
     """
 
-    def __init__(self, tokenizer, model):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, model, clock=None):
+        self.tokenizer, self.name = tokenizer, tokenizer.name_or_path or type(tokenizer).__name__
+        self.chat = ChatTemplate(tokenizer, clock) if getattr(tokenizer, "chat_template", None) else None
         self.stop_ids = stop_token_ids(model, tokenizer)
-        vocabulary_size = model.get_input_embeddings().num_embeddings
-        self.end_id = self._end_id(vocabulary_size)
+        self.vocabulary_size = model.get_input_embeddings().num_embeddings
+        self.end_id = self._end_id()
         if self.end_id not in self.stop_ids:
             self.stop_ids.append(self.end_id)
-        limits = [context_length(model), getattr(tokenizer, "model_max_length", None)]
-        self.context = min([limit for limit in limits if limit and limit < 10**9], default=DEFAULT_CONTEXT)
+        limits = [length_limit(model), (getattr(tokenizer, "model_max_length", None), "the tokenizer's model_max_length")]
+        limits = [(tokens, why) for tokens, why in limits if tokens and tokens < 10**9]
+        self.context, self.context_reason = min(limits, default=(DEFAULT_CONTEXT, "the default"))
         pad_id = tokenizer.pad_token_id
-        self.pad_id = pad_id if pad_id is not None and pad_id < vocabulary_size else None  # None: any id fills padding
+        self.pad_id = pad_id if pad_id is not None and pad_id < self.vocabulary_size else None  # None: any id fills padding
+        self.empty_prompts = {}  # task: tokens of its prompt without a text
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.special_tokens = [
             token for token in dict.fromkeys([*added, *tokenizer.all_special_tokens]) if len(token) > 1
         ]
+
+    @property
+    def clock(self):
+        """The moment that this model's template shows, as text for a record; None where it shows none."""
+        return self.chat.clock.isoformat() if self.chat and self.chat.prints_time else None
 
     def _plain(self, text):
         """A text in which no special token is spelled out: "</s>" in a user's data must not end a turn. A space breaks it."""
@@ -47,24 +60,21 @@ class Encoder:
                 text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
 
-    def _end_id(self, vocabulary_size):
+    def _end_id(self):
         candidates = [self._end_of_turn(), self.tokenizer.eos_token_id, *self.stop_ids]
         for candidate in candidates:
-            if candidate is not None and 0 <= candidate < vocabulary_size:
+            if candidate is not None and 0 <= candidate < self.vocabulary_size:
                 return candidate
         raise InputError(
-            f"{self.tokenizer.name_or_path}: neither the generation config, the chat template nor the tokenizer names "
+            f"{self.name}: neither the generation config, the chat template nor the tokenizer names "
             "an end-of-text token; set eos_token in tokenizer_config.json"
         )
 
     def _end_of_turn(self):
         """The special token that a chat template writes right after an assistant's message, if it writes one."""
-        if not getattr(self.tokenizer, "chat_template", None):
+        if self.chat is None:
             return None
-        marker = "rllr-answer"
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
-        rendered = self.tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False)
-        after = self.tokenizer.encode(rendered.rpartition(marker)[2].strip(), add_special_tokens=False)
+        after = self.tokenizer.encode(self.chat.after_answer().strip(), add_special_tokens=False)
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         return after[0] if after and after[0] in special.union(self.tokenizer.all_special_ids) else None
 
@@ -76,20 +86,27 @@ class Encoder:
     def prompt_ids(self, prompt: str) -> list[int]:
         """Ids of a prompt as the model is asked it."""
         prompt = self._plain(prompt)
-        if getattr(self.tokenizer, "chat_template", None):
-            turns = [{"role": "user", "content": prompt}]
-            rendered = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-            return self.tokenizer.encode(rendered, add_special_tokens=False)
+        if self.chat:
+            return self._known(self.tokenizer.encode(self.chat.render(prompt), add_special_tokens=False))
         ids = self.tokenizer.encode(PLAIN_TEMPLATE.format(prompt=prompt), add_special_tokens=False)
         bos = self.tokenizer.bos_token_id
         adds_bos = bos is not None and self.tokenizer.encode("a", add_special_tokens=True)[:1] == [bos]
-        return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
+        return self._known([bos, *ids] if adds_bos and ids[:1] != [bos] else ids)
 
     def answer_ids(self, answer: str) -> list[int]:
         """Ids of an answer with the token that ends it."""
-        return self.tokenizer.encode(self._plain(answer), add_special_tokens=False) + [self.end_id]
+        return self._known(self.tokenizer.encode(self._plain(answer), add_special_tokens=False) + [self.end_id])
+
+    def _known(self, ids):
+        """The ids themselves. InputError where one has no row in the model's embedding."""
+        beyond = max(ids, default=0)
+        if beyond >= self.vocabulary_size:
+            token = self.tokenizer.convert_ids_to_tokens(beyond)
+            raise InputError(
+                f"{self.name}: its tokenizer writes {token!r} as id {beyond}, but the model's embedding has {self.vocabulary_size} rows: "
+                "tokens were added without model.resize_token_embeddings(len(tokenizer)); do that and save the model again"
+            )
+        return ids
 
     def decode(self, response: list[int]) -> str:
         """The text of a response without the stop token that ended it. Special tokens inside it stay visible."""
@@ -97,26 +114,87 @@ class Encoder:
             response = response[:-1]
         return self.tokenizer.decode(response, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    def check(self, task, example, log=None):
+        """Show one prompt as the model sees it, and read it and an answer with each label back.
+
+        InputError, with both strings, where the text is not in the prompt, or where a label does not come back from the
+        tokenizer: nothing could ever learn it. log gets the prompt and what is to be known of its template.
+        """
+        prompt = self._plain(task.render_prompt(example.text, example.text_b))
+        ids = self.prompt_ids(prompt)
+        seen = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        own = self.tokenizer.decode(self.tokenizer.encode(prompt, add_special_tokens=False), clean_up_tokenization_spaces=False)
+        if squeeze(own) not in squeeze(seen):
+            raise InputError(f"{self.name}: the prompt {own!r:.300} is lost; the model would see {seen!r:.600}; mend its chat_template")
+        for label in task.labels:
+            answer = task.render_answer(label, "a reason")
+            back = self.decode(self.answer_ids(answer))
+            if parse_answer(task, back) != label:
+                raise InputError(
+                    f"{self.name}: its tokenizer turns the answer {answer!r} into {back!r}, from which the label {label!r} cannot be "
+                    "read; rename the label in a task file, take --answer_format label where only the line break is lost, or "
+                    "another model"
+                )
+        if log:
+            for note in self.chat.notes if self.chat else ():
+                log(note)
+            log(f"a prompt as the model sees it ({len(ids)} tokens): {seen!r:.2000}")
+            unknown = sum(i == self.tokenizer.unk_token_id for i in ids)
+            if unknown > MANY_UNKNOWN * len(ids):
+                log(f"warning: {unknown} of its {len(ids)} tokens are unknown to the tokenizer, which cannot write these texts")
+
     def fit(self, examples, task, reserve, log=print):
         """The examples with texts cut so that prompt and `reserve` tokens of answer fit the context.
 
         The longer text of a pair loses its end; the template and the answer never do. Cut rows are counted and the first
         few named. Raises InputError where the template alone does not fit.
         """
-        budget = self.context - reserve
-        empty = len(self.prompt_ids(task.render_prompt("", "")))
-        if empty >= budget:
-            raise InputError(
-                f"task {task.name!r}: the prompt template takes {empty} tokens and the answer {reserve}, more than the "
-                f"model's context of {self.context}; shorten the prompt or lower --max_new_tokens"
-            )
-        fitted = [self._cut(example, task, budget) for example in examples]
-        cut = [new.id for new, old in zip(fitted, examples) if new is not old]
-        if cut:
-            log(
-                f"{len(cut)} of {len(examples)} texts were cut to fit the context of {self.context} tokens: {_name(cut)}"
-            )
+        fitted = [self._cut(example, task, self._budget(task, reserve)) for example in examples]
+        self._tell_cut([new.name for new, old in zip(fitted, examples) if new is not old], len(examples), log)
         return fitted
+
+    def _tell_cut(self, cut, total, log):
+        if cut:
+            log(f"{len(cut)} of {total} texts were cut to fit the context of {self.context} tokens ({self.context_reason}): {_name(cut)}")
+
+    def _budget(self, task, reserve, whose=""):
+        """Tokens that a prompt may have. InputError where the template alone has more."""
+        empty = self._empty_prompt(task)
+        if empty >= self.context - reserve:
+            remedy = "shorten the rationale" if whose else "shorten the prompt or lower --max_new_tokens"
+            raise InputError(
+                f"{whose or f'task {task.name!r}'}: the prompt template takes {empty} tokens and the answer {reserve}, more than the "
+                f"model's context of {self.context} ({self.context_reason}); {remedy}"
+            )
+        return self.context - reserve
+
+    def _empty_prompt(self, task):
+        if task not in self.empty_prompts:
+            self.empty_prompts[task] = len(self.prompt_ids(task.render_prompt("", "")))
+        return self.empty_prompts[task]
+
+    def rows(self, examples, task, write, reserve, log=print):
+        """[(prompt ids, answer ids, row id)] to learn from: `write(example)` gives the answer's text.
+
+        A text is cut so that its own answer fits the context, and `reserve` tokens at least, as much as evaluation and PPO
+        leave for an answer. Answers longer than that are counted and named. InputError where an answer alone does not fit.
+        """
+        rows, cut, long = [], [], []
+        for example in examples:
+            fitted = self._cut(example, task, self._budget(task, reserve))
+            answer = self.answer_ids(write(fitted))
+            if len(answer) > reserve:
+                fitted = self._cut(example, task, self._budget(task, len(answer), f"row {example.name}"))
+                long.append((len(answer), example.name))
+            rows.append((self.prompt_ids(task.render_prompt(fitted.text, fitted.text_b)), answer, example.id))
+            cut += [example.name] if fitted is not example else []
+        self._tell_cut(cut, len(examples), log)
+        if long:
+            log(
+                f"warning: {len(long)} of {len(examples)} answers are longer than --max_new_tokens {reserve}: {_name([i for _, i in long])}. "
+                f"The policy would learn to write what is then cut, without a label; raise it to {max(long)[0]}, or shorten the rationales"
+            )
+        return rows
 
     def _cut(self, example, task, budget):
         # What cannot fit by its mere length is not tokenised first: ten megabytes would take half a minute and gigabytes.

@@ -131,6 +131,15 @@ def force_to_disk(path):
         os.close(descriptor)
 
 
+def is_lfs_pointer(path_or_content):
+    """Whether a file (a path, or its content) is what git-lfs leaves in the place of one that was not fetched."""
+    start = b"version https://git-lfs.github.com/spec/"
+    if isinstance(path_or_content, bytes):
+        return path_or_content.startswith(start)
+    with open(path_or_content, "rb") as file:
+        return file.read(len(start)) == start
+
+
 def sha256_of(path):
     """Hex SHA-256 of a file's content."""
     digest = hashlib.sha256()

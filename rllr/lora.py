@@ -69,9 +69,21 @@ def _key(path):
     return path.replace(".", "/")  # ModuleDict takes no dots
 
 
+def decoder_name(model):
+    """The attribute of a causal LM that holds its decoder: some families (Llama 4's text part) name another one as theirs."""
+    return model.base_model_prefix if hasattr(model, model.base_model_prefix) else "model"
+
+
+def decoder_of(model):
+    """The decoder under a causal LM's head; a decoder itself is returned as it is."""
+    return getattr(model, decoder_name(model), model)
+
+
 def _backbone(model):
     """The decoder under a causal LM, a role (`rllr.shared`) or a scalar head."""
     model = getattr(model, "backbone", model)
+    if hasattr(model, "base_model_prefix"):
+        return decoder_of(model)
     model = getattr(model, "base_model", model)
     return getattr(model, "shared_backbone", model)
 

@@ -11,14 +11,20 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from .engine.attention import can_pack, packed_forward
+from .engine.limits import length_limits, text_config
 from .engine.linear import fast_linears
 from .errors import InputError
-from .files import disk_faults, saving_into, write_json, write_safetensors
+from .files import disk_faults, is_lfs_pointer, saving_into, write_json, write_safetensors
 from .layout import response_places, unflatten
+from .lora import decoder_name, decoder_of
 from .peft_format import PREFIX, is_adapter
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what transformers lets through
@@ -28,7 +34,9 @@ HEAD_WEIGHT, HEAD_BIAS = "score.weight", "score.bias"  # the names transformers'
 
 def backbone_of(model):
     """The decoder under a causal LM's head, or under our scalar head."""
-    return model.backbone if isinstance(model, ScalarHeadModel) else model.base_model
+    if isinstance(model, ScalarHeadModel):
+        return model.backbone
+    return decoder_of(model) if hasattr(model, "base_model_prefix") else model.base_model  # a role names its own
 
 
 def hidden_states(model, sequences):
@@ -46,7 +54,8 @@ def hidden_at(model, sequences, prompt_lens, response_mask, rows, positions):
     """
     backbone = backbone_of(model)
     lengths = prompt_lens + response_mask.sum(1)
-    if sequences.device.type == "cpu" and int(lengths.sum()) < PACK_BELOW * sequences.numel() and can_pack(backbone):
+    little = sequences.device.type == "cpu" and int(lengths.sum()) < PACK_BELOW * sequences.numel()
+    if little and can_pack(backbone, int(lengths.max())):
         real = torch.arange(sequences.shape[1]) < lengths.unsqueeze(1)
         with fast_linears(backbone):
             hidden = packed_forward(backbone, sequences[real].unsqueeze(0), lengths.tolist(), use_cache=False)
@@ -75,10 +84,16 @@ def _check_logits(model, name):
     """Refuse a model whose head does more than `lm_logits` knows, rather than train on slightly wrong numbers."""
     was_training = model.training
     model.eval()
-    ids = torch.arange(1, 9, device=model.device).unsqueeze(0) % model.config.vocab_size
-    ours, theirs = lm_logits(model, hidden_states(model, ids)), model(input_ids=ids, use_cache=False).logits.float()
+    ids = torch.arange(1, 9, device=model.device).unsqueeze(0) % model.get_input_embeddings().num_embeddings
+    try:
+        ours, theirs = lm_logits(model, hidden_states(model, ids)), model(input_ids=ids, use_cache=False).logits.float()
+    except Exception as error:  # whatever a family raises that is called in another way
+        raise InputError(
+            f"{name}: {type(model).__name__} cannot be used: its forward fails on eight tokens ({type(error).__name__}: "
+            f"{_first_line(error):.200})"
+        ) from error
     model.train(was_training)
-    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * max(1.0, float(theirs.abs().max()))):
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * max(1.0, float(theirs.abs().max()))):
         raise InputError(
             f"{name}: the LM head of {type(model).__name__} does more than a linear map; rllr does not support it"
         )
@@ -102,8 +117,8 @@ def _trust():
 def load_policy(name_or_path, *, dtype=torch.float32, device="cpu"):
     """A causal LM by hub name or local directory, in eval mode (dropout off; training stages switch it on).
 
-    An adapter's directory gives its base with the adapter merged in. Raises InputError where there is no such model, no
-    causal LM class for it, or a head we cannot reproduce.
+    An adapter's directory gives its base with the adapter merged in, a multimodal model its text part. Raises InputError where
+    there is no such model, no causal LM class for it, quantised weights, or a head we cannot reproduce.
     """
     _require_model_directory(name_or_path)
     if is_adapter(name_or_path):
@@ -111,8 +126,11 @@ def load_policy(name_or_path, *, dtype=torch.float32, device="cpu"):
             raise InputError(f"{name_or_path}: holds a reward or value model's adapter, not a causal LM's")
         return _load_merged(name_or_path, dtype, device)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=dtype, output_loading_info=True, use_safetensors=True, **_trust()
+        config = _read_config(name_or_path)
+        multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+        model, info = auto.from_pretrained(
+            name_or_path, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, **_trust()
         )
     except LOADING_ERRORS as error:
         raise InputError(f"{name_or_path}: cannot be loaded as a causal LM: {_first_line(error)}") from error
@@ -121,9 +139,46 @@ def load_policy(name_or_path, *, dtype=torch.float32, device="cpu"):
         raise InputError(f"{name_or_path}: weights are missing ({missing}, ...): not a causal LM's directory")
     if HEAD_WEIGHT in info["unexpected_keys"]:  # with tied embeddings nothing is missing
         raise InputError(f"{name_or_path}: holds a reward or value model ({HEAD_WEIGHT}), not a causal LM's weights")
-    model = model.to(device).eval()
+    model = _text_part(model, name_or_path).to(device).eval()
     _check_logits(model, name_or_path)
     return model
+
+
+def _read_config(name_or_path):
+    """A model's configuration. InputError where it has quantised weights."""
+    config = AutoConfig.from_pretrained(name_or_path, **_trust())
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+        raise InputError(
+            f"{name_or_path}: its weights are quantised ({getattr(method, 'value', method)}), which cannot be trained here; give the "
+            "model's own directory or name in float32, bfloat16 or float16"
+        )
+    return config
+
+
+def _text_part(model, name):
+    """The causal LM of text inside a multimodal model; any other model as it is."""
+    config = text_config(model.config)
+    if config is model.config:
+        return model
+    try:
+        with torch.device("meta"):  # a shell, which gets the loaded modules
+            text = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{name}: {type(model).__name__} has no text part that is a causal LM: {_first_line(error)}") from error
+    kind = type(decoder_of(text))
+    found = next((module for module in model.modules() if type(module) in (type(text), kind)), None)
+    if found is None:
+        raise InputError(f"{name}: no {kind.__name__} inside {type(model).__name__}; give a text model")
+    if type(found) is kind:
+        setattr(text, decoder_name(text), found)
+        text.set_output_embeddings(model.get_output_embeddings())
+    else:
+        text = found
+    text.config.tie_word_embeddings = text.get_output_embeddings().weight is text.get_input_embeddings().weight
+    text.generation_config, text.name_or_path = model.generation_config, model.name_or_path
+    return text
 
 
 def _load_merged(path, dtype, device):
@@ -137,16 +192,18 @@ def load_tokenizer(name_or_path):
     _require_model_directory(name_or_path)
     try:
         return AutoTokenizer.from_pretrained(name_or_path, **_trust())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{name_or_path}: no tokenizer can be loaded: {_first_line(error)}") from error
+    except LOADING_ERRORS + (TypeError, AttributeError, ImportError) as error:
+        raise InputError(
+            f"{name_or_path}: no tokenizer can be loaded ({_first_line(error)}); put the model's tokenizer files (tokenizer.json, "
+            "tokenizer_config.json) beside its weights"
+        ) from error
 
 
 def _require_model_directory(name_or_path):
-    """A name that looks like a local path, but is none, must not be asked of the hub."""
+    """InputError for a local path that holds no model that can be read; it must not be asked of the hub."""
     path = Path(name_or_path)
     if path.is_dir():
-        if not (path / "config.json").is_file() and not is_adapter(path):
-            raise InputError(f"{path}: no config.json in it, so it is not a saved model")
+        _require_whole_files(path)
     elif path.is_file():
         raise InputError(f"{path}: is a file; give the model's directory or a hub name")
     elif path.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") != 1:
@@ -154,16 +211,38 @@ def _require_model_directory(name_or_path):
             raise InputError(f"{name_or_path}: no such model directory")
 
 
+def _require_whole_files(path):
+    """InputError where a model's directory holds weights in another format, or only what git-lfs leaves in a file's place."""
+    suffixes = {file.suffix for file in path.iterdir() if file.is_file()}
+    if ".gguf" in suffixes and ".safetensors" not in suffixes:
+        raise InputError(
+            f"{path}: holds GGUF weights only; make a plain directory of them with transformers: AutoModelForCausalLM.from_pretrained"
+            "(DIR, gguf_file=FILE).save_pretrained(OUT), and the same with AutoTokenizer"
+        )
+    if not (path / "config.json").is_file() and not is_adapter(path):
+        raise InputError(f"{path}: no config.json in it, so it is not a saved model")
+    pickled = suffixes & {".bin", ".pt", ".pth"}
+    if pickled and ".safetensors" not in suffixes:
+        raise InputError(
+            f"{path}: holds pickled weights only (*{min(pickled)}), which can run code when they are read; make safetensors of them with "
+            "transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
+        )
+    for file in sorted(path.iterdir()):
+        if file.suffix in (".safetensors", ".json", ".model", ".txt") and is_lfs_pointer(file):
+            raise InputError(f"{file}: is a git-lfs pointer, not the file itself; fetch it with: git lfs pull")
+
+
 def _first_line(error):
     if "trust_remote_code" in str(error):
         return "it brings Python code of its own, which runs with --trust_remote_code only; read that code first"
-    return str(error).strip().split("\n")[0]
+    if "couldn't connect" in str(error) or "offline" in str(error).lower():
+        return "it is no directory here, and no model hub can be reached"
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def context_length(model_or_config):
-    """Tokens of prompt and answer together that the model takes; None where the architecture sets no limit (Bloom)."""
-    config = getattr(model_or_config, "config", model_or_config)
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+def length_limit(model_or_config):
+    """(tokens of prompt and answer together that this model takes here, what sets the limit); (None, "") without a limit."""
+    return next(iter(length_limits(getattr(model_or_config, "config", model_or_config))), (None, ""))
 
 
 def stop_token_ids(model, tokenizer):
@@ -186,6 +265,15 @@ def stop_token_ids(model, tokenizer):
 # ---- the scalar head -------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def width_of(backbone):
+    """Width of a decoder's final hidden states, which neither its configuration nor its embedding always tells (OPT-350m)."""
+    was_training = backbone.training
+    hidden = backbone.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=backbone.device), use_cache=False).last_hidden_state
+    backbone.train(was_training)
+    return hidden.shape[-1]
+
+
 class ScalarHeadModel(nn.Module):
     """A backbone and one linear map to a number. Subclasses say where the number is read and whether it has a bias."""
 
@@ -194,9 +282,7 @@ class ScalarHeadModel(nn.Module):
     def __init__(self, backbone, head=None):
         super().__init__()
         self.backbone, self.config = backbone, backbone.config
-        hidden_size = backbone.get_input_embeddings().embedding_dim if head is None else head.in_features
-        width = getattr(self.config, "hidden_size", hidden_size)
-        self.head = head or nn.Linear(width, 1, bias=self.has_bias, device=backbone.device, dtype=backbone.dtype)
+        self.head = head or nn.Linear(width_of(backbone), 1, bias=self.has_bias, device=backbone.device, dtype=backbone.dtype)
 
     def scores_at(self, hidden):
         """The head's number for hidden states [..., H] -> [...], float32 at least (also under autocast)."""

@@ -96,7 +96,7 @@ def rationale_sensitive_pairs(examples, task, writer, *, seed=0, log=print):
 
 def _label(example):
     if example.label is None:
-        raise InputError(f"row {example.id}: has no label, so no preference pair can be made of it")
+        raise InputError(f"row {example.name}: has no label, so no preference pair can be made of it")
     return example.label
 
 

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import InputError, brief
 from .files import read_json, read_safetensors, write_json, write_safetensors
-from .lora import Adapter, get_adapter, install, linear_modules, linear_shape
+from .lora import Adapter, decoder_name, get_adapter, install, linear_modules, linear_shape
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor's name
@@ -36,7 +36,7 @@ def save_adapter(model, name, directory, *, base=None, head=None):
     directory.mkdir(parents=True, exist_ok=True)
     adapter, modules, state = get_adapter(model, name), linear_modules(model), {}
     for path, pair in adapter.items():
-        stem = f"{PREFIX}{model.base_model_prefix}.{path}"
+        stem = f"{PREFIX}{decoder_name(model)}.{path}"
         state |= {f"{stem}.lora_A.weight": pair.A, f"{stem}.lora_B.weight": pair.B}
     state |= {f"{PREFIX}{key}": tensor for key, tensor in (head or {}).items()}
     paths = {path for path, _ in adapter.items()}
@@ -64,7 +64,7 @@ def load_adapter(model, directory, name) -> Adapter:
         path = key.removeprefix(PREFIX)
         if path in HEADS:
             continue
-        path, _, which = path.removeprefix(f"{model.base_model_prefix}.").rpartition(".lora_")
+        path, _, which = path.removeprefix(f"{decoder_name(model)}.").rpartition(".lora_")
         if which not in ("A.weight", "B.weight"):
             raise InputError(f"{directory}: holds {key}, which is no part of a plain LoRA adapter of linear modules")
         pairs.setdefault(path, {})[which[0]] = tensor

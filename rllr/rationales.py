@@ -67,7 +67,7 @@ class GivenWriter(RationaleWriter):
         for example in examples:
             if example.label is not None and not self._find(example, example.label):
                 raise InputError(
-                    f"row {example.id}: has no rationale for its label {example.label!r}; fill the column 'rationale' or "
+                    f"row {example.name}: has no rationale for its label {example.label!r}; fill the column 'rationale' or "
                     "'rationales', or choose --rationales evidence"
                 )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .engine.decoder import Decoder
+from .engine.limits import length_limits, other_layers, text_config
 from .engine.linear import packed_linears
 from .engine.sampling import Sampler
 from .layout import pack_sequences
@@ -134,7 +135,7 @@ def slots_within(cache_bytes, model, length):
     if cache_bytes is None:
         free, total = torch.cuda.mem_get_info(model.device)
         cache_bytes = total // 4 if torch.are_deterministic_algorithms_enabled() else free // 2
-    config = model.config
+    config = text_config(model.config)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     per_token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
@@ -142,21 +143,11 @@ def slots_within(cache_bytes, model, length):
 
 
 def check_cache_support(model, length):
-    """Refuse what this cache cannot do exactly: a sliding window shorter than the sequence, recurrent layers, rotary
-    embeddings that change with the length of the batch."""
-    config = model.config
-    for scaling in (getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)):
-        kind = (scaling or {}).get("rope_type", (scaling or {}).get("type"))
-        if kind in ("dynamic", "longrope"):
-            raise ValueError(
-                f"rollouts cannot reproduce rotary embeddings of type {kind!r}: they depend on the longest row of a batch"
-            )
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not kinds <= {"full_attention", "sliding_attention"}:
-        raise ValueError(f"rollouts need attention layers only; {type(model).__name__} has {sorted(kinds)}")
-    window = getattr(config, "sliding_window", None)
-    slides = "sliding_attention" in kinds or (getattr(config, "layer_types", None) is None and window)
-    if slides and window and getattr(config, "use_sliding_window", True) and window < length:
-        raise ValueError(
-            f"sliding window of {window} tokens is shorter than prompt + answer ({length}): shorten the prompt"
-        )
+    """ValueError for what this cache cannot do exactly: layers that keep something else than keys and values, and sequences beyond
+    a sliding window, beyond the positions, or beyond where rotary embeddings change with the length of the batch."""
+    others = other_layers(model.config)
+    if others:
+        raise ValueError(f"rollouts need layers that keep keys and values alone; {type(model).__name__} has {', '.join(others)}")
+    for tokens, why in length_limits(model.config):
+        if length > tokens:
+            raise ValueError(f"prompt and answer take {length} tokens, more than {why} allows; shorten the prompt")

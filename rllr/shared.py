@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from .config import check_choice, check_positive, parse_config
 from .encoding import Encoder
 from .errors import InputError, command
-from .lora import add_adapter, get_adapter, merge_adapter, merged_weights, use_adapter
+from .lora import add_adapter, decoder_of, get_adapter, merge_adapter, merged_weights, use_adapter
 from .metrics import say
 from .model import RewardModel, allow_remote_code, fingerprint, load_policy, load_tokenizer, read_head, reward_pad_token_id
 from .peft_format import load_adapter, read_adapter_config, save_adapter
@@ -72,7 +72,7 @@ class RoleBackbone(nn.Module):
 
     @property
     def shared_backbone(self):
-        return self.shared_model.base_model
+        return decoder_of(self.shared_model)
 
     @property
     def config(self):

@@ -12,9 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import InputError, brief, brief_list
+from .files import is_lfs_pointer
 
 NAMED_ROWS = 5  # how many dropped rows a log line names
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+DELIMITERS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}  # by name, for shells that make a tab hard to type
+NEWLINE = b"\n"
+SAVED_DATA_SET = ("state.json", "dataset_dict.json")  # in a directory that `datasets` wrote with save_to_disk
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,12 @@ class Table:
         source = f" (column {column!r})" if column != name else ""
         return InputError(f"{self.at(n)}: field {name!r}{source} {problem}")
 
-    def text(self, n: int, row: dict, name: str, column: str | None = None) -> str | None:
-        """The text in a column, None if absent or blank; anything but text is an error, and so is broken Unicode."""
+    def text(self, n: int, row: dict, name: str, column: str | None = None, hint="") -> str | None:
+        """The text in a column, None if absent or blank; anything but text is an error, and so is broken Unicode. The hint ends
+        the error's sentence."""
         value = row.get(column or name)
         if value is not None and not isinstance(value, str):
-            raise self.error(n, name, column or name, f"must be text, got {type(value).__name__} {brief(value)}")
+            raise self.error(n, name, column or name, f"must be text, got {type(value).__name__} {brief(value)}{hint}")
         if value and re.search(r"[\ud800-\udfff]", value):  # JSON can escape half a character; no tokenizer takes it
             raise self.error(n, name, column or name, "has a lone surrogate (half of a \\u pair); mend or remove it")
         return value if value and value.strip() else None
@@ -70,10 +75,16 @@ class Table:
         return named + (", ..." if len(places) > NAMED_ROWS else "")
 
 
-def read_table(path) -> Table:
-    """All rows of a file, each with its line; the suffix tells the format. Raises InputError with file and line."""
+def read_table(path, delimiter=None, encoding=None) -> Table:
+    """All rows of a file, each with its line; the suffix tells the format. Raises InputError with file and line.
+
+    delimiter: of a CSV or TSV file, else it is recognised (comma, semicolon, tab, |, or what a first line `sep=;` says).
+    encoding: of a text file, else UTF-8, or UTF-16 with a byte order mark.
+    """
     path = Path(path)
     if path.is_dir():
+        if any((path / name).is_file() for name in SAVED_DATA_SET):
+            raise InputError(f"{path}: is a data set that `datasets` saved; give it as --dataset {path}")
         raise InputError(f"{path}: is a directory; give one data file ({', '.join(SUFFIXES)})")
     try:
         content = path.read_bytes()
@@ -83,25 +94,58 @@ def read_table(path) -> Table:
         raise InputError(f"{path}: cannot be read: {first_line(error)}") from None
     if content.startswith(b"\x1f\x8b"):
         raise InputError(f"{path}: is compressed with gzip; unpack it first (gunzip)")
+    if is_lfs_pointer(content):
+        raise InputError(f"{path}: is a git-lfs pointer, not the file itself; fetch it with: git lfs pull")
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise InputError(f"{path}: unknown file type {suffix!r}; the name must end in one of {', '.join(SUFFIXES)}")
     if suffix == ".parquet":
         names, rows = _read_parquet(path, content)
         return Table(str(path), path.name, rows, "row", names)
-    read = {".csv": _read_csv, ".tsv": _read_tsv, ".json": _read_json}.get(suffix, _read_json_lines)
-    rows = list(read(path, _decode(path, content)))
+    text = _decode(path, content, encoding)
+    if suffix in (".csv", ".tsv"):
+        rows = list((_read_tsv if suffix == ".tsv" and not delimiter else _read_csv)(path, text, _delimiter(delimiter)))
+    else:
+        rows = list((_read_json if suffix == ".json" else _read_json_lines)(path, text))
     if len({line for line, _ in rows}) < len(rows):  # several elements of a JSON array on one line: number them instead
         return Table(str(path), path.name, list(enumerate((row for _, row in rows), start=1)), "row")
     return Table(str(path), path.name, rows)
 
 
-def _decode(path: Path, content: bytes) -> str:
+def _delimiter(given):
+    if given is None:
+        return None
+    delimiter = DELIMITERS.get(given.lower(), given)
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise InputError(f"--delimiter {brief(given)}: give one character, or one of tab, comma, semicolon, pipe")
+    return delimiter
+
+
+def _decode(path: Path, content: bytes, encoding: str | None) -> str:
+    if encoding is None:
+        encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8"
     try:
-        return content.decode("utf-8-sig")  # -sig drops the byte order mark that Windows programs write
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from None
+        return content.decode(encoding).removeprefix("\ufeff")
+    except LookupError:
+        raise InputError(f"--encoding {brief(encoding)}: no such encoding; for example utf-8, cp1252, utf-16 or gb18030") from None
+    except UnicodeError as error:
+        start = getattr(error, "start", 0)
+        where = f"{path}:{content[:start].count(NEWLINE) + 1}"
+        if encoding != "utf-8":
+            raise InputError(f"{where}: not {encoding} text ({first_line(error)}); give its own --encoding") from None
+        likely = _likely_encoding(content)
+        raise InputError(
+            f"{where}: not UTF-8 text (byte {start + 1}); it looks like {likely}: give --encoding {likely}, or save the file as UTF-8"
+        ) from None
+
+
+def _likely_encoding(content: bytes) -> str:
+    """The encoding of Windows' western programs where every byte has a meaning in it, else Latin-1's, in which all have."""
+    try:
+        content.decode("cp1252")
+        return "cp1252"
+    except UnicodeDecodeError:
+        return "latin-1"
 
 
 def _read_json_lines(path: Path, content: str):
@@ -114,9 +158,15 @@ def _read_json(path: Path, content: str):
     """A JSON array of objects, one object, or JSON lines under the name .json."""
     if not content.lstrip().startswith("["):
         try:
-            return [(1, json.loads(content))]
+            row = json.loads(content)
         except (ValueError, RecursionError):
             return _read_json_lines(path, content)
+        if isinstance(row, dict) and len(row) > 1 and all(isinstance(value, (list, dict)) for value in row.values()):
+            raise InputError(
+                f"{path}: is column-wise JSON, as pandas writes it by default; write a row per line: "
+                "df.to_json(path, orient='records', lines=True)"
+            )
+        return [(1, row)]
     # Parsed as a whole for its errors, then by element: json.loads does not tell on which line an element begins.
     rows, separator, position = [], re.compile(r"[\s,]*"), content.index("[") + 1
     line = 1 + content.count("\n", 0, position)
@@ -138,16 +188,24 @@ def _parse_json(path: Path, line: int, text: str):
         raise InputError(f"{path}:{line}: JSON that cannot be read: {first_line(error)}") from None
 
 
-def _read_csv(path: Path, content: str, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL):
-    """Rows of a file with a header. A quoted field may hold delimiters and newlines; a row's line is its first."""
+def _read_csv(path: Path, content: str, delimiter: str | None = None, quoting: int = csv.QUOTE_MINIMAL):
+    """Rows of a file with a header. A quoted field may hold delimiters and newlines; a row's line is its first.
+
+    Columns without a name (pandas' index, a spreadsheet's empty ones) are left out.
+    """
+    csv.field_size_limit(2**31 - 1)  # Python's own limit of 131,072 characters is less than long texts have
+    skip, delimiter = _dialect(content, delimiter)
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
     header, next_line = None, 1
     try:
         for cells in reader:
             line, next_line = next_line, reader.line_num + 1
+            if line <= skip:
+                continue
             if header is None and cells:
                 header = [cell.strip() for cell in cells]
-                if len(set(header)) < len(header):
+                named = [name for name in header if name]
+                if len(set(named)) < len(named):
                     raise InputError(f"{path}:{line}: the header names a column twice: {brief_list(header)}")
             elif cells and len(cells) != len(header):
                 raise InputError(
@@ -155,12 +213,24 @@ def _read_csv(path: Path, content: str, delimiter: str = ",", quoting: int = csv
                     f"put quotes around a field that holds the delimiter {delimiter!r}"
                 )
             elif cells:
-                yield line, dict(zip(header, cells))
+                yield line, {name: cell for name, cell in zip(header, cells) if name}
     except csv.Error as error:
         raise InputError(f"{path}:{next_line}: quotes do not pair up in the row that begins here: {error}") from None
 
 
-def _read_tsv(path: Path, content: str):
+def _dialect(content: str, delimiter: str | None) -> tuple[int, str]:
+    """(lines before the header, delimiter): what a first line `sep=;` says, else comma, else what splits the header."""
+    said = re.match(r'"?sep=([^\r\n"])"?[ ]*(\r\n|\n|\r)', content, re.IGNORECASE)  # written for spreadsheet programs
+    if said:
+        return 1, delimiter or said[1]
+    if delimiter:
+        return 0, delimiter
+    header = next((line for line in content[:100_000].splitlines() if line.strip()), "")
+    cells = {each: len(next(csv.reader([header], delimiter=each), [])) for each in ",;\t|"}
+    return 0, "," if cells[","] > 1 else max(cells, key=cells.get)
+
+
+def _read_tsv(path: Path, content: str, delimiter=None):
     """Quoted as in CSV; but with quotes as plain characters (GLUE's files) where that alone makes every line a row."""
     try:
         plain = list(_read_csv(path, content, "\t", csv.QUOTE_NONE))

@@ -10,6 +10,7 @@ and it reads an answer back: `parse_answer` is the only judge of what a generate
 
 import json
 import re
+import unicodedata
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -31,12 +32,18 @@ def check_text(text: str, where: str) -> str:
     return text
 
 
+def same_word(word: str) -> str:
+    """A word in the form in which spellings are compared: without case, outer space and Unicode's ways to write one letter."""
+    return unicodedata.normalize("NFC", word).strip().casefold()
+
+
 @dataclass(frozen=True)
 class Example:
     """One row of data: a text (or pair), its label where it is known, and what rationales come with it.
 
     `rationale` is the one for the gold label; `rationales` maps labels, wrong ones too, to a rationale for each.
-    `score` is the float gold of an ordinal task (stsb's similarity).
+    `score` is the float gold of an ordinal task (stsb's similarity). `place` says where the row stands (file:line), for
+    messages; rows that differ in nothing else are equal.
     """
 
     id: str
@@ -46,6 +53,12 @@ class Example:
     score: float | None = None
     rationale: str | None = None
     rationales: dict[str, str] = field(default_factory=dict)
+    place: str = field(default="", compare=False)
+
+    @property
+    def name(self):
+        """What a message calls this row."""
+        return f"{self.id} ({self.place})" if self.place else self.id
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,7 @@ class Task:
             raise InputError(f"{where}: field 'labels' needs at least two labels, got {brief(list(self.labels))}")
         if any(not label or "\n" in label for label in labels):
             raise InputError(f"{where}: field 'labels' has an empty or many-line label: {brief(list(self.labels))}")
-        if len({label.casefold() for label in labels}) < len(labels):
+        if len({same_word(label) for label in labels}) < len(labels):
             raise InputError(
                 f"{where}: field 'labels' has two labels that differ only in case or space: {brief(list(self.labels))}"
             )
@@ -116,9 +129,9 @@ class Task:
         return f"{rationale}\n{line}"
 
     def canonical_label(self, text: str) -> str | None:
-        """The task's own spelling of a label given with other case or outer space; None if it is not one of them."""
-        wanted = text.strip().casefold()
-        return next((label for label in self.labels if label.casefold() == wanted), None)
+        """The task's own spelling of a label given with other case, outer space or composition (NFC); None if it is none of them."""
+        wanted = same_word(text)
+        return next((label for label in self.labels if same_word(label) == wanted), None)
 
     def wrong_labels(self, label: str) -> list[str]:
         return [other for other in self.labels if other != label]
@@ -229,6 +242,14 @@ def read_mapping(path: Path) -> dict:
     return mapping
 
 
+def _refuse_reread_words(path: Path, labels: list):
+    """InputError for a label that YAML takes for another number than is written: 010 is octal, 1_000 a thousand."""
+    written = yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)["labels"]  # every scalar as its own text
+    for value, word in zip(labels, written):
+        if type(value) in (int, float) and str(value) != word:
+            raise InputError(f"{path}: field 'labels': YAML reads {word} as {value}; put it in quotes")
+
+
 def _task_from_file(path: Path) -> Task:
     mapping = read_mapping(path)
     mapping.setdefault("name", path.stem)
@@ -239,6 +260,8 @@ def _task_from_file(path: Path) -> Task:
     for key in ("labels", "prompt"):
         if key not in mapping:
             raise InputError(f"{path}: field {brief(key)} is missing")
+    if path.suffix.lower() != ".json" and isinstance(mapping["labels"], list):
+        _refuse_reread_words(path, mapping["labels"])
     for key in ("labels", "metrics"):
         if key in mapping:
             if not isinstance(mapping[key], list) or any(

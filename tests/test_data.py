@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -92,7 +93,7 @@ def test_parquet_with_special_path_class_labels_and_no_cache(tmp_path, monkeypat
     Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "x.parquet"))
     (tmp_path / "x.parquet").rename(folder / "x.parquet")
     examples = read(folder / "x.parquet")
-    assert [(e.id, e.label) for e in examples] == [("x.parquet:1", "negative"), ("x.parquet:2", "positive")]
+    assert [(e.place, e.label) for e in examples] == [("x.parquet:1", "negative"), ("x.parquet:2", "positive")]
     assert not (tmp_path / "cache").exists()
 
 
@@ -107,7 +108,7 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path):
     examples = read(write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + lines.encode()))
     assert [e.text for e in examples] == [row["text"] for row in ROWS]
     examples = read(write(tmp_path / "a.csv", b"\xef\xbb\xbf" + table.encode()))
-    assert [(e.id, e.text) for e in examples] == [("a.csv:2", "dull"), ("a.csv:4", "great\r\nfilm")]
+    assert [(e.place, e.text) for e in examples] == [("a.csv:2", "dull"), ("a.csv:4", "great\r\nfilm")]
 
 
 def test_a_text_may_hold_unicode_line_breaks(tmp_path):
@@ -157,12 +158,12 @@ def test_a_score_without_a_label_is_rounded_half_up(tmp_path, score, label):
 
 
 def test_a_column_mapped_to_score_is_no_longer_the_label(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"text": "x", "text_b": "y", "label": 3.8}])  # as in GLUE's stsb
-    assert read(path, STSB, columns="score=label")[0] == Example("a.jsonl:1", "x", "y", "4", 3.8)
+    path = write(tmp_path / "a.jsonl", [{"id": "r", "text": "x", "text_b": "y", "label": 3.8}])  # as in GLUE's stsb
+    assert read(path, STSB, columns="score=label")[0] == Example("r", "x", "y", "4", 3.8)
     assert "is '3.8', not a label" in (message := error(read, path, STSB))
     assert message.endswith("; is it a score? --columns score=<column>")
-    path = write(tmp_path / "a.csv", "text,text_b,label,score\nx,y,2,\n")
-    assert read(path, STSB)[0] == Example("a.csv:2", "x", "y", "2", None)
+    path = write(tmp_path / "a.csv", "id,text,text_b,label,score\nr,x,y,2,\n")
+    assert read(path, STSB)[0] == Example("r", "x", "y", "2", None)
 
 
 def test_rationale_of_the_gold_label_is_found_among_rationales(tmp_path):
@@ -180,7 +181,7 @@ def test_the_authors_format(tmp_path):
     examples = read(write(tmp_path / "sft.json", json.dumps(rows, indent=1)))
     assert [(e.text, e.label, e.rationale) for e in examples] == [
         ("dull", "negative", "slow\nno plot"), ("great", "positive", None), ("fine", "positive", None)]
-    assert examples[1].id == "sft.json:7"  # the line, in a file with one field a line
+    assert examples[1].place == "sft.json:7"  # the line, in a file with one field a line
 
 
 def test_the_authors_format_with_an_output_that_gives_no_label(tmp_path):
@@ -241,11 +242,23 @@ def test_repeated_ids_are_made_unique(tmp_path):
     assert "3 repeated ids made unique with #2, #3, ...: line 2, line 4, line 5" in log[0]
 
 
-def test_missing_ids_are_file_and_line(tmp_path):
+def test_a_missing_id_is_a_hash_of_the_texts(tmp_path):
+    """So a row keeps its id where it stands elsewhere, or is labelled otherwise; equal texts get running numbers."""
     text = '{"text": "x", "label": "positive"}\n\n{"text": "y", "label": "positive", "id": ""}\n'
-    assert [e.id for e in read(write(tmp_path / "a.jsonl", text))] == ["a.jsonl:1", "a.jsonl:3"]
-    rows = [{"text": "x", "label": "positive"}] * 2
-    assert [e.id for e in read(write(tmp_path / "a.json", json.dumps(rows)))] == ["a.json:1", "a.json:2"]
+    examples = read(write(tmp_path / "a.jsonl", text))
+    assert [e.id for e in examples] == [hashlib.sha256(f'["{word}", ""]'.encode()).hexdigest()[:16] for word in "xy"]
+    assert [e.place for e in examples] == ["a.jsonl:1", "a.jsonl:3"]
+    rows = [{"text": "y", "label": "negative"}, {"text": "x"}, {"text": "y", "label": "positive"}]
+    others, log = read(write(tmp_path / "b.json", json.dumps(rows)), labels="optional", log=(log := []).append), log
+    assert [e.id for e in others] == [examples[1].id, examples[0].id, examples[1].id + "#2"]
+    assert not any("repeated ids" in line for line in log)
+    pair = [{"text": "x", "text_b": word, "label": 1} for word in "yz"]
+    assert len({e.id for e in read(write(tmp_path / "c.jsonl", pair), STSB)}) == 2
+
+
+@pytest.mark.parametrize("value, written", [(1.5, "1.5"), (0.0, "0.0"), (7, "7"), (True, "True"), (" q ", "q")])
+def test_an_id_is_any_scalar(tmp_path, value, written):
+    assert read(write(tmp_path / "a.jsonl", [{"id": value, "text": "x", "label": "positive"}]))[0].id == written
 
 
 # ---- errors
@@ -293,9 +306,9 @@ def test_broken_files_name_the_line(tmp_path, name, content, line, problem):
 
 def test_bytes_that_are_no_text(tmp_path):
     path = write(tmp_path / "a.jsonl", GOOD.encode() + '{"text": "café"}'.encode("latin-1"))
-    assert error(read, path) == f"{path}:2: not UTF-8 text (byte 49); save the file as UTF-8"
-    path = write(tmp_path / "b.csv", "text,label\nx,positive\n".encode("utf-16"))
-    assert f"{path}:1: not UTF-8 text (byte 1)" in error(read, path)
+    assert error(read, path) == (
+        f"{path}:2: not UTF-8 text (byte 49); it looks like cp1252: give --encoding cp1252, or save the file as UTF-8"
+    )
     for name in ("c.jsonl", "c.jsonl.gz", "c.parquet"):
         path = write(tmp_path / name, gzip.compress(GOOD.encode()))
         assert error(read, path) == f"{path}: is compressed with gzip; unpack it first (gunzip)"
@@ -313,10 +326,7 @@ def test_bytes_that_are_no_text(tmp_path):
     ({"label": "positive"}, "field 'text' is missing; the columns are 'label'"),
     ({"text": "x \ud800", "label": "positive"}, "field 'text' has a lone surrogate"),
     ({"text": "x", "label": "positive", "id": "\udc00"}, "field 'id' has a lone surrogate"),
-    ({"text": "x", "label": "positive", "id": 1.5}, "field 'id' must be text, got float 1.5"),
-    ({"text": "x", "label": "positive", "score": "high"}, "field 'score' must be a finite number, got 'high'"),
-    ({"text": "x", "label": "positive", "score": float("nan")}, "field 'score' must be a finite number, got nan"),
-    ({"text": "x", "label": "positive", "score": True}, "field 'score' must be a finite number, got True"),
+    ({"text": "x", "label": "positive", "id": [1]}, "field 'id' must be one value, got list [1]; --columns id= leaves"),
     ({"text": "x", "label": "positive", "rationale": {}}, "field 'rationale' must be text, got dict {}"),
     ({"text": "x", "label": None, "rationales": ["r"]}, "field 'rationales' must map labels to texts, got list ['r']"),
     ({"text": "x", "label": None, "rationales": "{r"}, "field 'rationales' is not valid JSON: Expecting property name"),
@@ -369,7 +379,10 @@ def test_mapping_flags():
     assert parse_mapping_flag("Sci/Tech=tech,0=bad", "--label_map") == {"Sci/Tech": "tech", "0": "bad"}
     assert parse_mapping_flag({0: "negative"}, "--label_map") == {"0": "negative"}
     assert parse_mapping_flag(None) == parse_mapping_flag("") == {}
-    for value in ("text", "text=", "=a", "text=a,,label=b"):
+    assert parse_mapping_flag("score=, id = ") == {"score": "", "id": ""}
+    assert parse_mapping_flag("-1=,good=positive", "--label_map") == {"-1": "", "good": "positive"}
+    assert "the field 'text' is needed; only id, score, rationale, rationales" in error(parse_mapping_flag, "text=")
+    for value in ("text", "=a", "text=a,,label=b"):
         message = error(parse_mapping_flag, value)
         assert message.startswith(f"--columns {value!r}") and "not of the form name=value" in message
     assert "a name is given twice" in error(parse_mapping_flag, "text=a,text=b")
@@ -406,8 +419,8 @@ def hub(monkeypatch):
 def test_hub_class_names_become_labels(hub):
     hub([{"sentence": "dull", "label": 0}, {"sentence": "great", "label": 1}], ["negative", "positive"])
     examples = load_hub_examples("glue", SST2, config="sst2", split="dev", columns={"text": "sentence"}, log=print)
-    assert examples == [Example("glue/sst2/dev:1", "dull", label="negative"),
-                        Example("glue/sst2/dev:2", "great", label="positive")]
+    assert [(e.place, e.text, e.label) for e in examples] == [
+        ("glue/sst2/dev:1", "dull", "negative"), ("glue/sst2/dev:2", "great", "positive")]
     assert hub.calls == [(("glue", "sst2"), {"split": "dev"})]
 
 
@@ -438,7 +451,7 @@ def test_hub_marks_a_missing_label_with_minus_one(hub):
     hub([{"text": "x", "label": -1}, {"text": "y", "label": 1}], ["negative", "positive"])
     log = []
     assert [e.label for e in read(Source(dataset="glue"), SST2, log=log.append)] == ["positive"]
-    assert "1 dropped (no label): row 1" in log[0]
+    assert "1 dropped (no label): row 1" in log[0] and log[1].endswith("rows without a label: 1 ('-1': 1)")
     assert [e.label for e in read(Source(dataset="glue"), SST2, labels="optional")] == [None, "positive"]
 
 
@@ -530,6 +543,23 @@ def test_holdout_by_number_and_share():
     assert len(split_holdout(examples, 0.001, seed=0)[1]) == 1
     for amount in (0, -1, 200, 1.5, 1.0 * 300, float("nan")):
         assert f"cannot hold out {amount} of 200 examples" in error(split_holdout, examples, amount, 0)
+
+
+def test_labelled_and_held_out_rows_are_drawn_by_class():
+    """450 a, 45 b, 5 c: every hundredth as in the whole; the first rows drawn show each class; a class of one row is kept."""
+    examples = [Example(f"r{i}", "", label="a" if i % 100 < 90 else "b" if i % 100 < 99 else "c") for i in range(500)]
+
+    def counts(rows):
+        return [sum(e.label == label for e in rows) for label in "abc"]
+
+    for seed in range(3):
+        chosen = [counts(select_labelled(examples, n, seed)[0]) for n in (3, 100, 200)]
+        assert chosen == [[1, 1, 1], [89, 10, 1], [179, 19, 2]] or all(
+            abs(got - share) <= 1 for (got, share) in zip(sum(chosen[1:], []), [90, 9, 1, 180, 18, 2])
+        ) and chosen[0] == [1, 1, 1]
+        assert counts(split_holdout(examples, 0.1, seed)[1]) in ([45, 5, 0], [45, 4, 1], [44, 5, 1], [46, 4, 0])
+    alone = examples[:98] + [Example("only", "", label="c")]
+    assert all(e.id != "only" for seed in range(9) for e in split_holdout(alone, 0.2, seed)[1])
 
 
 def test_holdout_and_labelled_subset_are_drawn_independently():

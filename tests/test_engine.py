@@ -9,7 +9,7 @@ import rllr.engine.linear
 import rllr.model
 from rllr.engine.attention import can_pack, packed_forward
 from rllr.engine.checkpointing import checkpoint_layers
-from rllr.engine.linear import OneDnnLinear, PackedLinear, fast_linears, packed_linears
+from rllr.engine.linear import OneDnnLinear, PackedLinear, _has_layout_for, fast_linears, packed_linears
 from rllr.errors import InputError
 from rllr.layout import pack_sequences
 from rllr.logprobs import token_logprobs
@@ -81,7 +81,7 @@ def test_the_product_of_packed_weights_is_that_of_a_linear_layer(monkeypatch, bi
         x = torch.randn(shape, dtype=dtype)
         expected = layer(x)
         with torch.no_grad(), packed_linears(layer):
-            assert isinstance(layer, PackedLinear)
+            assert isinstance(layer, PackedLinear) == _has_layout_for(dtype)
             torch.testing.assert_close(layer(x), expected, rtol=tolerance, atol=tolerance)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             expected = layer(x)
@@ -90,6 +90,18 @@ def test_the_product_of_packed_weights_is_that_of_a_linear_layer(monkeypatch, bi
     with pytest.raises(KeyError), packed_linears(layer):
         raise KeyError
     assert type(layer) is nn.Linear and set(vars(layer)) == set(vars(nn.Linear(1, 1)))
+
+
+@needs_onednn
+def test_a_processor_without_bf16_products_goes_without_them(monkeypatch):
+    """AVX2 alone: oneDNN refuses bfloat16 there, so such layers, and float32 ones under autocast, stay what they are."""
+    monkeypatch.setattr(rllr.engine.linear, "products_are_slow", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    half, single = nn.Linear(24, 10, dtype=torch.bfloat16), nn.Linear(24, 10)
+    with packed_linears(half), packed_linears(single):
+        assert (type(half), type(single)) == (nn.Linear, PackedLinear)
+    with torch.autocast("cpu", torch.bfloat16), packed_linears(single):
+        assert type(single) is nn.Linear
 
 
 @needs_onednn

@@ -48,14 +48,15 @@ def close(a, b, atol):
 def test_equals_a_naive_loop(family, temperature):
     """A shift by one, padding that is seen, temperature left out or multiplied; value and every weight's gradient."""
     model = tiny_model(family, dtype=torch.float64)
+    atol = 1e-6 if family == "bloom" else 1e-10  # Bloom's softmax is float32 whatever the weights are
     batch = pack_sequences(PROMPTS, RESPONSES, pad_token_id=7)
     ours = token_logprobs(model, *batch, temperature)
     naive = padded(naive_logprobs(model, PROMPTS, RESPONSES, temperature), 6)
     assert ours.dtype == torch.float64 and ours.shape == (3, 6)
     assert ours[~batch[2]].eq(0).all()
-    close(ours, naive, 1e-10)
+    close(ours, naive, atol)
     for a, b in zip(gradients(model, weighted(ours)), gradients(model, weighted(naive)), strict=True):
-        close(a, b, 1e-10)
+        close(a, b, atol)
 
 
 def test_alone_in_a_batch_and_with_more_padding(model):

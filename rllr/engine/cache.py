@@ -4,11 +4,18 @@ transformers' caches hold one length for the whole batch, so rows must end toget
 replaced by another (its memory is moved, or a new prompt is written over it) while its neighbours go on.
 """
 
+import inspect
 import weakref
 
 import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+def cache_argument(backbone):
+    """What this decoder's forward calls its cache: `cache`, or `past_key_values` as until transformers 5.23."""
+    backbone = getattr(backbone, "shared_backbone", backbone)  # a role on a shared base takes what its base takes
+    return "cache" if "cache" in inspect.signature(getattr(backbone, "forward", backbone)).parameters else "past_key_values"
 
 
 class SlotCache(Cache):

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import torch
 
 from .attention import attending_to_slots, can_pack, packed_forward, takes_our_attention
-from .cache import SlotCache
+from .cache import SlotCache, cache_argument
 from .graphs import StepGraphs, shape_for
 from .linear import products_are_slow
 
@@ -28,6 +28,7 @@ class Decoder:
     def __init__(self, backbone, head, sampler, *, slots, length, max_new_tokens, stop_ids, device):
         self.backbone, self.head, self.sampler, self.device = backbone, head, sampler, device
         self.cache = SlotCache(slots, length)
+        self.with_cache = {cache_argument(backbone): self.cache, "use_cache": True}
         self.stop_ids, self.max_new_tokens = stop_ids, max_new_tokens
         long = {"dtype": torch.long, "device": device}
         self.tokens = torch.zeros(slots, **long)  # the newest token of each answer, not yet seen by the model
@@ -45,7 +46,7 @@ class Decoder:
         self.graphs = StepGraphs(sampler.generator) if device.type == "cuda" else None
         # A ready-made mask saves building one per step; families that read the 2-D mask themselves (alibi) must get that.
         self.ready_mask = takes_our_attention(backbone)
-        self.own_attention = can_pack(backbone)
+        self.own_attention = can_pack(backbone, length)
         self.packs_prompts = self.own_attention and device.type == "cpu"
         self.in_pieces = self.own_attention and device.type == "cpu" and products_are_slow()
 
@@ -85,13 +86,13 @@ class Decoder:
             ids = torch.tensor([token for prompt in prompts for token in prompt]).unsqueeze(0)
             columns = torch.cat([self.columns[:length] for length in lens]).unsqueeze(0)
             self.cache.write_at(slots.repeat_interleave(lengths).unsqueeze(0), columns)
-            hidden = packed_forward(self.backbone, ids, lens, past_key_values=self.cache, use_cache=True)
+            hidden = packed_forward(self.backbone, ids, lens, **self.with_cache)
             return hidden[0, lengths.cumsum(0) - 1]
         width = max(lens)
         ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=self.device)
         columns = self.columns[:width].expand(len(prompts), -1)
         self.cache.write_at(slots.unsqueeze(1).expand(-1, width), columns)
-        hidden = self.backbone(input_ids=ids, past_key_values=self.cache, use_cache=True).last_hidden_state
+        hidden = self.backbone(input_ids=ids, **self.with_cache).last_hidden_state
         return hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
 
     @torch.no_grad()
@@ -115,8 +116,7 @@ class Decoder:
                 input_ids=self.tokens[:rows].unsqueeze(1),
                 attention_mask=mask[:, None, None, :] if self.ready_mask else mask.long(),
                 position_ids=positions,
-                past_key_values=self.cache,
-                use_cache=True,
+                **self.with_cache,
                 **({"spans": spans} if spans else {}),
             ).last_hidden_state[:, -1]
         self._take(hidden, slice(0, rows))

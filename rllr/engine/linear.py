@@ -75,12 +75,12 @@ def packed_linears(model):
 
     Under autocast the copy has its precision. Large models are not copied, they get `fast_linears`.
     """
-    layers = [m for m in _cpu_linears(model) if m.weight.dtype in (torch.float32, torch.bfloat16)]
+    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    layers = [m for m in _cpu_linears(model) if _has_layout_for(autocast or m.weight.dtype)]
     if sum(m.weight.numel() * m.weight.element_size() for m in layers) > PACKED_BYTES:
         with fast_linears(model):
             yield
         return
-    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     for module in layers:
         weight = module.weight.detach().to(autocast or module.weight.dtype)
         module.rllr_packed = torch.ops.mkldnn._reorder_linear_weight(weight, LAYOUT_ROWS)
@@ -91,6 +91,11 @@ def packed_linears(model):
     finally:
         for module in layers:
             del module.rllr_packed, module.rllr_bias
+
+
+def _has_layout_for(dtype):
+    """Whether oneDNN multiplies this precision on this processor: bfloat16 needs AVX-512 or better."""
+    return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _cpu_linears(model):
@@ -116,7 +121,7 @@ def _lent(modules, kind):
 @cache
 def products_are_slow():
     """Whether oneDNN's are faster than torch's own: on AMD processors, with a torch that has the operators."""
-    operators = ("_linear_pointwise", "_reorder_linear_weight")
+    operators = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
     if not (torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)):
         return False
     try:

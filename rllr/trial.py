@@ -1,0 +1,107 @@
+"""A model's trial before a run begins: do sampling and packing give the numbers of the model's own forward?
+
+Some families keep a memory that is no cache of keys and values, place tokens by themselves, or see a window of the text that
+neither argument nor mask tells of. They would run through all stages and answer nonsense. So a few rows, the run's longest
+among them, are decoded token by token here, and compared.
+"""
+
+import torch
+
+from .engine.attention import backbone_alone, can_pack, forbid_packing, packs_like
+from .engine.decoder import Decoder
+from .engine.linear import packed_linears
+from .errors import InputError
+from .model import backbone_of, lm_logits
+from .rollout import check_cache_support
+from .run import out_of_memory
+
+DECODED = 4  # tokens of each row that are decoded one by one
+# KL divergence, in nats, of the sampled distribution from the forward's: what rounding gives is 1e-9 and 1e-3 at most.
+MOST_KL = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 0.1, torch.float16: 0.1}
+LOWEST = -1e4  # stands for the log-probability of a token that a model rules out
+
+
+class _Teacher:
+    """In the sampler's place: writes down what would be sampled from, and gives the tokens that are to come."""
+
+    def __init__(self, tokens):
+        self.tokens, self.logprobs = tokens, []  # [rows, DECODED]; [rows, V] a step
+
+    def __call__(self, logits):
+        token = self.tokens[:, len(self.logprobs)]
+        self.logprobs.append(logits.log_softmax(-1))
+        return token, torch.zeros(len(token), device=token.device)
+
+
+def try_model(model, prompts, max_new_tokens, name, alike=()):
+    """InputError, which names the family and the reason, where this model cannot be sampled from exactly.
+
+    prompts: the run's, as lists of ids; the longest, one in the middle and the shortest are tried, with answers of max_new_tokens.
+    alike: models of the same kind that follow its verdict about packing. Touches no random stream.
+    """
+    family = f"{name}: {type(model).__name__}"
+    rows = [_filled(prompt, len(prompt) + max_new_tokens) for prompt in _few(prompts)]
+    try:
+        check_cache_support(model, max(map(len, rows)))
+    except ValueError as error:
+        raise InputError(f"{family} cannot be used: {error}") from None
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            divergence = _try(model, [torch.tensor(row, device=model.device) for row in rows], alike)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(
+            f"{family} cannot be used: decoding it token by token failed ({type(error).__name__}: {first:.200}); rollouts need a "
+            "decoder that takes input_ids, position_ids and a cache of keys and values"
+        ) from error
+    finally:
+        model.train(was_training)
+    if not divergence <= MOST_KL.get(model.dtype, 0.1):
+        raise InputError(
+            f"{family} cannot be used: decoded token by token, with rows of {min(map(len, rows))} to {max(map(len, rows))} tokens side by "
+            f"side, its distributions are {divergence:.2g} nats off those of its own forward. State-space and recurrent layers, "
+            "own masks and own positions do that; take another model, or shorter texts where it is a window"
+        )
+
+
+def _few(prompts):
+    """The longest prompt, one in the middle, and the shortest."""
+    ordered = sorted(prompts, key=len)
+    return [ordered[place] for place in sorted({0, len(ordered) // 2, len(ordered) - 1}, reverse=True)]
+
+
+def _filled(prompt, length):
+    """A row of that many tokens: the prompt's, again and again, so that they are such as the model knows."""
+    return (prompt * (length // len(prompt) + 1))[:length]
+
+
+def _try(model, rows, alike):
+    """The largest KL divergence, in nats, between decoding and forward. Packing is forbidden where it gives other numbers."""
+    backbone = backbone_of(model)
+    alone = [backbone_alone(backbone, row) for row in rows]
+    if model.device.type == "cpu" and can_pack(backbone, max(map(len, rows))) and not packs_like(backbone, rows, alone):
+        for other in (model, *alike):
+            forbid_packing(backbone_of(other))
+    decoded = min(DECODED, min(map(len, rows)) - 1)
+    teacher = _Teacher(torch.stack([row[-decoded:] for row in rows]))
+    none = torch.zeros(0, dtype=torch.long, device=model.device)
+    decoder = Decoder(
+        backbone, lambda hidden: lm_logits(model, hidden), teacher,
+        slots=len(rows), length=max(map(len, rows)), max_new_tokens=decoded, stop_ids=none, device=model.device,
+    )  # fmt: skip
+    decoder.graphs = None  # a recorded step would not call the teacher
+    with packed_linears(model):
+        decoder.admit([row[:-decoded].tolist() for row in rows], list(range(len(rows))))
+        for _ in range(decoded - 1):
+            decoder.step()
+    divergences = []
+    for step, sampled in enumerate(teacher.logprobs):
+        places = [len(row) - decoded - 1 + step for row in rows]
+        expected = lm_logits(model, torch.stack([hidden[place] for hidden, place in zip(alone, places)])).log_softmax(-1)
+        expected, sampled = expected.clamp(min=LOWEST), sampled.clamp(min=LOWEST)
+        divergences.append((expected.exp() * (expected - sampled)).sum(-1))
+    return float(torch.stack(divergences).double().max())
