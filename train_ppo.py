@@ -19,7 +19,7 @@ from rllr.config import check_choice, check_divisible, check_positive, check_ran
 from rllr.encoding import Encoder
 from rllr.engine.checkpointing import checkpoint_layers
 from rllr.errors import InputError, RunError, brief, command
-from rllr.evaluate import answer_rows, metric_line, score_answers, show_samples
+from rllr.evaluate import answer_rows, metric_line, rank, score_answers, show_samples, tell_parse_failures
 from rllr.metrics import Clock, say
 from rllr.model import allow_remote_code, backbone_of, fingerprint, load_tokenizer
 from rllr.monitor import show_rollout, step_line, step_metrics
@@ -30,8 +30,9 @@ from rllr.rollout import generate
 from rllr.resume import RunConfig, take_up
 from rllr.run import Run, digest, reads_of, require_finite_weights
 from rllr.shared import LoRAConfig, check_lora, rate_factor
-from rllr.splits import DataConfig, find_policy, gold_labels, load_splits, take_over
+from rllr.splits import DataConfig, find_policy, gold_labels, load_splits, recorded_hashes, take_over
 from rllr.training import make_optimizer, make_record, require_finite, save_policy, set_up, show_config
+from rllr.trial import check_policy
 from rllr.update import PromptStream, analyse, improve, kl_within_bound, samples_of, write_batch
 
 MOST_SKIPPED = 10  # rollouts in a row whose update --on_ref_kl skip may leave out: the policy does not come back by itself
@@ -142,7 +143,7 @@ def main(argv=None):
     # reference stays.
     policy, reference, frozen, policy_fingerprint = load_policy_and_reference(config, device)
     tokenizer, base = load_tokenizer(config.policy), frozen if config.lora_rank else None
-    encoder = Encoder(tokenizer, policy)
+    encoder = Encoder(tokenizer, policy, record.get("clock") or (taken_up and taken_up.recorded.get("clock")))
     # Hashing a large model takes long; only a base that was cast to bf16 differs from the policy that was hashed already.
     frozen_fingerprint = policy_fingerprint if config.base_dtype == "fp32" else fingerprint(frozen)
     mode, judges = load_judges(config, task, tokenizer, policy_fingerprint, device, autocast, base)
@@ -153,7 +154,7 @@ def main(argv=None):
         backbone_of(policy).get_input_embeddings().requires_grad_(False)
 
     # Data: prompts, never their labels, except for `gold`.
-    splits = load_splits(config, task, say)
+    splits = load_splits(config, task, say, record, taken_up)
     prompts = splits.unlabelled or splits.labelled
     say(
         f"prompts: {len(prompts)} "
@@ -161,8 +162,10 @@ def main(argv=None):
     )
     prompts = encoder.fit(prompts, task, config.max_new_tokens, say)
     evaluation = encoder.fit(splits.eval[: config.eval_rows or None], task, config.max_new_tokens, say)
+    others = [reference, value_model, *(judge.model for judge in judges.values() if hasattr(judge, "model"))]
+    check_policy(policy, encoder, task, prompts + evaluation, config.max_new_tokens, config.policy, say, alike=others)
     gold = gold_labels(config, task) if config.reward == "gold" else {e.id: e.label for e in prompts if e.label}
-    unknown = [example.id for example in prompts if example.id not in gold]
+    unknown = [example.name for example in prompts if example.id not in gold]
     if config.reward == "gold" and unknown:
         raise InputError(f"--reward gold needs the label of every prompt; row {unknown[0]} has none")
     config.steps = config.steps or (120 if task.name == "demo" else max(1, len(prompts) // config.rollout_prompts))
@@ -172,7 +175,7 @@ def main(argv=None):
     reads |= {"--value_init": fingerprint(value_model)} if config.value_init else {}
     reads |= {"the reward function": digest(judges["label"].source)} if ":" in config.reward else {}
     inputs = [config.policy, config.label_rm, config.rationale_rm, config.value_init, config.task, config.train_file, config.eval_file]
-    run = Run("ppo", config, config.output_dir or default_directory(config), reads, taken_up, inputs)
+    run = Run("ppo", config, config.output_dir or default_directory(config), reads, taken_up, inputs, encoder.clock)
     directory, metrics = run.directory, run.metrics
     show_config(config, "train_ppo")
 
@@ -185,7 +188,8 @@ def main(argv=None):
     if config.kl_control == "adaptive":
         kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
     clock = Clock()
-    at = SimpleNamespace(step=0, best=None, before=None, skipped=0)  # step: rollouts done; before: the dev scores of the start
+    # step: rollouts done; best: how the best policy ranks, and after which step; before: the dev scores of the start
+    at = SimpleNamespace(step=0, best=None, best_step=0, before=None, skipped=0)
     run.track(
         config.steps, at, policy=policy, policy_optimizer=policy_optimizer[0], policy_schedule=policy_optimizer[1],
         value_model=value_model, value_optimizer=value_optimizer[0], value_schedule=value_optimizer[1],
@@ -195,7 +199,9 @@ def main(argv=None):
 
     def save(name, **more):
         on = {"base": {"path": config.policy, "fingerprint": policy_fingerprint}} if base else {}
-        save_policy(policy, encoder, directory / name, make_record("ppo", task, config, tiny=tiny, **on, **more))
+        kept = {"tiny": tiny, "clock": encoder.clock, "rows": splits.digests()}
+        record = make_record("ppo", task, config, directory / name, **kept, **on, **more)
+        save_policy(policy, encoder, directory / name, record, rows=recorded_hashes(config.policy))
         return f"The policy as it stood then is in {directory / name}."
 
     def evaluate(step):
@@ -204,8 +210,11 @@ def main(argv=None):
         )
         scores = score_answers(task, evaluation, answers)
         say(f"step {step}/{config.steps}  dev {metric_line(scores)}")
-        if at.best is None or scores[task.metric] > at.best:
-            at.best = scores[task.metric]
+        tell_parse_failures(scores["parse_failures"], say)
+        ranked = list(rank(task, scores))
+        # Of equals the later one, but nothing that only equals the start takes its place.
+        if at.best is None or ranked > at.best or ranked == at.best and at.best_step > 0:
+            at.best, at.best_step = ranked, step
             save("best", step=step, eval=scores)
         return scores, answers
 
@@ -225,7 +234,7 @@ def main(argv=None):
             batch = None
             with run.step(step, rescue):
                 examples = stream.next()
-                ids = [example.id for example in examples]
+                ids = [example.name for example in examples]
 
                 # 1 act: the policy answers ----------------------------------------------------------------------------
                 with clock("rollout"), autocast():

@@ -37,6 +37,7 @@ from rllr.resume import RunConfig, take_up
 from rllr.run import Run, digest, reads_of
 from rllr.shared import LoRAConfig, RolePolicy, check_lora, load_base, load_scalar_role, new_role, rate_factor
 from rllr.splits import DataConfig, find_policy, load_splits, take_over
+from rllr.trial import check_policy
 from rllr.training import (
     clip_gradient, make_optimizer, make_record, optimizer_step, pack, require_finite, set_up, show_config, shuffled_batches,
     split_rows,
@@ -177,7 +178,7 @@ def main(argv=None):
     config.dropout = (0.2 if tiny else 0.0) if config.dropout is None else config.dropout
     device, autocast = set_up(config.precision, config.seed, config.deterministic)
 
-    splits = load_splits(config, task, say)
+    splits = load_splits(config, task, say, record, taken_up)
     if config.lora_rank:  # one base: the policy is the base itself, the reward model an adapter on it
         base, policy_fingerprint = load_base(config.policy, config, device)
         start, policy = new_role(base, "reward", config, config.seed), RolePolicy(base, None)
@@ -185,11 +186,12 @@ def main(argv=None):
         policy, start = (load_policy(config.policy, device=device) for _ in range(2))
         policy_fingerprint = fingerprint(policy)
     tokenizer = load_tokenizer(config.policy)
-    encoder = Encoder(tokenizer, policy)
+    encoder = Encoder(tokenizer, policy, record.get("clock") or (taken_up and taken_up.recorded.get("clock")))
     labelled, held_out, unlabelled, evaluation = (
         encoder.fit(rows, task, config.max_new_tokens, say)
         for rows in (splits.labelled, splits.held_out, splits.unlabelled, splits.eval)
     )
+    check_policy(policy, encoder, task, labelled + unlabelled, config.max_new_tokens, config.policy, say, alike=[start])
     config.rationales = (
         config.rationales or record.get("config", {}).get("rationales") or default_writer(task, labelled)
     )
@@ -222,7 +224,7 @@ def main(argv=None):
     say(f"train: {describe(train_pairs)}\nheld out: {describe(held_pairs)}")
     reads = reads_of(task, splits) | {"--policy": policy_fingerprint}
     reads["--pairs" if kind == "file" else "the encoded pairs"] = digest(train_rows, held_rows)
-    run = Run("rm", config, directory, reads, taken_up, inputs)
+    run = Run("rm", config, directory, reads, taken_up, inputs, encoder.clock)
     directory, metrics = run.directory, run.metrics
     if kind != "file":
         with disk_faults(str(directory / "pairs.jsonl")):
@@ -314,7 +316,9 @@ def main(argv=None):
             f"standard deviation {statistics.std:.3f}"
         )
         on = {"base": {"path": config.policy, "fingerprint": policy_fingerprint}} if config.lora_rank else {}
-        record = make_record(f"rm-{kind}", task, config, tiny=tiny, report=report, policy_fingerprint=policy_fingerprint, **on)
+        record = make_record(
+            f"rm-{kind}", task, config, directory, tiny=tiny, report=report, policy_fingerprint=policy_fingerprint, rows=splits.digests(), **on
+        )
         with disk_faults(str(directory / RECORD)):
             write_json(directory / RECORD, record)
         metrics.write(

@@ -19,7 +19,7 @@ from rllr.dropout import set_dropout
 from rllr.encoding import Encoder
 from rllr.engine.checkpointing import checkpoint_layers
 from rllr.errors import InputError, command
-from rllr.evaluate import answer_rows, metric_line, score_answers, show_samples
+from rllr.evaluate import answer_rows, metric_line, rank, score_answers, show_samples, tell_parse_failures
 from rllr.files import check_run_directory
 from rllr.logprobs import token_logprobs
 from rllr.metrics import say
@@ -30,6 +30,7 @@ from rllr.run import Run, digest, reads_of
 from rllr.shared import DTYPES, LoRAConfig, cast_parameters, check_lora, new_role, rate_factor
 from rllr.splits import DataConfig, inherit, load_splits
 from rllr.tiny import TinyConfig, build_tiny
+from rllr.trial import check_policy
 from rllr.training import (
     check_same_task, clip_gradient, make_optimizer, make_record, optimizer_step, pack, read_record, require_finite, resolve_task,
     save_policy, set_up, show_config, shuffled_batches, split_rows,
@@ -92,7 +93,7 @@ def sft_loss(model, rows, answer_tokens, encoder):
 
 def default_directory(config):
     """Where the run goes without --output_dir."""
-    return f"runs/{resolve_task(config, read_record(config.model)).name}/sft"
+    return f"runs/{resolve_task(config, read_record(config.model), config.model).name}/sft"
 
 
 @command
@@ -102,8 +103,8 @@ def main(argv=None):
     config.validate()
     allow_remote_code(config.trust_remote_code)
     record = read_record(config.model)
-    task = resolve_task(config, record)
-    inherit(config, record)  # a tiny model built beforehand knows its data
+    task = resolve_task(config, record, config.model)
+    inherit(config, record, config.model)  # a tiny model built beforehand knows its data
     config.answer_format = task.answer_format
     check_same_task(record, task, f"--model {config.model}")
     tiny = config.model == "tiny" or record.get("tiny", False)
@@ -115,7 +116,7 @@ def main(argv=None):
     config.dropout = (0.2 if tiny else 0.0) if config.dropout is None else config.dropout
     device, autocast = set_up(config.precision, config.seed, config.deterministic)
 
-    splits = load_splits(config, task, say)
+    splits = load_splits(config, task, say, record, taken_up)
     built = taken_up.directory / BASE if taken_up and taken_up.checkpoint and config.model == "tiny" else None
     if config.model != "tiny" or built:
         model, tokenizer = load_policy(built or config.model, device=device), load_tokenizer(built or config.model)
@@ -128,7 +129,7 @@ def main(argv=None):
         model, tokenizer = build_tiny(
             splits, task, TinyConfig(epochs=config.tiny_epochs), config.seed, device, autocast
         )
-    encoder = Encoder(tokenizer, model)
+    encoder = Encoder(tokenizer, model, taken_up.recorded.get("clock") if taken_up else record.get("clock"))
 
     labelled = encoder.fit(splits.labelled, task, config.max_new_tokens, say)
     evaluation = encoder.fit(splits.eval[: config.eval_rows or None], task, config.max_new_tokens, say)
@@ -140,17 +141,21 @@ def main(argv=None):
         writer = make_writer(
             config.rationales, labelled, task, config=config, device=device, directory=Path(directory).parent, log=say
         )
-    rows = []  # (prompt ids, answer ids, id)
-    for example in labelled:
+
+    def write_answer(example):
         rationale = writer.write(example, example.label) if task.answer_format == "rationale" else None
-        prompt = encoder.prompt_ids(task.render_prompt(example.text, example.text_b))
-        rows.append((prompt, encoder.answer_ids(task.render_answer(example.label, rationale)), example.id))
+        return task.render_answer(example.label, rationale)
+
+    rows = encoder.rows(labelled, task, write_answer, config.max_new_tokens, say)  # (prompt ids, answer ids, id)
+    names = {example.id: example.name for example in labelled}
+    check_policy(model, encoder, task, labelled + evaluation, config.max_new_tokens, config.model, say)
 
     reads = reads_of(task, splits) | {"--model": on["fingerprint"], "the encoded rows": digest(rows)}
-    run = Run("sft", config, directory, reads, taken_up, inputs)
+    run = Run("sft", config, directory, reads, taken_up, inputs, encoder.clock)
     directory, metrics = run.directory, run.metrics
+    kept = {"tiny": tiny, "clock": encoder.clock, "rows": splits.digests()}  # of every record
     if config.model == "tiny" and not built:
-        save_policy(model, encoder, directory / BASE, make_record("tiny", task, config, tiny=True))
+        save_policy(model, encoder, directory / BASE, make_record("tiny", task, config, directory / BASE, **kept))
     base = model
     if config.lora_rank:
         model = new_role(cast_parameters(base, DTYPES[config.base_dtype]), "sft", config, config.seed)
@@ -178,7 +183,7 @@ def main(argv=None):
                     for micro_batch in split_rows(batch, lengths, config.micro_batch_size, config.tokens_per_batch):
                         with autocast():
                             loss = sft_loss(model, micro_batch, answer_tokens, encoder)
-                        require_finite(loss, "the SFT loss", [name for _, _, name in micro_batch])
+                        require_finite(loss, "the SFT loss", [names[id] for _, _, id in micro_batch])
                         loss.backward()
                         batch_loss += loss.item()
                     grad_norm = clip_gradient(model, config.max_grad_norm)
@@ -199,14 +204,16 @@ def main(argv=None):
                 f"epoch {at.epoch + 1}/{config.epochs}  loss {at.loss / at.tokens:.3f}  dev {metric_line(scores)}",
             )
             show_samples(task, evaluation, answers, config.show)
-            if at.best is None or scores[task.metric] > at.best[task.metric]:
+            tell_parse_failures(scores["parse_failures"], say)
+            if at.best is None or rank(task, scores) >= rank(task, at.best):  # of equals the later one, which has learnt more
                 at.best = scores | {"epoch": at.epoch + 1}
-                settings = {"tiny": tiny, "eval": at.best}
+                settings = kept | {"eval": at.best}
                 settings["fingerprint"] = fingerprint(model.merged_state() if config.lora_rank else model)
                 if config.lora_rank:  # the later stages read the merged model, the adapter is for whoever wants it
-                    own = make_record("sft", task, config, base=on, **settings)
+                    own = make_record("sft", task, config, directory / "adapter", base=on, **settings)
                     save_policy(model, encoder, directory / "adapter", own)
-                save_policy(model, encoder, directory, make_record("sft", task, config, **settings), config.lora_rank > 0)
+                record = make_record("sft", task, config, directory, **settings)
+                save_policy(model, encoder, directory, record, config.lora_rank > 0, splits.text_hashes())
             at.epoch, at.batch, at.loss, at.tokens = at.epoch + 1, 0, 0.0, 0
     say(f"best epoch {at.best['epoch']}: dev {metric_line(at.best)}; saved {directory}")
 

@@ -109,7 +109,7 @@ def _load_split(name, config, split):
 
     if not any((Path(name) / file).is_file() for file in SAVED_DATA_SET):
         return datasets.load_dataset(name, config, split=split)
-    saved = datasets.load_from_disk(name)
+    saved = datasets.load_from_disk(name).with_format(None)  # Arrow and JSON; the rows as plain values
     if not isinstance(saved, datasets.DatasetDict):
         if split != "train":
             raise NoSuchSplit(f"--dataset {name}: was saved as one data set, without splits, so there is no {split!r}")

@@ -176,18 +176,17 @@ class Encoder:
     def rows(self, examples, task, write, reserve, log=print):
         """[(prompt ids, answer ids, row id)] to learn from: `write(example)` gives the answer's text.
 
-        A text is cut so that its own answer fits the context, and `reserve` tokens at least, as much as evaluation and PPO
-        leave for an answer. Answers longer than that are counted and named. InputError where an answer alone does not fit.
+        examples: cut so that `reserve` tokens are left for an answer (`fit`). Longer answers are counted and named, and their texts
+        cut further, so that each row fits the context. InputError where an answer alone does not fit.
         """
         rows, cut, long = [], [], []
         for example in examples:
-            fitted = self._cut(example, task, self._budget(task, reserve))
-            answer = self.answer_ids(write(fitted))
+            answer, fitted = self.answer_ids(write(example)), example
             if len(answer) > reserve:
-                fitted = self._cut(example, task, self._budget(task, len(answer), f"row {example.name}"))
                 long.append((len(answer), example.name))
+                fitted = self._cut(example, task, self._budget(task, len(answer), f"row {example.name}"))
+                cut += [example.name] if fitted is not example else []
             rows.append((self.prompt_ids(task.render_prompt(fitted.text, fitted.text_b)), answer, example.id))
-            cut += [example.name] if fitted is not example else []
         self._tell_cut(cut, len(examples), log)
         if long:
             log(

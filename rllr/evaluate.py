@@ -23,6 +23,7 @@ from .rollout import generate
 from .splits import DataConfig, inherit, load_evaluation
 from .tasks import Example, Task, parse_answer
 from .training import check_same_task, read_record, resolve_task, set_up, task_of_record
+from .trial import check_policy
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,12 @@ def compare(task, examples, answers_by_model, seed=0) -> list[dict]:
     return results
 
 
+def rank(task: Task, scores: dict) -> tuple:
+    """What epochs and checkpoints are compared by: the task's metric, then fewer parse failures, then its other metrics."""
+    others = [scores[name] for name in task.metrics if name != task.metric]
+    return scores[task.metric], -scores["parse_failures"], *others
+
+
 # ---- for people ------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +197,18 @@ def metric_line(scores) -> str:
         f"{name} {value:.3f}" if name in ("pearson", "spearman") else f"{name} {100 * value:.1f} %"
         for name, value in shown.items()
     )
+
+
+MANY_FAILURES = 0.5  # share of answers without a readable label, above which a warning is due
+
+
+def tell_parse_failures(share, log, whose="answers on dev"):
+    """Warn where most answers carry no label that can be read: no accuracy and no label reward can mean anything then."""
+    if share > MANY_FAILURES:
+        log(
+            f"warning: {100 * share:.0f} % of the {whose} have no readable label (a last line `Label: <label>`): train SFT longer, or "
+            "raise --max_new_tokens where they are cut"
+        )
 
 
 def show_samples(task, examples, answers, count):
@@ -245,21 +264,24 @@ def main(argv=None):
     if config.output_dir and (Path(config.output_dir) / "evaluate.json").exists() and not config.overwrite:
         raise InputError(f"--output_dir {config.output_dir}: already holds an evaluation; give another or --overwrite")
     records = {name: read_record(name) for name in config.models}
-    task = resolve_task(config, records[config.models[0]])
-    inherit(config, records[config.models[0]])
+    first = records[config.models[0]]
+    task = resolve_task(config, first, config.models[0])
+    inherit(config, first, config.models[0])
     device, autocast = set_up(config.precision, config.seed)
     tokenizers = {
         name: load_tokenizer(name) for name in config.models
     }  # all of them are there before the first one works
     for name, record in records.items():
         check_same_task(record, task, f"--models {name}")
-    examples = load_evaluation(config, task, config.part, say)
+    config.policy = config.models[0]
+    examples = load_evaluation(config, task, config.part, say, first)
     answers = {}
     for name in config.models:
         own_task = task_of_record(records[name]) or task  # a label-only model is asked in its own way
         model = load_policy(name, device=device)
-        encoder = Encoder(tokenizers[name], model)
+        encoder = Encoder(tokenizers[name], model, records[name].get("clock"))
         fitted = encoder.fit(examples, own_task, config.max_new_tokens, say)
+        check_policy(model, encoder, own_task, fitted, config.max_new_tokens, name)
         answers[name] = answer_rows(
             model, encoder, own_task, fitted, config.max_new_tokens, config.batch_size, autocast
         )

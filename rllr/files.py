@@ -19,6 +19,7 @@ from .errors import InputError, RunError
 PART = ".part"  # ends the name of what is being written
 RECORD = "rllr.json"  # beside every model we save: which stage made it, from what, on which rows
 PROBE = ".writable"  # made and removed to see whether a directory can be written to
+ROWS = "rows.json"  # beside a policy: hashes of the texts that trained and evaluated it
 METRICS, RUN = "metrics.jsonl", "run.json"  # of a run's directory: a line per step; its settings and what it reads
 
 
@@ -160,6 +161,28 @@ def disk_faults(what, kept=""):
             raise
         reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
         raise RunError(f"{what} cannot be written: {reason}. Make room and go on with --resume. {kept}".strip()) from None
+
+
+# ---- paths in records -----------------------------------------------------------------------------------------------------
+
+
+def path_for_record(value, directory):
+    """How a record in `directory` names a path: from there, beginning with ./ or ../, so that both may be moved together and a later
+    stage may run anywhere. What is absolute, or no path here (a hub name), stays as it is."""
+    if not value or Path(value).is_absolute() or not Path(value).exists():
+        return value
+    try:
+        relative = Path(os.path.relpath(value, directory)).as_posix()
+    except ValueError:  # on another drive
+        return str(Path(value).absolute())
+    return relative if relative.startswith("..") else f"./{relative}"
+
+
+def path_from_record(value, directory):
+    """The path, from here, that `path_for_record` wrote."""
+    if not isinstance(value, str) or not value.startswith(("./", "../")):
+        return value
+    return os.path.normpath(Path(directory) / value)
 
 
 # ---- directories of runs ---------------------------------------------------------------------------------------------

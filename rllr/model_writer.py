@@ -8,6 +8,7 @@ from pathlib import Path
 from .errors import InputError
 from .rationales import GivenWriter
 from .rollout import generate
+from .trial import check_policy
 
 
 class ModelWriter(GivenWriter):
@@ -24,6 +25,8 @@ class ModelWriter(GivenWriter):
     def __init__(self, examples, task, model, encoder, cache_file, *, max_new_tokens=64, batch_size=16, log=print):
         question = encoder.prompt_ids(self.INSTRUCTION.format(question="", label=max(task.labels, key=len)))
         fitted = encoder.fit(examples, task, max_new_tokens + len(question), log)
+        if fitted:
+            check_policy(model, encoder, task, fitted, max_new_tokens, "--rationale_model")
         wanted = [(example, label) for example in fitted for label in task.labels]
         digests = {(example.id, label): self._digest(example, label, task, model) for example, label in wanted}
         cached = read_cache(cache_file)

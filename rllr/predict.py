@@ -3,32 +3,36 @@
     python -m rllr.predict --model runs/sst2/ppo-label/last --input new.jsonl --output labelled.jsonl
     echo '{"text": "a dull and overlong mess"}' | python -m rllr.predict --model runs/sst2/ppo-label/last
 
-From standard input a line is a JSON object with `text` (and `text_b`), or plain text.
+From standard input (no --input, or --input -) a line is a JSON object with `text` (and `text_b`), or plain text. Every row that goes
+in comes out: one without a text with label null and the reason.
 """
 
 import json
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from .config import check_choice, check_positive, parse_config
-from .data import load_examples, parse_mapping_flag
+from .data import Source, load_examples, parse_mapping_flag
 from .encoding import Encoder
 from .errors import InputError, command
 from .evaluate import answer_rows
 from .model import allow_remote_code, load_policy, load_tokenizer
+from .tables import Table
 from .tasks import split_answer
 from .training import check_same_task, read_record, resolve_task, set_up
+from .trial import check_policy
 
 
 @dataclass
 class Config:
     model: str  # directory of a trained policy
     task: str | None = None  # a built-in task's name or a task file; without it the model's own
-    input: str | None = None  # JSONL, JSON, CSV, TSV or Parquet; without it standard input
+    input: str | None = None  # JSONL, JSON, CSV, TSV or Parquet; without it, or with -, standard input
     output: str | None = None  # JSONL; without it standard output
     columns: str | None = None  # other column names: text=sentence
+    delimiter: str | None = None  # of a CSV file: a character, or tab (recognised)
+    encoding: str | None = None  # of a text file (UTF-8)
     answer_format: str | None = None  # rationale or label; without it the model's own
     overwrite: bool = False  # replace an output file that is already there
     max_new_tokens: int = 48  # of an answer
@@ -37,15 +41,41 @@ class Config:
     trust_remote_code: bool = False  # let a model's own Python code run, as some hub models need
 
 
-def read_stdin(stream):
-    """Lines of standard input as a temporary JSONL file's content: JSON objects as they are, other lines as texts."""
+def read_stdin(stream) -> Table:
+    """Lines of standard input as rows: JSON objects as they are, other lines, blank ones too, as texts. InputError with the line."""
     rows = []
-    for line in stream:
-        if line.strip():
-            rows.append(line.strip() if line.lstrip().startswith("{") else json.dumps({"text": line.strip()}))
+    for number, line in enumerate(stream, start=1):
+        line = line.removeprefix("\ufeff").strip() if number == 1 else line.strip()
+        try:
+            rows.append((number, json.loads(line) if line.startswith("{") else {"text": line}))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"standard input, line {number}: begins with {{ but is not valid JSON: {error}") from None
+    while rows and rows[-1][1] == {"text": ""}:  # an end of file is no row
+        rows.pop()
     if not rows:
         raise InputError("standard input: is empty; give a text or a JSON object per line, or --input FILE")
-    return "\n".join(rows) + "\n"
+    return Table("standard input", "stdin", rows)
+
+
+def answer_line(example, answer, task):
+    """What comes out for a row; answer None: it has no text."""
+    row = {"id": example.id, "text": example.text} | ({"text_b": example.text_b} if task.is_pair else {})
+    if answer is None:
+        return row | {"label": None, "rationale": None, "answer": None, "reason": "empty text"}
+    row |= {"label": answer.label, "rationale": split_answer(task, answer.text)[0] if answer.label else None, "answer": answer.text}
+    if answer.label is None:
+        row |= {"reason": "cut at --max_new_tokens" if answer.truncated else "no readable label"}
+    return row
+
+
+def print_lines(lines):
+    """JSON lines on standard output; where its encoding lacks a character, all of them in ASCII, which JSON can spell."""
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        text = "\n".join(json.dumps(line) for line in lines)
+    print(text)
 
 
 @command
@@ -59,7 +89,7 @@ def main(argv=None):
     if config.output and (Path(config.output).is_dir() or not Path(config.output).parent.is_dir()):
         raise InputError(f"--output {config.output}: cannot be written; name a file in a directory that is there")
     record = read_record(config.model)
-    task = resolve_task(config, record)
+    task = resolve_task(config, record, config.model)
     check_same_task(record, task, f"--model {config.model}")
     device, autocast = set_up(config.precision, seed=0)
 
@@ -67,31 +97,31 @@ def main(argv=None):
         print(line, file=sys.stderr)
 
     columns, tokenizer = parse_mapping_flag(config.columns, "--columns"), load_tokenizer(config.model)
-    if config.input:
-        examples = load_examples(config.input, task, labels="ignored", columns=columns, log=log)
+    if config.input in (None, "-"):
+        source = read_stdin(sys.stdin)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "stdin.jsonl"
-            file.write_text(read_stdin(sys.stdin), encoding="utf-8")
-            examples = load_examples(file, task, labels="ignored", columns=columns, log=log)
+        source = Source(path=config.input, delimiter=config.delimiter, encoding=config.encoding)
+    examples = load_examples(source, task, labels="ignored", columns=columns, empty="keep", log=log)
+    asked = [example for example in examples if example.text and (example.text_b or not task.is_pair)]
     model = load_policy(config.model, device=device)
-    encoder = Encoder(tokenizer, model)
-    fitted = encoder.fit(examples, task, config.max_new_tokens, log)
-    answers = answer_rows(model, encoder, task, fitted, config.max_new_tokens, config.batch_size, autocast)
-    lines = []
-    for example, answer in zip(examples, answers):
-        row = {"id": example.id, "text": example.text} | ({"text_b": example.text_b} if task.is_pair else {})
-        row |= {"label": answer.label, "rationale": split_answer(task, answer.text)[0] if answer.label else None}
-        lines.append(json.dumps(row | {"answer": answer.text}, ensure_ascii=False))
-    failures = sum(answer.label is None for answer in answers)
+    encoder = Encoder(tokenizer, model, record.get("clock"))
+    answers = []
+    if asked:
+        fitted = encoder.fit(asked, task, config.max_new_tokens, log)
+        check_policy(model, encoder, task, fitted, config.max_new_tokens, config.model)
+        answers = answer_rows(model, encoder, task, fitted, config.max_new_tokens, config.batch_size, autocast)
+    given = dict(zip((example.id for example in asked), answers))
+    lines = [answer_line(example, given.get(example.id), task) for example in examples]
+    failures = sum(line["label"] is None for line in lines)
     try:
         if config.output:
-            Path(config.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            Path(config.output).write_text(text, encoding="utf-8")
         else:
-            print("\n".join(lines))
+            print_lines(lines)
     except OSError as error:
         raise InputError(f"--output {config.output}: cannot be written: {error.strerror or error}") from None
-    log(f"{len(answers)} rows labelled, {failures} without a readable label (label null)")
+    log(f"{len(lines)} rows, {failures} of them without a label (label null, with the reason)")
 
 
 if __name__ == "__main__":

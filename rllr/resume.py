@@ -12,17 +12,20 @@ from pathlib import Path
 from .checkpoint import FOLDER, damage, list_checkpoints, mend, run_of
 from .config import convert_setting
 from .errors import InputError
-from .files import METRICS, RUN, is_empty, read_json
+from .files import METRICS, RUN, is_empty, path_from_record, read_json
 from .metrics import say
+from .training import PATHS, other_format
 
 # On --resume these may differ from the run's own: they change what is printed or kept, or how long the run is;
 FREE = {"save_every", "keep_last", "steps", "epochs", "log_every", "show", "show_every", "max_ref_kl", "on_ref_kl"}
 # these as well, with a warning: the numbers agree to rounding, no longer to the bit;
 ROUNDING = {"micro_batch_size", "tokens_per_batch", "gradient_checkpointing", "eval_batch_size"}
 # these are compared by what they hold, not by name (`Run.reads`).
-BY_CONTENT = {"task", "train_file", "eval_file", "model", "policy", "label_rm", "rationale_rm", "value_init"}
+BY_CONTENT = {"task", "train_file", "eval_file", "dataset", "delimiter", "encoding", "model", "policy", "label_rm", "rationale_rm",
+              "value_init"}  # fmt: skip
 OWN = {"output_dir", "overwrite", "resume", "trust_remote_code"}  # of each command, never taken from the run
 NEWEST = "newest"
+RUN_FORMAT = 2  # of run.json; raised where what a run computes changes, with a line in CHANGELOG.md
 
 
 @dataclass
@@ -45,6 +48,20 @@ class TakenUp:
     checkpoint: Path | None  # None: it was stopped before its first one
     recorded: dict  # its run.json: stage, config, reads, machine, steps, first_checkpoint (its step, once there was one)
 
+    def check_reads(self, config, reads):
+        """InputError unless what the run reads, {"--flag" or what else it is: fingerprint}, is what it began with."""
+
+        def named(name):
+            return f"{name} {getattr(config, name[2:], None) or ''}".strip() if name.startswith("--") else name
+
+        began = self.recorded["reads"]
+        changed = [
+            f"{named(name)} holds {str(found)[:12]}, the run began with {str(began.get(name))[:12]}"
+            for name, found in reads.items() if began.get(name) != found
+        ]  # fmt: skip
+        if changed:
+            raise InputError(f"--resume {self.directory}: this would be another run: {'; '.join(changed)}")
+
 
 def take_up(stage, config, default_directory):
     """The run that --resume asks for, None without the flag. Settings that were not given become the run's own.
@@ -66,6 +83,8 @@ def take_up(stage, config, default_directory):
     recorded = run_of(checkpoint) if checkpoint else read_json(directory / RUN)
     if not isinstance(recorded, dict) or not all(isinstance(recorded.get(k), dict) for k in ("config", "reads", "machine")):
         raise InputError(f"{directory / RUN}: is not the record of a run; start again with --overwrite")
+    if recorded.get("format", 1) != RUN_FORMAT:
+        raise InputError(other_format(directory / RUN, recorded.get("format", 1), RUN_FORMAT, "start again with --overwrite"))
     if recorded.get("stage") != stage:
         raise InputError(f"--resume {directory}: is a run of train_{recorded.get('stage')!s:.20}.py, not of train_{stage}.py")
     taken_up = TakenUp(directory, checkpoint, recorded)
@@ -125,14 +144,17 @@ def _whole_checkpoint(directory, wanted):
 def _settle(config, taken_up):
     """Settings not given become the run's; of those given, InputError for what would make it another run."""
     refused, recorded = [], taken_up.recorded["config"]
+    config.inherited = {}
     for setting in dataclasses.fields(config):
         name = setting.name
         if name not in recorded or name in OWN:
             continue
-        recorded[name] = theirs = convert_setting(setting, recorded[name], f"{taken_up.directory / RUN}: {name}")
+        theirs = convert_setting(setting, recorded[name], f"{taken_up.directory / RUN}: {name}")
+        recorded[name] = theirs = path_from_record(theirs, taken_up.directory) if name in PATHS else theirs
         mine = getattr(config, name)
         if name not in config.given:
             setattr(config, name, theirs)
+            config.inherited |= {name: str(taken_up.directory / RUN)} if theirs is not None else {}
         elif mine != theirs and name in ROUNDING:
             say(f"warning: --{name} {mine} (the run began with {theirs}): equal to rounding from here on, not to the bit")
         elif mine != theirs and name not in FREE | BY_CONTENT:
@@ -141,3 +163,5 @@ def _settle(config, taken_up):
         raise InputError(f"--resume {taken_up.directory}: this would be another run: {'; '.join(refused)}")
     if ":" in str(recorded.get("reward")) and "reward" not in config.given:  # code runs by a flag, never by a file
         raise InputError(f"--resume {taken_up.directory}: its reward is code of yours; give --reward {recorded['reward']} again")
+    names = taken_up.recorded.get("given", [])
+    config.given |= set(names) if isinstance(names, list) else set()

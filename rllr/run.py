@@ -30,6 +30,8 @@ from .checkpoint import (
 from .errors import InputError, RunError, Stopped
 from .files import METRICS, RUN, disk_faults, open_run_directory, write_json
 from .metrics import MetricsLog, say
+from .resume import RUN_FORMAT
+from .training import settings_for_record
 
 
 def machine():
@@ -39,17 +41,20 @@ def machine():
 
 
 def reads_of(task, splits):
-    """What every stage reads, for `Run`: the rows themselves, whatever file they come from."""
-    return {
-        "--task": digest(task), "--train_file": digest(splits.labelled, splits.held_out, splits.unlabelled),
-        "--eval_file": digest(splits.eval),
-    }  # fmt: skip
+    """What every stage reads, for `Run`: the rows themselves, whatever file they come from, and how they are split."""
+    return {"--task": digest(task), **splits.reads(), "the splits": digest(splits.labelled, splits.held_out, splits.unlabelled, splits.eval)}
 
 
 def digest(*values):
     """SHA-256 of values that JSON can hold (dataclasses too): the content of rows, pairs and tasks, whatever file they came from."""
-    text = json.dumps(values, default=lambda value: dataclasses.asdict(value), ensure_ascii=True)
+    text = json.dumps(values, default=_plain_fields, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain_fields(value):
+    fields = dataclasses.asdict(value)
+    fields.pop("place", None)  # of a row: where it stands is no content
+    return fields
 
 
 class StopRequest:
@@ -77,17 +82,21 @@ class StopRequest:
 class Run:
     """A run while it trains: its directory, its metrics, its checkpoints."""
 
-    def __init__(self, stage, config, directory, reads, taken_up=None, inputs=()):
+    def __init__(self, stage, config, directory, reads, taken_up=None, inputs=(), clock=None):
         """reads: {"--flag" or what else it is: fingerprint} of everything the run reads; a resumed run must read the same.
-        inputs: paths that --overwrite must not delete."""
+        inputs: paths that --overwrite must not delete. clock: the moment that the chat template shows (`Encoder.clock`)."""
         self.config, self.reads, self.taken_up = config, reads, taken_up
         self.directory = Path(directory)
         if taken_up:
-            self._check_reads(taken_up.recorded)
+            taken_up.check_reads(config, reads)
         else:
             open_run_directory(directory, config.overwrite, inputs)
         config.resume, config.overwrite = None, False
-        self.record = {"stage": stage, "config": dataclasses.asdict(config), "reads": reads, "machine": machine()}
+        settings = settings_for_record(dataclasses.asdict(config), self.directory)
+        self.record = {
+            "format": RUN_FORMAT, "stage": stage, "config": settings, "given": sorted(getattr(config, "given", ())), "reads": reads,
+            "machine": machine(), **({"clock": clock} if clock else {}),
+        }  # fmt: skip
         if taken_up and taken_up.checkpoint:
             self.record["first_checkpoint"] = taken_up.recorded.get("first_checkpoint", step_of(taken_up.checkpoint))
         else:  # new, or stopped before its first checkpoint: the same seed makes the same run
@@ -98,17 +107,6 @@ class Run:
     def _write_record(self):
         with disk_faults(str(self.directory / RUN)):
             write_json(self.directory / RUN, self.record)
-
-    def _check_reads(self, recorded):
-        def named(name):
-            return f"{name} {getattr(self.config, name[2:], None) or ''}".strip() if name.startswith("--") else name
-
-        changed = [
-            f"{named(name)} holds {str(found)[:12]}, the run began with {str(recorded['reads'].get(name))[:12]}"
-            for name, found in self.reads.items() if recorded["reads"].get(name) != found
-        ]  # fmt: skip
-        if changed:
-            raise InputError(f"--resume {self.directory}: this would be another run: {'; '.join(changed)}")
 
     def track(self, steps, at, **parts):
         """Name the parts of the run's state; `at` says where the loop stands, of `steps`. Resuming from a checkpoint, they are

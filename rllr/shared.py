@@ -21,7 +21,7 @@ from .lora import add_adapter, decoder_of, get_adapter, merge_adapter, merged_we
 from .metrics import say
 from .model import RewardModel, allow_remote_code, fingerprint, load_policy, load_tokenizer, read_head, reward_pad_token_id
 from .peft_format import load_adapter, read_adapter_config, save_adapter
-from .files import RECORD, check_run_directory, open_run_directory, write_json
+from .files import RECORD, check_run_directory, open_run_directory, path_from_record, write_json
 from .training import read_record, save_policy, set_up
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -206,8 +206,9 @@ def check_base(directory, base_fingerprint, where):
     if not recorded.get("fingerprint"):
         say(f"warning: {where}: no {RECORD} says on which weights this adapter was trained")
     elif recorded["fingerprint"] != base_fingerprint:
+        path = path_from_record(recorded.get("path"), directory)
         raise InputError(
-            f"{where}: this adapter was trained on other weights (those of {recorded.get('path')} at that time) than the "
+            f"{where}: this adapter was trained on other weights (those of {path} at that time) than the "
             "base has now; give the base it was trained on, or train it again"
         )
 

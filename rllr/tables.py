@@ -43,6 +43,8 @@ class Table:
         return list(dict.fromkeys(key for _, row in self.rows for key in row))
 
     def at(self, n: int) -> str:
+        if self.name == "standard input":
+            return f"{self.name}, line {n}"
         return f"{self.name}:{n}" if self.unit == "line" else f"{self.name}: row {n}"
 
     def error(self, n: int, name: str, column: str, problem: str) -> InputError:

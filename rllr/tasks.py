@@ -244,8 +244,9 @@ def read_mapping(path: Path) -> dict:
 
 def _refuse_reread_words(path: Path, labels: list):
     """InputError for a label that YAML takes for another number than is written: 010 is octal, 1_000 a thousand."""
-    written = yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)["labels"]  # every scalar as its own text
-    for value, word in zip(labels, written):
+    document = yaml.compose(path.read_text(encoding="utf-8-sig"), yaml.SafeLoader)  # every scalar with the text it is written as
+    written = next(node for key, node in document.value if key.value == "labels").value
+    for value, word in zip(labels, (node.value for node in written)):
         if type(value) in (int, float) and str(value) != word:
             raise InputError(f"{path}: field 'labels': YAML reads {word} as {value}; put it in quotes")
 

@@ -157,7 +157,8 @@ def main(argv=None):
     show_config(config, "tiny")
     model, tokenizer = build_tiny(splits, task, config, config.seed, device, autocast)
     open_run_directory(directory, config.overwrite)
-    save_policy(model, Encoder(tokenizer, model), directory, make_record("tiny", task, config, tiny=True))
+    record = make_record("tiny", task, config, directory, tiny=True, rows=splits.digests())
+    save_policy(model, Encoder(tokenizer, model), directory, record)
     say(f"saved {directory}: train_sft.py --model {directory}")
 
 

@@ -18,6 +18,7 @@ from .run import out_of_memory
 DECODED = 4  # tokens of each row that are decoded one by one
 # KL divergence, in nats, of the sampled distribution from the forward's: what rounding gives is 1e-9 and 1e-3 at most.
 MOST_KL = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 0.1, torch.float16: 0.1}
+LONGEST = 32  # texts, the longest in characters, that are looked at for the longest in tokens
 LOWEST = -1e4  # stands for the log-probability of a token that a model rules out
 
 
@@ -31,6 +32,16 @@ class _Teacher:
         token = self.tokens[:, len(self.logprobs)]
         self.logprobs.append(logits.log_softmax(-1))
         return token, torch.zeros(len(token), device=token.device)
+
+
+def check_policy(model, encoder, task, examples, max_new_tokens, name, log=None, alike=()):
+    """What every stage asks of a policy before it begins: the prompts reach it, its answers can be read (`Encoder.check`), and
+    sampling from it is exact (`try_model`). InputError where that is not so. log gets one prompt as the model sees it."""
+    encoder.check(task, examples[0], log)
+    by_size = sorted(examples, key=lambda e: len(e.text) + len(e.text_b or ""))
+    few = [*by_size[:1], by_size[len(by_size) // 2], *by_size[-LONGEST:]]  # the longest in tokens is among the longest in characters
+    prompts = [encoder.prompt_ids(task.render_prompt(e.text, e.text_b)) for e in few]
+    try_model(model, prompts, max_new_tokens, name, alike)
 
 
 def try_model(model, prompts, max_new_tokens, name, alike=()):
@@ -60,7 +71,7 @@ def try_model(model, prompts, max_new_tokens, name, alike=()):
         ) from error
     finally:
         model.train(was_training)
-    if not divergence <= MOST_KL.get(model.dtype, 0.1):
+    if not divergence <= MOST_KL.get(model.get_input_embeddings().weight.dtype, 0.1):
         raise InputError(
             f"{family} cannot be used: decoded token by token, with rows of {min(map(len, rows))} to {max(map(len, rows))} tokens side by "
             f"side, its distributions are {divergence:.2g} nats off those of its own forward. State-space and recurrent layers, "

@@ -25,10 +25,10 @@ from rllr.judge import ScoreStatistics
 from rllr.model_writer import read_cache
 from rllr.peft_format import read_adapter_config
 from rllr.ppo import AdaptiveKL
-from rllr.resume import take_up
+from rllr.resume import RUN_FORMAT, take_up
 from rllr.run import Run
 from rllr.tasks import load_task, parse_answer, split_answer
-from rllr.training import make_optimizer, optimizer_step, read_record
+from rllr.training import RECORD_FORMAT, make_optimizer, optimizer_step, read_record
 from rllr.update import PromptStream
 
 SECONDS = 20  # an input that takes longer hangs
@@ -40,7 +40,7 @@ ROWS = [
 ]
 PAIRS = [{"prompt": "p", "chosen": "a\nLabel: x", "rejected": "b\nLabel: y", "kind": "mine"}, {"prompt": "q", "chosen": "c", "rejected": "d"}]
 TASK = {"name": "own", "labels": ["good", "bad"], "prompt": "{text} {instruction}", "metric": "accuracy", "metrics": ["accuracy", "macro_f1"]}
-RECORD = {"stage": "sft", "task": TASK | {"ordinal": False, "answer_format": "rationale"}, "data": {"task": "own", "labelled": 40},
+RECORD = {"format": RECORD_FORMAT, "stage": "sft", "task": TASK | {"ordinal": False, "answer_format": "rationale"}, "data": {"task": "own", "labelled": 40},
           "config": {"rationales": "given"}, "tiny": True, "base": {"path": "x", "fingerprint": "ab"}}  # fmt: skip
 ADAPTER = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "base", "target_modules": ["q_proj"], "bias": "none"}
 SETTINGS = "policy: runs/x\nsteps: 20\nkl_coef: 0.05\nfreeze_embeddings: false\nreward: mixed\nthreshold: q0.9\nmax_ref_kl: none\n"
@@ -89,7 +89,7 @@ class Checkpoint:
     def seed(self, root):
         folder = root / "seed"
         settings = {"steps": 3, "policy": "runs/x", "seed": 0, "learning_rate": 1e-3, "reward": "gold", "threshold": None, "save_every": 20}
-        run = {"stage": "ppo", "config": settings, "reads": {"--policy": "ab"}, "machine": {"device": "cpu", "threads": 1}, "steps": 9}
+        run = {"format": RUN_FORMAT, "given": ["policy"], "stage": "ppo", "config": settings, "reads": {"--policy": "ab"}, "machine": {"device": "cpu", "threads": 1}, "steps": 9}
         parts = self.parts() | {"streams": GlobalStreams()}
         state = {name: state_of(part) for name, part in parts.items()}
         state |= {"at": {"step": 3, "best": 0.5, "before": {"accuracy": 0.4}, "skipped": 0}, "metrics": {"bytes": 12, "seconds": 1.5}}

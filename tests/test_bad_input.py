@@ -78,7 +78,7 @@ def a_row_without_rationale(place):
 
 
 def no_gold(place):
-    place.rows([{k: v for k, v in row.items() if i != 50 or k != "label"} for i, row in enumerate(TRAIN_ROWS)])
+    place.rows([{"text": "the view was odd"}, *TRAIN_ROWS])
 
 
 def not_utf8(place):
@@ -224,7 +224,7 @@ CASES = {
         ["no column 'phrase'", "--columns text=phrase"]),
     "column of no field": ("sft", SFT + " --columns txt=text", None, ["--columns", "unknown field 'txt'", "rationale"]),
     "columns not of the form": ("sft", SFT + " --columns text", None, ["--columns", "name=value"]),
-    "no label column": ("sft", SFT_ROWS, no_label_column, ["too few", "0 labelled rows"]),
+    "no label column": ("sft", SFT_ROWS, no_label_column, ["rows.jsonl", "no row has a label", "--columns label="]),
     "no label column in eval": (
         "sft", SFT + " --eval_file {tmp}/rows.jsonl", no_label_column, ["rows.jsonl", "'label'", "--columns label="]),
     "unknown label": ("sft", SFT_ROWS, unknown_label, ["rows.jsonl:7", "'neutral'", LABELS, "--label_map"]),
@@ -302,8 +302,8 @@ CASES = {
         ["--reward bad_rewards:answer", "int"]),
     "reward module broken": ("ppo", GOLD + " --reward broken_rewards:reward", broken_rewards,
         ["--reward broken_rewards", "imported"]),
-    "gold without labels": ("ppo", GOLD + " --train_file {tmp}/rows.jsonl", no_gold,
-        ["--reward gold", "rows.jsonl:51"]),
+    "gold without labels": ("ppo", GOLD + " --train_file {tmp}/rows.jsonl --labelled 10", no_gold,
+        ["--reward gold", "rows.jsonl:1"]),
     "mixed without a rationale rm": ("ppo", MIXED, None, ["--reward mixed", "--rationale_rm"]),
     "label rm not there": ("ppo", PPO + " --label_rm {tmp}/rm", None, ["--label_rm {tmp}/rm", "train_rm.py"]),
     "label rm without head": ("ppo", PPO + " --label_rm {toy.sft}", None, ["{toy.sft}", "score.weight", "train_rm.py"]),
@@ -380,7 +380,6 @@ CASES = {
     "predict missing file": ("predict", PREDICT, None, ["{tmp}/rows.jsonl", "no such file"]),
     "predict broken JSON": ("predict", PREDICT, broken_json, ["{tmp}/rows.jsonl:4", "not valid JSON"]),
     "predict without text": ("predict", PREDICT, no_text_column, ["'text'", "--columns text="]),
-    "predict nothing usable": ("predict", PREDICT, no_text_at_all, ["no usable row"]),
     "predict result is there": ("predict", PREDICT, result_is_there, ["--output {tmp}/result.jsonl", "--overwrite"]),
     "predict into nowhere": ("predict", PREDICT + " --output {tmp}/no/result.jsonl", fine_rows,
         ["--output {tmp}/no/result.jsonl", "cannot be written"]),

@@ -209,7 +209,7 @@ def test_the_end_of_a_text_is_cut_and_nothing_else():
     text, lines = "".join(chr(97 + i % 26) for i in range(60)), []
     (fitted,) = encoder_of(toy_tokenizer()).fit([Example("a", text, label="b")], TINY, reserve=16, log=lines.append)
     assert fitted == Example("a", text[:43], label="b")
-    assert lines == ["1 of 1 texts were cut to fit the context of 64 tokens: a"]
+    assert lines == ["1 of 1 texts were cut to fit the context of 64 tokens (its max_position_embeddings of 64): a"]
 
 
 def test_the_longer_text_of_a_pair_is_cut():
@@ -225,7 +225,7 @@ def test_the_longer_text_of_a_pair_is_cut():
     fitted = encoder_of(toy_tokenizer()).fit(examples, PAIR, reserve=16, log=lines.append)
     lengths = {e.id: (len(e.text), len(e.text_b)) for e in fitted}
     assert lengths == {"first": (30, 10), "second": (10, 30), "both": (10, 30), "whole": (20, 20), "equal": (14, 26)}
-    assert lines == ["4 of 5 texts were cut to fit the context of 64 tokens: first, second, both, ..."]
+    assert lines == ["4 of 5 texts were cut to fit the context of 64 tokens (its max_position_embeddings of 64): first, second, both, ..."]
 
 
 def checked_fit(encoder, task, examples, reserve):
@@ -281,9 +281,9 @@ def test_a_tokenizer_without_offsets():
     assert fitted[0].text == examples[0].text[:43] and fitted[1].text == "x" * 43 and fitted[2] is examples[2]
 
 
-def test_special_tokens_spelled_out_in_a_text_stay_text(tokenizer, model):
+def test_special_tokens_spelled_out_in_a_text_stay_text(tokenizer):
     """A row that contains the end token's spelling must not end the answer or the turn there."""
-    encoder = Encoder(tokenizer, model)
+    encoder = encoder_of(tokenizer)
     eos = tokenizer.eos_token
     for ids in (encoder.prompt_ids(f"a {eos} b"), encoder.answer_ids(f"a {eos} b")[:-1]):
         assert tokenizer.eos_token_id not in ids

@@ -265,7 +265,7 @@ def trained(directory, task, said, record=True):
         optimizer.step()
     else:
         raise AssertionError("did not learn")
-    save_policy(model, encoder, directory, make_record("sft", task, DataConfig(task="sst2")) if record else {})
+    save_policy(model, encoder, directory, make_record("sft", task, DataConfig(task="sst2"), directory) if record else {})
     return str(directory)
 
 
@@ -334,7 +334,7 @@ def test_evaluate_compares_two_models(models, data, tmp_path, capsys):
 def test_what_evaluate_refuses(models, data, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(models["right"], other)
-    (other / "rllr.json").write_text(json.dumps(make_record("sft", load_task("mr", "label"), DataConfig(task="mr"))))
+    (other / "rllr.json").write_text(json.dumps(make_record("sft", load_task("mr", "label"), DataConfig(task="mr"), other)))
     (tmp_path / "file").write_text("")
     right = ["--models", models["right"], "--eval_file", data]
     for argv, words in (
@@ -359,9 +359,9 @@ def test_predict_from_a_file_to_a_file(models, tmp_path, capsys):
     assert rows[1] == {
         "id": "no 1", "text": "bad", "label": "negative", "rationale": "bad", "answer": "bad\nLabel: negative"
     }  # fmt: skip
-    assert rows[3] == {"id": "no 3", "text": "poor", "label": None, "rationale": None, "answer": "none"}
+    assert rows[3] == {"id": "no 3", "text": "poor", "label": None, "rationale": None, "answer": "none", "reason": "no readable label"}
     streams = capsys.readouterr()
-    assert "4 rows labelled, 1 without a readable label" in streams.err and streams.out == ""
+    assert "4 rows, 1 of them without a label" in streams.err and streams.out == ""
     assert run(predict, *command) == 2 and "exists; give another name or --overwrite" in capsys.readouterr().err
     assert run(predict, *command, "--overwrite") == 0 and lines_of(output) == rows
 
@@ -371,9 +371,38 @@ def test_predict_from_standard_input_to_standard_output(models, monkeypatch, cap
     assert run(predict, "--model", models["right"]) == 0
     streams = capsys.readouterr()
     rows = [json.loads(line) for line in streams.out.splitlines()]  # and nothing else on standard output
-    assert [(row["text"], row["label"]) for row in rows] == [(t, TEXTS[t]) for t in ("good", "bad", "fine")]
-    assert rows[1]["id"] == "mine" and rows[0]["rationale"] == ""
-    assert "3 rows labelled, 0 without" in streams.err
+    assert [(row["text"], row["label"]) for row in rows] == [("good", "positive"), ("", None), ("bad", "negative"), ("fine", "positive")]
+    assert rows[2]["id"] == "mine" and rows[0]["rationale"] == "" and rows[1]["reason"] == "empty text"
+    assert "4 rows, 1 of them without a label (label null, with the reason)" in streams.err
+
+
+@pytest.mark.parametrize("flags", [[], ["--input", "-"]])
+def test_predict_reads_a_byte_order_mark_as_none(models, monkeypatch, capsys, flags):
+    """Else the first JSON line would be a text. Rows come out as they went in, also where none has a text."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO('\ufeff{"text": "bad"}\n{"text": " "}\n\n\n'))
+    assert run(predict, "--model", models["right"], *flags) == 0
+    assert [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()] == ["negative", None]
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"text": ""}\n'))
+    assert run(predict, "--model", models["right"], *flags) == 0
+    assert json.loads(capsys.readouterr().out)["label"] is None
+
+
+@pytest.mark.parametrize("line, problem", [('{"text": 3}', "field 'text' must be text, got int 3"), ("{text", "begins with { but is not valid")])
+def test_predict_names_the_line_of_standard_input(models, monkeypatch, capsys, line, problem):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"good\n\n{line}\n"))
+    assert run(predict, "--model", models["right"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: standard input, line 3: {problem}")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_predict_prints_json_on_any_console(models, monkeypatch, encoding):
+    """A text that the console cannot show comes out as JSON's escapes, and reads back."""
+    console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("bad\nπ😀\n"))
+    monkeypatch.setattr(sys, "stdout", console)
+    assert run(predict, "--model", models["right"]) == 0
+    console.flush()
+    assert [json.loads(line)["text"] for line in console.buffer.getvalue().decode(encoding).splitlines()] == ["bad", "π😀"]
 
 
 def test_what_predict_refuses(models, tmp_path, monkeypatch, capsys):

@@ -17,10 +17,10 @@ from rllr.logprobs import token_logprobs
 from rllr.model import (
     RewardModel,
     ValueModel,
-    context_length,
     fingerprint,
     hidden_states,
     load_policy,
+    length_limit,
     load_tokenizer,
     reward_pad_token_id,
     stop_token_ids,
@@ -426,8 +426,9 @@ def test_reward_pad_token_id():
     assert reward_pad_token_id(plain, [0, 2], len(plain.get_vocab()) + 5) == len(plain.get_vocab())
 
 
-def test_context_length():
+def test_length_limit():
     """GPT-2's own name for it; Bloom has no limit; a bare config will do."""
-    assert context_length(tiny_model("llama")) == 64 and context_length(tiny_model("gpt2").config) == 64
-    assert context_length(tiny_model("bloom")) is None
-    assert context_length(SimpleNamespace(n_positions=8)) == 8
+    assert length_limit(tiny_model("llama"))[0] == 64 and length_limit(tiny_model("gpt2").config)[0] == 64
+    assert length_limit(tiny_model("bloom")) == (None, "")
+    assert length_limit(SimpleNamespace(n_positions=8)) == (8, "its n_positions of 8")
+    assert length_limit(tiny_model("mistral", sliding_window=8)) == (8, "its sliding window of 8")

@@ -463,7 +463,7 @@ def test_the_command_writes_a_data_file(tmp_path, capsys):
     assert rows[5]["rationale"] == "the word fine suggests positive"
     capsys.readouterr()
     assert run(*command) == 2 and f"--output {output}: exists" in capsys.readouterr().err
-    assert run(*command, "--overwrite", "--writer", "given") == 2 and "row a: has no" in capsys.readouterr().err
+    assert run(*command, "--overwrite", "--writer", "given") == 2 and "row a (train.jsonl:1): has no" in capsys.readouterr().err
     # What was written can be read back as given rationales.
     assert run("--task", "sst2", "--train_file", output, "--output", tmp_path / "2.jsonl", "--writer", "given") == 0
     assert (tmp_path / "2.jsonl").read_text() == output.read_text()

@@ -329,7 +329,7 @@ def fake(**config):
 
 @pytest.mark.parametrize("kinds", [["full_attention", "linear_attention"], ["mamba"]])
 def test_recurrent_layers_are_refused(kinds):
-    with pytest.raises(ValueError, match="attention layers only"):
+    with pytest.raises(ValueError, match="layers that keep keys and values alone"):
         check_cache_support(fake(layer_types=kinds), 4)
 
 
@@ -341,6 +341,9 @@ def test_rotary_embeddings_that_depend_on_the_longest_row_are_refused(kind, refu
             check_cache_support(config, 9)
     else:
         check_cache_support(config, 9)
+    for inside in ({"original_max_position_embeddings": 9}, {}):  # in the scaling, or beside it, as Phi-3 had it
+        scaling = {"rope_type": kind, "factor": 2.0, **inside}
+        check_cache_support(fake(rope_scaling=scaling, original_max_position_embeddings=9, max_position_embeddings=99), 9)
 
 
 @pytest.mark.parametrize(

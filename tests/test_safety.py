@@ -60,7 +60,10 @@ def dangers(source):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_runs_what_it_reads(path):
-    allowed = {"importlib"} if path.name == "judge.py" else set()  # --reward module:function, the user's own flag
+    allowed = {
+        "judge.py": {"importlib"},  # --reward module:function, the user's own flag
+        "data.py": {"datasets.load_from_disk"},  # reads Arrow and JSON (since datasets 2.x it pickles nothing)
+    }.get(path.name, set())
     assert not [danger for danger in dangers(path.read_text()) if danger[1] not in allowed]
 
 

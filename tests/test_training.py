@@ -43,7 +43,7 @@ def test_a_saved_policy_comes_back(tmp_path):
     model, tokenizer = tiny_model("llama", vocab_size=262), toy_tokenizer()
     model.generation_config.eos_token_id = [7, 9]
     encoder = Encoder(tokenizer, model)
-    record = make_record("sft", OWN, DataConfig(task="own.yaml", labelled=7), tiny=True, eval={"accuracy": 0.5})
+    record = make_record("sft", OWN, DataConfig(task="own.yaml", labelled=7), tmp_path, tiny=True, eval={"accuracy": 0.5})
     save_policy(model, encoder, tmp_path / "a" / "b", record)
     loaded = load_policy(tmp_path / "a" / "b")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
@@ -73,20 +73,20 @@ def test_records_that_are_not_there_or_damaged(tmp_path):
 
 
 def test_resolve_task():
-    record = json.loads(json.dumps(make_record("sft", OWN, DataConfig(task="tasks/own.yaml"))))
+    record = json.loads(json.dumps(make_record("sft", OWN, DataConfig(task="tasks/own.yaml"), "d")))
     for name in (None, "own", "tasks/own.yaml"):  # a later stage needs no --task, and not the file either
-        assert resolve_task(DataConfig(task=name), record) == OWN
-    assert resolve_task(DataConfig(answer_format="rationale"), record).answer_format == "rationale"
-    assert resolve_task(DataConfig(task="mrpc"), record) == TASKS["mrpc"]
-    assert resolve_task(DataConfig(), {}) == TASKS["demo"] and resolve_task(DataConfig(), {}, "mr") == TASKS["mr"]
-    assert resolve_task(DataConfig(task="sst2", answer_format="label"), {}).answer_format == "label"
-    assert resolve_task(DataConfig(), {"task": asdict(OWN)}) == OWN  # a record without data settings
+        assert resolve_task(DataConfig(task=name), record, "d") == OWN
+    assert resolve_task(DataConfig(answer_format="rationale"), record, "d").answer_format == "rationale"
+    assert resolve_task(DataConfig(task="mrpc"), record, "d") == TASKS["mrpc"]
+    assert resolve_task(DataConfig(), {}, "d") == TASKS["demo"] and resolve_task(DataConfig(), {}, "d", "mr") == TASKS["mr"]
+    assert resolve_task(DataConfig(task="sst2", answer_format="label"), {}, "d").answer_format == "label"
+    assert resolve_task(DataConfig(), {"task": asdict(OWN)}, "d") == OWN  # a record without data settings
     with pytest.raises(InputError, match="--task 'tasks/other'"):
-        resolve_task(DataConfig(task="tasks/other"), record)
+        resolve_task(DataConfig(task="tasks/other"), record, "d")
 
 
 def test_check_same_task():
-    record = make_record("sft", OWN, DataConfig())
+    record = make_record("sft", OWN, DataConfig(), "d")
     check_same_task({}, TASKS["mr"], "--policy x")
     check_same_task(record, Task("renamed", OWN.labels, OWN.prompt), "--policy x")
     for other in (Task("own", ("x", "z"), OWN.prompt), Task("own", OWN.labels, "{text}?")):
@@ -97,9 +97,11 @@ def test_check_same_task():
 def test_inherit_fills_what_is_not_given_and_names_contradictions():
     record = {"data": asdict(DataConfig(task="sst2", train_file="a.jsonl", labelled=100, data_seed=0, held_out=0.2))}
     config = DataConfig(train_file="b.jsonl", labelled=100, eval_file="e.jsonl")
-    assert inherit(config, record) == ["--train_file b.jsonl (the policy was trained with a.jsonl)"]
+    assert inherit(config, record, "runs/sft") == []  # files are compared by what they hold
     assert config == DataConfig("sst2", "b.jsonl", "e.jsonl", labelled=100, data_seed=0, held_out=0.2)
-    assert inherit(DataConfig(labelled=3), {}) == []
+    assert config.inherited == {name: "runs/sft/rllr.json" for name in ("task", "data_seed", "held_out")}
+    assert inherit(DataConfig(labelled=3), record, "d") == ["--labelled 3 (the policy was trained with 100)"]
+    assert inherit(DataConfig(labelled=3), {}, "d") == []
 
 
 # ---- the clock

@@ -26,7 +26,7 @@ def text_config(config):
 def windows_of(config):
     """{name in the configuration: tokens} of every attention window that some layer has."""
     config, found = text_config(config), {}
-    for name, value in config.to_dict().items():
+    for name, value in (config.to_dict() if hasattr(config, "to_dict") else vars(config)).items():
         if not WINDOW.search(name) or isinstance(value, bool) or not isinstance(value, int) or value < 1:
             continue
         if name == "sliding_window" and getattr(config, "use_sliding_window", True) is False:
@@ -42,13 +42,13 @@ def length_limits(config):
     """[(tokens, what sets the limit)], the shortest first; empty where the architecture sets none (Bloom)."""
     config = text_config(config)
     limits = position_limits(config)
-    limits += [(tokens, f"its attention window ({name} {tokens})") for name, tokens in windows_of(config).items()]
+    limits += [(tokens, f"its {name.replace('_', ' ')} of {tokens}") for name, tokens in windows_of(config).items()]
     for scaling in rotary_scalings(config):
         kind = scaling.get("rope_type", scaling.get("type"))
         if kind in ("dynamic", "longrope"):  # below the original length both are plain rotary embeddings of one kind
             original = scaling.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
             original = original or getattr(config, "max_position_embeddings", None)
-            limits += [(original, f"its rotary embeddings of type {kind}, which change beyond {original} tokens")] if original else []
+            limits.append((original or 0, f"its rotary embeddings of type {kind}, which change beyond the original length"))
     return sorted(limits)
 
 
