@@ -43,15 +43,12 @@ class Config:
 
 def read_stdin(stream) -> Table:
     """Lines of standard input as rows: JSON objects as they are, other lines, blank ones too, as texts. InputError with the line."""
-    rows = []
-    for number, line in enumerate(stream, start=1):
-        line = line.removeprefix("\ufeff").strip() if number == 1 else line.strip()
+    lines, rows = stream.read().removeprefix("\ufeff").rstrip().split("\n"), []
+    for number, line in enumerate(map(str.strip, lines if any(lines) else ()), start=1):
         try:
             rows.append((number, json.loads(line) if line.startswith("{") else {"text": line}))
         except (ValueError, RecursionError) as error:
             raise InputError(f"standard input, line {number}: begins with {{ but is not valid JSON: {error}") from None
-    while rows and rows[-1][1] == {"text": ""}:  # an end of file is no row
-        rows.pop()
     if not rows:
         raise InputError("standard input: is empty; give a text or a JSON object per line, or --input FILE")
     return Table("standard input", "stdin", rows)
