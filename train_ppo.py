@@ -20,12 +20,13 @@ from rllr.encoding import Encoder
 from rllr.engine.checkpointing import checkpoint_layers
 from rllr.errors import InputError, RunError, brief, command
 from rllr.evaluate import answer_rows, metric_line, rank, score_answers, show_samples, tell_parse_failures
+from rllr.files import check_run_directory
 from rllr.metrics import Clock, say
 from rllr.model import allow_remote_code, backbone_of, fingerprint, load_tokenizer
 from rllr.monitor import show_rollout, step_line, step_metrics
 from rllr.ppo import AdaptiveKL, FixedKL, gae, masked_whiten
-from rllr.rewards import label_sensitive_reward, missing_eos_rule, shape_rewards
-from rllr.roles import eos_cap, load_judges, load_policy_and_reference, load_value_model
+from rllr.rewards import incomplete_answer_rule, label_sensitive_reward, shape_rewards
+from rllr.roles import eos_cap, load_judges, load_policy_and_reference, load_value_model, name_judges
 from rllr.rollout import generate
 from rllr.resume import RunConfig, take_up
 from rllr.run import Run, digest, reads_of, require_finite_weights
@@ -33,7 +34,7 @@ from rllr.shared import LoRAConfig, check_lora, rate_factor
 from rllr.splits import DataConfig, find_policy, gold_labels, load_splits, recorded_hashes, take_over
 from rllr.training import make_optimizer, make_record, require_finite, save_policy, set_up, show_config
 from rllr.trial import check_policy
-from rllr.update import PromptStream, analyse, improve, kl_within_bound, samples_of, write_batch
+from rllr.update import PromptStream, analyse, check_sampler_gap, improve, kl_within_bound, samples_of, write_batch
 
 MOST_SKIPPED = 10  # rollouts in a row whose update --on_ref_kl skip may leave out: the policy does not come back by itself
 
@@ -47,7 +48,8 @@ class Config(RunConfig, LoRAConfig, DataConfig):
     threshold: str | None = None  # mixed: cap of the label reward, a number (1.0) or a quantile of it (q0.9)
     score_norm: str = "stored"  # stored statistics, running ones, or none (raw scores, as in the paper)
     score_clip: float = 5.0  # bound of a standardised score
-    missing_eos_penalty: float = 1.0  # taken off an answer that the length limit cut
+    missing_eos_penalty: float = 1.0  # taken off an answer that the length limit cut, after capping it at the SFT mean
+    missing_label_penalty: float = 1.0  # the same for an answer without a readable label (not with gold and own functions)
     output_dir: str | None = None  # where the run goes (runs/<task>/ppo-<reward>)
     save_every: int = 20  # rollouts between checkpoints; 0: none but when asked to stop
     steps: int | None = None  # rollouts (demo 120; else one pass over the prompts)
@@ -66,9 +68,7 @@ class Config(RunConfig, LoRAConfig, DataConfig):
     kl_control: str = "fixed"  # fixed, or adaptive
     kl_target: float = 6.0  # adaptive: nats per sequence; too loose for short answers (healthy tiny runs end near 1)
     kl_horizon: float = 10_000  # adaptive: sequences
-    max_update_kl: float | None = (
-        None  # skip the rest of a rollout's minibatches once new against old policy exceeds it
-    )
+    max_update_kl: float | None = None  # skip the rest of a rollout's minibatches once new against old policy exceeds it
     max_ref_kl: float | None = 100.0  # bound of a rollout's mean KL to the SFT policy, in nats per answer; none: no bound
     on_ref_kl: str = "stop"  # beyond that bound: stop the run, or skip the rollout's update (ten in a row stop it, too)
     gamma: float = 1.0  # discount
@@ -92,7 +92,7 @@ class Config(RunConfig, LoRAConfig, DataConfig):
                        "score_clip", "kl_target", "kl_horizon", "max_update_kl", "max_grad_norm", "temperature", "clip",
                        "value_clip", "max_new_tokens", "eval_every", "eval_batch_size", "log_every", "show_every",
                        "max_ref_kl", "keep_last")  # fmt: skip
-        check_positive(self, "kl_coef", "missing_eos_penalty", "micro_batch_size", "tokens_per_batch", "eval_rows",
+        check_positive(self, "kl_coef", "missing_eos_penalty", "missing_label_penalty", "micro_batch_size", "tokens_per_batch", "eval_rows",
                        "save_every", zero=True)  # fmt: skip
         check_range(self, "warmup", 0, 1)
         check_range(self, "gamma", 0, 1)
@@ -108,15 +108,22 @@ class Config(RunConfig, LoRAConfig, DataConfig):
             raise InputError(f"--reward {brief(self.reward)}: choose label, rationale, mixed, gold, or give module:function")
         if self.threshold is not None and self.reward != "mixed":
             raise InputError("--threshold caps the label reward in --reward mixed; it means nothing otherwise")
-        if self.reward != "mixed" and self.rationale_rm and self.reward != "rationale":
-            raise InputError(f"--rationale_rm is not used by --reward {brief(self.reward)}; did you mean --reward mixed?")
+        for part in ("label", "rationale"):
+            if getattr(self, f"{part}_rm") and self.reward not in (part, "mixed"):
+                raise InputError(f"--{part}_rm is not used by --reward {brief(self.reward)}; did you mean --reward mixed?")
         if self.reward == "mixed":
             self.threshold = self.threshold or "1.0"
-            try:
-                number = float(self.threshold.removeprefix("q"))
-                assert math.isfinite(number) and (not self.threshold.startswith("q") or 0 <= number <= 1)
-            except (ValueError, AssertionError):
-                raise InputError(f"--threshold {brief(self.threshold)}: give a number, or a quantile like q0.9") from None
+            if not is_threshold(self.threshold):
+                raise InputError(f"--threshold {brief(self.threshold)}: give a number, or a quantile like q0.9")
+
+
+def is_threshold(text):
+    """Whether a text is a finite number, or q and a number from 0 to 1."""
+    try:
+        number = float(text.removeprefix("q"))
+    except ValueError:
+        return False
+    return 0 <= number <= 1 if text.startswith("q") else math.isfinite(number)
 
 
 def default_directory(config):
@@ -137,6 +144,11 @@ def main(argv=None):
     config.learning_rate = config.learning_rate or (2e-4 if tiny else 1e-6) * rate_factor(config, tiny)
     config.value_learning_rate = config.value_learning_rate or (5e-4 if tiny else 5e-6) * rate_factor(config, tiny)
     config.freeze_embeddings = tiny if config.freeze_embeddings is None else config.freeze_embeddings
+    name_judges(config, task)
+    directory = config.output_dir or default_directory(config)
+    inputs = [config.policy, config.label_rm, config.rationale_rm, config.value_init, config.task, config.train_file, config.eval_file]
+    if not taken_up:
+        check_run_directory(directory, config.overwrite, inputs)
     device, autocast = set_up(config.precision, config.seed, config.deterministic)
 
     # Models: four separate copies or, with --lora_rank, four roles on one frozen base. The policy starts where the
@@ -146,7 +158,7 @@ def main(argv=None):
     encoder = Encoder(tokenizer, policy, record.get("clock") or (taken_up and taken_up.recorded.get("clock")))
     # Hashing a large model takes long; only a base that was cast to bf16 differs from the policy that was hashed already.
     frozen_fingerprint = policy_fingerprint if config.base_dtype == "fp32" else fingerprint(frozen)
-    mode, judges = load_judges(config, task, tokenizer, policy_fingerprint, device, autocast, base)
+    mode, judges = load_judges(config, tokenizer, policy_fingerprint, device, autocast, base)
     value_model = load_value_model(config, device, base, policy_fingerprint, judges)
     for model in (policy, value_model) if config.gradient_checkpointing else ():
         checkpoint_layers(backbone_of(model))
@@ -174,8 +186,7 @@ def main(argv=None):
     reads |= {f"--{part}_rm": fingerprint(judge.model) for part, judge in judges.items() if hasattr(judge, "model")}
     reads |= {"--value_init": fingerprint(value_model)} if config.value_init else {}
     reads |= {"the reward function": digest(judges["label"].source)} if ":" in config.reward else {}
-    inputs = [config.policy, config.label_rm, config.rationale_rm, config.value_init, config.task, config.train_file, config.eval_file]
-    run = Run("ppo", config, config.output_dir or default_directory(config), reads, taken_up, inputs, encoder.clock)
+    run = Run("ppo", config, directory, reads, taken_up, inputs, encoder.clock)
     directory, metrics = run.directory, run.metrics
     show_config(config, "train_ppo")
 
@@ -248,6 +259,7 @@ def main(argv=None):
                 with clock("score"):
                     plan = stream.minibatch_plan(config.ppo_epochs, config.minibatches)
                     batch = analyse(policy, reference, value_model, rollout, plan, config, autocast, ids)
+                    check_sampler_gap(batch, rollout, config.precision)
 
                 # 3 judge: one score per answer ------------------------------------------------------------------------
                 with clock("score"):
@@ -257,7 +269,9 @@ def main(argv=None):
                     # The label-sensitive reward enters here, in this one line:
                     scores = label_sensitive_reward(judged.get("label"), judged.get("rationale"), threshold, mode)  # [B]
                     cap, unit = eos_cap(config, judges, mode, threshold)
-                    scores = missing_eos_rule(scores, rollout.truncated, config.missing_eos_penalty * unit, cap)
+                    unlabelled = torch.tensor([label is None for label in samples.labels], device=device)
+                    penalties = config.missing_eos_penalty * unit, config.missing_label_penalty * unit
+                    scores = incomplete_answer_rule(scores, rollout.truncated, unlabelled, *penalties, cap)
                     batch.scores = scores
                     for name, scored in judged.items():
                         require_finite(scored, f"the {name} score", ids)
@@ -290,6 +304,8 @@ def main(argv=None):
                     line |= {f"eval/{name}": value for name, value in evaluate(step)[0].items()}
             times = clock.take()
             line["act/tokens_per_second"] = rollout.response_lens.sum() / max(times["time/rollout"], 1e-9)
+            if step % config.log_every == 0:
+                tell_parse_failures(line["act/parse_failures"], say, "sampled answers")
             metrics.write(line | times, step_line(step, config, line) if step % config.log_every == 0 else None)
             if step % config.show_every == 0:
                 show_rollout(samples, judged, scores)

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import functools
 import inspect
+import sys
 import types
 import typing
 from pathlib import Path
@@ -44,7 +45,7 @@ def parse_config(cls, argv=None, description=None):
             bare = {"nargs": "?", "const": field.metadata["bare"]} if "bare" in field.metadata else {}
             metavar = kind.__name__.upper()
             parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=metavar, help=help_text, **bare)
-    flags = vars(parser.parse_args(argv))
+    flags = vars(parser.parse_args(_joined(sys.argv[1:] if argv is None else argv, fields)))
     values = {}
     config_file = flags.pop("config", None)
     if config_file:
@@ -63,6 +64,17 @@ def parse_config(cls, argv=None, description=None):
     config = cls(**values)
     config.given = frozenset(values)
     return config
+
+
+def _joined(argv, fields):
+    """The arguments with `--flag -value` as `--flag=-value`: argparse takes what begins with a dash for a flag (--label_map -1=)."""
+    takes_text, joined = {f"--{name}" for name, field in fields.items() if _type(field)[0] is str}, []
+    for argument in argv:
+        if joined and joined[-1] in takes_text and argument.startswith("-") and not argument.startswith("--"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _type(field):

@@ -29,6 +29,7 @@ def command(main):
 
     @functools.wraps(main)
     def run(*args, **kwargs):
+        any_console()
         try:
             return main(*args, **kwargs)
         except (InputError, RunError) as error:
@@ -45,6 +46,13 @@ def command(main):
             sys.exit(130)
 
     return run
+
+
+def any_console():
+    """From now on a character that the console's encoding lacks is written as an escape: no run may die of printing a text."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 _brief = reprlib.Repr()

@@ -72,12 +72,18 @@ class ScoreStatistics:
             raise InputError(f"{path}: not there; train_rm.py writes it beside the reward model (or use --score_norm none)")
         try:
             statistics = cls(**read_json(path))
-            numbers = (statistics.mean, statistics.std, statistics.count, *statistics.quantiles)
-            assert all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
-            assert statistics.std >= MIN_STD and statistics.count > 0 and len(statistics.quantiles) == GRID
-        except (InputError, TypeError, AssertionError, OverflowError):
-            raise InputError(f"{path}: damaged; train the reward model again (or use --score_norm none)") from None
+            whole = statistics.is_whole()
+        except (InputError, TypeError, OverflowError):
+            whole = False
+        if not whole:
+            raise InputError(f"{path}: damaged; train the reward model again (or use --score_norm none)")
         return statistics
+
+    def is_whole(self):
+        """Whether these are the statistics of some scores."""
+        numbers = (self.mean, self.std, self.count, *self.quantiles)
+        finite = all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+        return finite and self.std >= MIN_STD and self.count > 0 and len(self.quantiles) == GRID
 
 
 class RewardModelScorer:

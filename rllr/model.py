@@ -25,6 +25,7 @@ from .errors import InputError
 from .files import disk_faults, is_lfs_pointer, saving_into, write_json, write_safetensors
 from .layout import response_places, unflatten
 from .lora import decoder_name, decoder_of
+from .metrics import say
 from .peft_format import PREFIX, is_adapter
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what transformers lets through
@@ -257,7 +258,7 @@ def stop_token_ids(model, tokenizer):
     size = model.get_input_embeddings().num_embeddings
     kept = [i for i in dict.fromkeys(ids) if 0 <= i < size]
     if len(kept) < len(set(ids)):
-        print(f"warning: stop ids {sorted(set(ids) - set(kept))} are outside the vocabulary of {size} and are dropped")
+        say(f"warning: stop ids {sorted(set(ids) - set(kept))} are outside the vocabulary of {size} and are dropped")
     eos = tokenizer.eos_token_id
     return kept or ([eos] if eos is not None and 0 <= eos < size else [])
 

@@ -90,13 +90,10 @@ def read_adapter_config(directory) -> dict:
     if not path.is_file():
         raise InputError(f"{path}: not there, so {directory} holds no adapter")
     config = read_json(path)
-    try:
-        assert isinstance(config, dict) and isinstance(config.get("base_model_name_or_path") or "", str)
-        assert isinstance(config["r"], int) and config["r"] > 0 and isinstance(config["lora_alpha"], (int, float))
-    except (AssertionError, KeyError):
-        raise InputError(
-            f"{path}: damaged (it must give r and lora_alpha); restore it or train the adapter again"
-        ) from None
+    named = isinstance(config, dict) and isinstance(config.get("base_model_name_or_path") or "", str)
+    ranked = named and isinstance(config.get("r"), int) and config["r"] > 0 and isinstance(config.get("lora_alpha"), (int, float))
+    if not ranked:
+        raise InputError(f"{path}: damaged (it must give r and lora_alpha); restore it or train the adapter again")
     if config.get("peft_type", "LORA") != "LORA":
         raise InputError(f"{path}: peft_type {brief(config['peft_type'])}; only LORA can be loaded")
     asked = [option for option in UNSUPPORTED if config.get(option)]

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from .errors import InputError
-from .evaluate import accuracy, answer_rows
+from .evaluate import accuracy, answer_rows, tell_parse_failures
 from .judge import score_rows
 from .metrics import say
 from .rollout import generate
-from .tasks import split_answer
+from .tasks import parse_answer, split_answer
 from .training import pack
 
 MIN_PROMPTS = 512  # sampled answers wanted behind the stored statistics
@@ -47,6 +47,8 @@ def sampled_scores(policy, encoder, task, examples, config, autocast) -> Sampled
         say(
             f"{len(prompts) - len(whole)} of {len(prompts)} sampled answers were cut at {config.max_new_tokens} tokens and left out"
         )
+    unlabelled = sum(parse_answer(task, encoder.decode(response)) is None for response in responses)
+    tell_parse_failures(unlabelled / len(responses), say, "answers sampled by the policy")
     if len(whole) < 2:
         raise InputError(
             f"only {len(whole)} of {len(prompts)} answers sampled by the policy ended within --max_new_tokens "

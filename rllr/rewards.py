@@ -44,15 +44,19 @@ def _required(value, name, mode):
     return value
 
 
-def missing_eos_rule(scores, truncated, penalty, cap=None):
-    """The score of an answer that was cut by the length limit: at most `cap`, then minus `penalty`.
+def incomplete_answer_rule(scores, truncated, unlabelled, missing_eos_penalty, missing_label_penalty, cap=None):
+    """The score of an answer that the length limit cut, or that has no readable label: at most `cap`, then minus one penalty.
 
-    scores [B], truncated [B] bool. A reward model never saw an answer without its end, so what it says of one is not to
-    be trusted upwards: `cap` is the mean score of the SFT policy's answers (0 when standardised). cap None: no cap, for
-    rewards that do not come from a reward model.
+    scores [B]; truncated, unlabelled [B] bool -> [B]. Where both hold the larger penalty is paid. A reward model never saw an
+    answer without its end or its label, so what it says of one is not to be trusted upwards: `cap` is the mean score of the SFT
+    policy's answers (0 when standardised). cap None: a reward that does not come from a reward model; it is not capped, and what
+    a missing label costs is its own affair.
     """
+    if cap is None:
+        unlabelled = torch.zeros_like(unlabelled)
+    penalty = torch.maximum(truncated * missing_eos_penalty, unlabelled * missing_label_penalty)
     capped = scores if cap is None else scores.clamp(max=cap)
-    return torch.where(truncated, capped - penalty, scores)
+    return torch.where(truncated | unlabelled, capped - penalty, scores)
 
 
 def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, kind="k1"):

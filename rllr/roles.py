@@ -28,7 +28,21 @@ def load_policy_and_reference(config, device):
     return policy, reference, reference, fingerprint(policy)
 
 
-def load_judges(config, task, tokenizer, policy_fingerprint, device, autocast, base=None):
+def name_judges(config, task):
+    """Fill --label_rm and --rationale_rm, as far as the reward needs them, where they were not given. InputError for one that is not
+    there, before any model is loaded."""
+    for part in ("label", "rationale"):
+        if config.reward not in (part, "mixed"):
+            continue
+        directory = getattr(config, f"{part}_rm") or f"runs/{task.name}/rm-{part}"
+        if not Path(directory).is_dir():
+            needs = f"--reward mixed needs a {part} reward model: " if config.reward == "mixed" else ""
+            raise InputError(f"{needs}--{part}_rm {directory}: no such directory; train_rm.py makes one")
+        check_same_task(read_record(directory), task, f"--{part}_rm {directory}")
+        setattr(config, f"{part}_rm", str(directory))
+
+
+def load_judges(config, tokenizer, policy_fingerprint, device, autocast, base=None):
     """(mode, {"label": reward_fn, "rationale": reward_fn}): what `label_sensitive_reward` puts together.
 
     `gold` and a user's function stand where the label reward stands. On a `base` a reward model saved as an adapter
@@ -41,10 +55,7 @@ def load_judges(config, task, tokenizer, policy_fingerprint, device, autocast, b
     judges = {}
     for part in ("label", "rationale"):
         if config.reward in (part, "mixed"):
-            directory = getattr(config, f"{part}_rm") or f"runs/{task.name}/rm-{part}"
-            if config.reward == "mixed" and not Path(directory).is_dir():
-                raise InputError(f"--reward mixed needs a {part} reward model: --{part}_rm {directory} is not there")
-            check_same_task(read_record(directory), task, f"--{part}_rm {directory}")
+            directory = getattr(config, f"{part}_rm")  # `name_judges` saw to it
             judges[part] = load_scorer(
                 directory,
                 tokenizer,
@@ -56,7 +67,6 @@ def load_judges(config, task, tokenizer, policy_fingerprint, device, autocast, b
                 f"--{part}_rm",
                 load=partial(_load_judge, base, part, policy_fingerprint) if base and is_adapter(directory) else None,
             )
-            setattr(config, f"{part}_rm", str(directory))  # the resolved config names what was used
             stored = judges[part].statistics
             if stored and stored.policy_fingerprint != policy_fingerprint:
                 say(f"warning: the {part} reward model was measured on answers of another policy than {config.policy}")

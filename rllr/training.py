@@ -6,6 +6,7 @@ import math
 import os
 import random
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -161,8 +162,10 @@ def check_same_task(record, task, path):
 
 
 def show_config(config, title):
-    """The resolved configuration, one line per setting."""
-    say(f"{title}: " + ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
+    """The settings that differ from their defaults, wrapped; all of them are in the run's record."""
+    fields = dataclasses.fields(config)
+    changed = [f"{field.name}={getattr(config, field.name)}" for field in fields if getattr(config, field.name) != field.default]
+    say(textwrap.fill(f"{title}: {', '.join(changed)}", 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
 
 
 # ---- optimisation ----------------------------------------------------------------------------------------------------

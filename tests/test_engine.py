@@ -195,6 +195,25 @@ def test_checkpointed_layers_are_computed_again_in_backward(family):
     assert len(calls) == len(norms)
 
 
+@pytest.mark.parametrize("family, window", [(family, None) for family in FAMILIES if family != "bloom"] + [("mistral", 4)])
+def test_checkpointed_layers_of_packed_rows(monkeypatch, family, window):
+    """Texts of unequal length on a CPU: the layer that backward computes again attends within each row, too, and within its window.
+    Gradients of all weights as without checkpointing."""
+    monkeypatch.setattr(rllr.model, "PACK_BELOW", 1.1)
+    model = tiny_model(family, dtype=torch.float64, **({"sliding_window": window} if window else {}))
+    batch = pack_sequences([[5, 6, 7], [9], [11, 12, 13, 14, 15]], [[8, 2], [10, 11, 12, 13, 2], [2]])
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            checkpoint_layers(model.base_model)
+        model.zero_grad()
+        token_logprobs(model, *batch).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert can_pack(model.base_model, 6)
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_a_model_without_such_layers_is_refused():
     with pytest.raises(InputError, match="--gradient_checkpointing: Linear has no layers"):
         checkpoint_layers(nn.Linear(2, 2))

@@ -569,9 +569,9 @@ def test_a_value_adapter_starts_from_the_reward_model(toy, rm):
     ours, base = answers()[0], load_policy(toy.sft)
     for source in (rm, toy.label_rm):
         config = train_ppo.Config(policy=str(toy.sft), label_rm=str(source), lora_rank=4)
-        found, tokenizer, task = fingerprint(base), load_tokenizer(toy.sft), tasks.load_task(str(toy.task))
+        found, tokenizer = fingerprint(base), load_tokenizer(toy.sft)
         base = load_policy(toy.sft)
-        _, judges = roles.load_judges(config, task, tokenizer, found, "cpu", None, base)
+        _, judges = roles.load_judges(config, tokenizer, found, "cpu", None, base)
         value = roles.load_value_model(config, "cpu", base, found, judges)
         statistics = judges["label"].statistics
         expected = ValueModel.from_pretrained(source).rescale(statistics.mean, statistics.std)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import rllr.rewards
 from rllr.ppo import AdaptiveKL, gae
 from rllr.rewards import (
+    incomplete_answer_rule,
     label_sensitive_reward,
-    missing_eos_rule,
     pairwise_accuracy,
     pairwise_loss,
     shape_rewards,
@@ -78,13 +78,22 @@ def test_reward_errors_name_what_is_missing(arguments, missing):
         label_sensitive_reward(torch.ones(1), **arguments)
 
 
-def test_missing_eos_rule():
-    """Only cut answers are touched; cap first, then penalty; a score below the cap keeps what it is."""
-    scores = torch.tensor([2.0, 2.0, -3.0, -3.0])
-    truncated = torch.tensor([False, True, True, False])
-    assert missing_eos_rule(scores, truncated, 1.0, cap=0.0).tolist() == [2.0, -1.0, -4.0, -3.0]
-    assert missing_eos_rule(scores, truncated, 1.0).tolist() == [2.0, 1.0, -4.0, -3.0]
-    assert missing_eos_rule(scores, truncated, 0.0, cap=0.5).tolist() == [2.0, 0.5, -3.0, -3.0]
+def test_incomplete_answer_rule():
+    """By hand: whole, cut, without a label, both; scores above and below the cap; one penalty, the larger one where both hold."""
+    truncated, unlabelled = (torch.tensor(flags).repeat(2) for flags in ([False, True, False, True], [False, False, True, True]))
+    scores = torch.tensor([2.0, 2.0, 2.0, 2.0, -3.0, -3.0, -3.0, -3.0])
+    rule = incomplete_answer_rule(scores, truncated, unlabelled, 1.0, 0.5, cap=0.0)
+    assert rule.tolist() == [2.0, -1.0, -0.5, -1.0, -3.0, -4.0, -3.5, -4.0]
+    rule = incomplete_answer_rule(scores, truncated, unlabelled, 0.25, 2.0, cap=0.5)
+    assert rule.tolist() == [2.0, 0.25, -1.5, -1.5, -3.0, -3.25, -5.0, -5.0]
+    rule = incomplete_answer_rule(scores, truncated, unlabelled, 0.0, 0.0, cap=0.5)
+    assert rule.tolist() == [2.0, 0.5, 0.5, 0.5, -3.0, -3.0, -3.0, -3.0]
+
+
+def test_without_a_reward_model_only_the_cut_pays():
+    truncated, unlabelled = torch.tensor([False, True, False, True]), torch.tensor([False, False, True, True])
+    scores = torch.tensor([2.0, 2.0, 2.0, -3.0])
+    assert incomplete_answer_rule(scores, truncated, unlabelled, 1.0, 5.0).tolist() == [2.0, 1.0, 2.0, -4.0]
 
 
 # ---- shaping ---------------------------------------------------------------------------------------------------------

@@ -501,19 +501,34 @@ def test_dropout_in_the_policys_config_is_off_in_every_pass(toy, tmp_path):
 
 def test_a_ratio_that_is_not_one_stops_the_run(toy, tmp_path, monkeypatch, capsys):
     """What a dropout left on, or another temperature, would look like."""
-    original = update.analyse
-
-    def off(*arguments):
-        batch = original(*arguments)
-        batch.logprobs = (batch.logprobs + 0.02).masked_fill(~batch.mask, 0.0)
-        return batch
-
-    monkeypatch.setattr(train_ppo, "analyse", off)
+    original = update.token_logprobs
+    monkeypatch.setattr(update, "token_logprobs", lambda *given: original(*given) + (0.02 if torch.is_grad_enabled() else 0.0))
     with pytest.raises(SystemExit) as stop:
         toy.ppo(tmp_path / "ppo", "--reward", "gold")
     message = capsys.readouterr().err
     assert stop.value.code == 1 and "error: step 1: the ratio" in message and "dropout" in message
     assert same_weights(tmp_path / "ppo" / "last", toy.sft)
+
+
+@pytest.mark.parametrize("off, stops", [(2.0, True), (0.002, False)])
+def test_a_sampler_that_is_not_the_policy(toy, tmp_path, monkeypatch, capsys, off, stops):
+    """Log-probabilities recorded while sampling that the scoring pass does not find: stop, or warn."""
+    original = train_ppo.generate
+
+    def shifted(*arguments, **named):
+        rollout = original(*arguments, **named)
+        rollout.rollout_logprobs[rollout.response_mask] += off
+        return rollout
+
+    monkeypatch.setattr(train_ppo, "generate", shifted)
+    words = f"log-probabilities recorded while sampling differ from those of the scoring pass by {off:.2g} (mean)"
+    if stops:
+        with pytest.raises(SystemExit) as stop:
+            toy.ppo(tmp_path / "ppo", "--reward", "gold")
+        assert stop.value.code == 1 and f"error: step 1: {words}" in capsys.readouterr().err
+        assert same_weights(tmp_path / "ppo" / "last", toy.sft)
+    else:
+        assert f"warning: {words}" in toy.ppo(tmp_path / "ppo", "--reward", "gold")
 
 
 def test_warning_when_the_policy_is_not_the_reward_models(toy, tmp_path):

@@ -91,7 +91,7 @@ ALL_ATTENTION_FUNCTIONS.register(SLOTS, slot_attention)
 
 
 @contextmanager
-def _attention(backbone, name):
+def attention_by(backbone, name):
     """The backbone's attention replaced within the block. No mask is made for a name transformers knows no mask for."""
     config = backbone.config
     before, config._attn_implementation = config._attn_implementation, name
@@ -104,7 +104,7 @@ def _attention(backbone, name):
 def packed_forward(backbone, input_ids, segment_lens, **arguments):
     """Hidden states [1, N, H] of sequences behind one another. input_ids [1, N]; segment_lens: list of N's parts."""
     positions = torch.cat([torch.arange(length, device=input_ids.device) for length in segment_lens]).unsqueeze(0)
-    with _attention(backbone, PACKED):
+    with attention_by(backbone, PACKED):
         return backbone(
             input_ids=input_ids, position_ids=positions, segment_lens=segment_lens, **arguments
         ).last_hidden_state
@@ -112,7 +112,7 @@ def packed_forward(backbone, input_ids, segment_lens, **arguments):
 
 def attending_to_slots(backbone):
     """Within the block single tokens attend by `slot_attention`."""
-    return _attention(backbone, SLOTS)
+    return attention_by(backbone, SLOTS)
 
 
 def can_pack(backbone, longest=0):

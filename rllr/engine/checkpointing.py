@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import InputError
 from ..lora import checkpoint_contexts
+from .attention import attention_by
 from .linear import OneDnnLinear, fast_linears
 
 
@@ -35,25 +36,26 @@ def _forward(layer, plain, backbone, *arguments, **keywords):
     if not torch.is_grad_enabled() or keywords.get("use_cache"):
         return plain(*arguments, **keywords)
     lent = any(type(module) is OneDnnLinear for module in layer.modules())
+    attention = backbone.config._attn_implementation  # packed rows have one of their own
 
     def contexts():  # the layer is computed again when what was switched on for its forward has long been switched off
         forward, adapter = checkpoint_contexts(backbone)
-        return forward, _Again(adapter, layer if lent else None)
+        switches = [lambda: adapter, partial(attention_by, backbone, attention)]
+        return forward, _Again(switches + ([partial(fast_linears, layer)] if lent else []))
 
     return checkpoint(plain, *arguments, use_reentrant=False, context_fn=contexts, **keywords)
 
 
 class _Again:
-    """The adapter of the forward and, if it had one, the faster product. May be entered more than once."""
+    """What was switched on for the forward: the adapter, the attention, the faster product. May be entered more than once."""
 
-    def __init__(self, adapter, layer):
-        self.adapter, self.layer, self.stacks = adapter, layer, []
+    def __init__(self, switches):
+        self.switches, self.stacks = switches, []
 
     def __enter__(self):
         stack = ExitStack()
-        stack.enter_context(self.adapter)
-        if self.layer is not None:
-            stack.enter_context(fast_linears(self.layer))
+        for switch in self.switches:
+            stack.enter_context(switch())
         self.stacks.append(stack)
 
     def __exit__(self, *exception):
