@@ -242,6 +242,7 @@ def table(task, results) -> str:
 @dataclass
 class Config(DataConfig):
     models: list | None = None  # directories or hub names; the first is the one the others are compared with
+    base: str | None = None  # where the base of --models that are adapters lies now, if it has moved
     output_dir: str | None = None  # where evaluate.json and the answers go; without it they are only printed
     overwrite: bool = False  # replace an evaluation that is already there
     max_new_tokens: int = 48  # of an answer
@@ -278,7 +279,7 @@ def main(argv=None):
     answers = {}
     for name in config.models:
         own_task = task_of_record(records[name]) or task  # a label-only model is asked in its own way
-        model = load_policy(name, device=device)
+        model = load_policy(name, device=device, base=config.base)
         encoder = Encoder(tokenizers[name], model, records[name].get("clock"))
         fitted = encoder.fit(examples, own_task, config.max_new_tokens, say)
         check_policy(model, encoder, own_task, fitted, config.max_new_tokens, name)

@@ -1,6 +1,7 @@
 """LoRA by hand: named low-rank adapters on one frozen model, switched on and off around forward passes.
 
     y = W x + (alpha / r) B A x                          Hu et al. 2021 (arXiv:2106.09685), section 4.1
+    y = W x + (alpha / sqrt(r)) B A x                    rank-stabilised: Kalajdzievski 2023 (arXiv:2312.03732)
 
 A forward hook adds the second term to the output of a linear module, so the model itself is untouched: its modules,
 names and `state_dict` stay those of the plain Hugging Face model, its fingerprint covers the base and no adapter, and
@@ -41,17 +42,21 @@ class LowRank(nn.Module):
 
 
 class Adapter(nn.Module):
-    """One named adapter: a `LowRank` pair for each module it changes."""
+    """One named adapter: a `LowRank` pair for each module it changes. use_rslora: scaled by alpha / sqrt(rank), not alpha / rank."""
 
-    def __init__(self, rank, alpha):
+    def __init__(self, rank, alpha, use_rslora=False):
         super().__init__()
-        self.rank, self.alpha, self.pairs = rank, alpha, nn.ModuleDict()
+        self.rank, self.alpha, self.use_rslora, self.pairs = rank, alpha, use_rslora, nn.ModuleDict()
+
+    @property
+    def scale(self):
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
     def put(self, path, A, B, weight):
         """The pair of the module at `path`, on the device of its weight; float64 only where the weight is."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         A, B = (tensor.to(device=weight.device, dtype=dtype) for tensor in (A, B))
-        self.pairs[_key(path)] = LowRank(A, B, self.alpha / self.rank)
+        self.pairs[_key(path)] = LowRank(A, B, self.scale)
 
     def items(self):
         """(path of a module in the decoder, its pair), one after the other."""
@@ -95,13 +100,13 @@ def _adapters(model):
 # ---- adding and switching --------------------------------------------------------------------------------------------
 
 
-def add_adapter(model, name, rank, alpha, targets=None, seed=0) -> Adapter:
+def add_adapter(model, name, rank, alpha, targets=None, seed=0, use_rslora=False) -> Adapter:
     """A new adapter on a model (causal LM or decoder), which is frozen. Off until `use_adapter`; at first it adds zero.
 
     A is kaiming-uniform with a = sqrt 5 (that is U(-1/sqrt(in), 1/sqrt(in))) drawn from `seed`, B zero. targets: module
     names or dotted ends of them, as in PEFT (`default_targets`). InputError where a target is no linear module.
     """
-    adapter, generator = Adapter(rank, alpha), torch.Generator().manual_seed(seed)
+    adapter, generator = Adapter(rank, alpha, use_rslora), torch.Generator().manual_seed(seed)
     for path, module in _target_modules(model, targets or default_targets(model)).items():
         outputs, inputs = linear_shape(module)
         A = nn.init.kaiming_uniform_(torch.empty(rank, inputs), a=5**0.5, generator=generator)

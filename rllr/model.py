@@ -115,17 +115,18 @@ def _trust():
     return {"trust_remote_code": _remote_code["allowed"]}
 
 
-def load_policy(name_or_path, *, dtype=torch.float32, device="cpu"):
+def load_policy(name_or_path, *, dtype=torch.float32, device="cpu", base=None):
     """A causal LM by hub name or local directory, in eval mode (dropout off; training stages switch it on).
 
-    An adapter's directory gives its base with the adapter merged in, a multimodal model its text part. Raises InputError where
+    An adapter's directory gives its base with the adapter merged in (`base`: where the base lies, if it has moved), a multimodal model
+    its text part. Raises InputError where
     there is no such model, no causal LM class for it, quantised weights, or a head we cannot reproduce.
     """
     _require_model_directory(name_or_path)
     if is_adapter(name_or_path):
         if _find_head(name_or_path):
             raise InputError(f"{name_or_path}: holds a reward or value model's adapter, not a causal LM's")
-        return _load_merged(name_or_path, dtype, device)
+        return _load_merged(name_or_path, dtype, device, base)
     try:
         config = _read_config(name_or_path)
         multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -182,10 +183,10 @@ def _text_part(model, name):
     return text
 
 
-def _load_merged(path, dtype, device):
+def _load_merged(path, dtype, device, base):
     from .shared import load_merged  # it stands on this module
 
-    return load_merged(path, dtype, device)
+    return load_merged(path, dtype, device, base)
 
 
 def load_tokenizer(name_or_path):
@@ -297,12 +298,12 @@ class ScalarHeadModel(nn.Module):
         return self.head.weight.device
 
     @classmethod
-    def from_pretrained(cls, path, *, dtype=torch.float32, device="cpu"):
+    def from_pretrained(cls, path, *, dtype=torch.float32, device="cpu", base=None):
         """Backbone and head from a directory that `save_pretrained` wrote. A missing head is an InputError, never random."""
         _require_model_directory(path)
         weights = read_head(path)
         if is_adapter(path):
-            return cls.with_head(backbone_of(_load_merged(path, dtype, device)), weights)
+            return cls.with_head(backbone_of(_load_merged(path, dtype, device, base)), weights)
         return cls.with_head(load_backbone(path, dtype=dtype, device=device), weights)
 
     @classmethod

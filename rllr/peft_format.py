@@ -15,7 +15,7 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor's name
 HEADS = ("score.weight", "score.bias")  # what may stand beside the pairs: the head of a reward or value model
 # What changes an adapter's arithmetic and is not computed here: refused where a file asks for it.
-UNSUPPORTED = ("use_dora", "use_rslora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "lora_bias",
+UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "lora_bias",
                "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
                "arrow_config", "kasa_config", "velora_config", "monteclora_config")  # fmt: skip
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")  # others (PiSSA, OLoRA, LoftQ) change the base
@@ -45,6 +45,7 @@ def save_adapter(model, name, directory, *, base=None, head=None):
     config = {
         "peft_type": "LORA", "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
         "base_model_name_or_path": str(base or model.name_or_path), "r": adapter.rank, "lora_alpha": adapter.alpha,
+        "use_rslora": adapter.use_rslora,
         "target_modules": sorted(ends if everywhere else paths), "bias": "none", "lora_dropout": 0.0,
         "fan_in_fan_out": any(isinstance(modules[path], Conv1D) for path in paths),
         "modules_to_save": ["score"] if head else None, "inference_mode": True,
@@ -68,7 +69,7 @@ def load_adapter(model, directory, name) -> Adapter:
         if which not in ("A.weight", "B.weight"):
             raise InputError(f"{directory}: holds {key}, which is no part of a plain LoRA adapter of linear modules")
         pairs.setdefault(path, {})[which[0]] = tensor
-    adapter = Adapter(config["r"], config["lora_alpha"])
+    adapter = Adapter(config["r"], config["lora_alpha"], bool(config.get("use_rslora")))
     for path, pair in pairs.items():
         if path not in modules:
             raise InputError(

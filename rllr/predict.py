@@ -27,6 +27,7 @@ from .trial import check_policy
 @dataclass
 class Config:
     model: str  # directory of a trained policy
+    base: str | None = None  # where the base of a model that is an adapter lies now, if it has moved
     task: str | None = None  # a built-in task's name or a task file; without it the model's own
     input: str | None = None  # JSONL, JSON, CSV, TSV or Parquet; without it, or with -, standard input
     output: str | None = None  # JSONL; without it standard output
@@ -100,7 +101,7 @@ def main(argv=None):
         source = Source(path=config.input, delimiter=config.delimiter, encoding=config.encoding)
     examples = load_examples(source, task, labels="ignored", columns=columns, empty="keep", log=log)
     asked = [example for example in examples if example.text and (example.text_b or not task.is_pair)]
-    model = load_policy(config.model, device=device)
+    model = load_policy(config.model, device=device, base=config.base)
     encoder = Encoder(tokenizer, model, record.get("clock"))
     answers = []
     if asked:

@@ -8,7 +8,6 @@ worded for a label. Pairs need the two apart: a label-sensitive pair may put the
 
 import json
 import math
-import re
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -19,11 +18,12 @@ from .data import load_examples, parse_mapping_flag
 from .demo import quote_of, word_rationale
 from .errors import InputError, command
 from .tasks import load_task
+from .words import words_of
 
 WRITERS = ("given", "evidence", "demo", "model")
-WORD = re.compile(r"\w+(?:['’-]\w+)*")
 SMOOTHING = 0.5  # added to each count of the log-odds (half an occurrence: Jeffreys' prior)
 NAMED_WORDS = 2  # evidence words a rationale names
+MANY_ONCE = 0.9  # share of words that occur in one row only, above which evidence means little
 
 
 class RationaleWriter(ABC):
@@ -108,7 +108,7 @@ class EvidenceWriter(RationaleWriter):
     share or that only one of them has, and how many of them there are.
     """
 
-    def __init__(self, examples, task):
+    def __init__(self, examples, task, log=lambda line: None):
         self.task = task
         self.examples = [example for example in examples if example.label is not None]
         if not self.examples:
@@ -119,13 +119,20 @@ class EvidenceWriter(RationaleWriter):
         for example in self.examples:
             for feature in self._features(example):
                 self.counts[feature][example.label] += 1
+        rows = [sum(labels.values()) for (_, word), labels in self.counts.items() if isinstance(word, str)]
+        once = sum(number == 1 for number in rows)
+        if once > MANY_ONCE * len(rows) or not rows:
+            log(
+                f"warning: {once} of {len(rows)} words occur in one of the {len(self.examples)} labelled rows only, so counted evidence says "
+                "little about other rows; give more rows, or rationales of your own (--rationales given or model)"
+            )
 
     def _features(self, example):
         """{feature: surface form}. Feature: (kind, lower-case word) or (kind, number of such words, 5 at most)."""
-        first = _words(example.text)
+        first = words_of(example.text)
         if not self.task.is_pair:
             return {("has", word): surface for word, surface in first.items()}
-        second, features = _words(example.text_b or ""), {}
+        second, features = words_of(example.text_b or ""), {}
         kinds = {
             "both": {word: second[word] for word in second if word in first},
             "first": {word: first[word] for word in first if word not in second},
@@ -188,18 +195,10 @@ class EvidenceWriter(RationaleWriter):
         return f"{who} {named}, which suggests {label}"
 
 
-def _words(text):
-    """{lower-case word: its first surface form}, in the order of the text."""
-    found = {}
-    for match in WORD.finditer(text):
-        found.setdefault(match.group().casefold(), match.group())
-    return found
-
-
 def check_writer(name, examples, task, rationale_model=None):
     """InputError where a writer lacks what it needs. Called before a run writes anything; a language model is not loaded."""
     if name != "model":
-        make_writer(name, examples, task)
+        make_writer(name, examples, task, log=lambda line: None)
     elif not rationale_model:
         raise InputError("--rationales model needs --rationale_model, the causal LM that writes them")
 
@@ -235,7 +234,7 @@ def make_writer(name, examples, task, *, config=None, device="cpu", directory=".
     classes = {"given": GivenWriter, "evidence": EvidenceWriter, "demo": DemoWriter}
     if name not in classes:
         raise InputError(f"--rationales {name!r}: choose from {', '.join(WRITERS)}")
-    writer = classes[name](examples, task)
+    writer = EvidenceWriter(examples, task, log) if name == "evidence" else classes[name](examples, task)
     if isinstance(writer, GivenWriter):
         writer.check(also)
     return writer

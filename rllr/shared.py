@@ -33,6 +33,7 @@ class LoRAConfig:
 
     lora_rank: int = 0  # train adapters of this rank (16 is usual) on one frozen base; 0: train all weights
     lora_alpha: int = 32  # adapters are scaled by alpha / rank
+    use_rslora: bool = False  # scale adapters by alpha / sqrt(rank) instead, which keeps large ranks from learning slower
     lora_targets: str | None = None  # adapted modules: comma list (q_proj,v_proj; Bloom query_key_value; GPT-2 c_attn)
     base_dtype: str = "fp32"  # the frozen base in memory: fp32 or, with --precision bf16, bf16; adapters stay fp32
 
@@ -42,7 +43,7 @@ def check_lora(config):
     check_positive(config, "lora_rank", zero=True)
     check_positive(config, "lora_alpha")
     check_choice(config, "base_dtype", tuple(DTYPES))
-    for name, default in (("lora_targets", None), ("base_dtype", "fp32")):
+    for name, default in (("lora_targets", None), ("base_dtype", "fp32"), ("use_rslora", False)):
         if not config.lora_rank and getattr(config, name) != default:
             raise InputError(f"--{name} {getattr(config, name)}: is for adapters; give --lora_rank 16, too")
     if config.base_dtype == "bf16" and config.precision != "bf16":
@@ -184,7 +185,7 @@ def cast_parameters(model, dtype):
 def new_role(model, role, config, seed=0):
     """A policy that is `model` and a new adapter of that name, as the flags say."""
     targets = [target.strip() for target in config.lora_targets.split(",")] if config.lora_targets else None
-    add_adapter(model, role, config.lora_rank, config.lora_alpha, targets, seed)
+    add_adapter(model, role, config.lora_rank, config.lora_alpha, targets, seed, config.use_rslora)
     return RolePolicy(model, role)
 
 
@@ -213,15 +214,23 @@ def check_base(directory, base_fingerprint, where):
         )
 
 
-def load_merged(directory, dtype=torch.float32, device="cpu"):
-    """The causal LM that an adapter's directory amounts to: its base with the adapter merged in, in float32."""
-    name = read_adapter_config(directory).get("base_model_name_or_path")
+def load_merged(directory, dtype=torch.float32, device="cpu", base=None):
+    """The causal LM that an adapter's directory amounts to: its base with the adapter merged in, in float32.
+
+    base: where the base lies now; else where PEFT's configuration says, or, if nothing is there, our record beside it.
+    """
+    named = read_adapter_config(directory).get("base_model_name_or_path")
+    recorded = path_from_record(read_record(directory).get("base", {}).get("path"), directory)
+    moved = recorded and Path(recorded).is_dir() and not Path(named or "").is_dir()
+    name = base or (recorded if moved else named)
     if not name:
-        raise InputError(f"{directory}/adapter_config.json: names no base (base_model_name_or_path); add it")
+        raise InputError(f"{directory}/adapter_config.json: names no base (base_model_name_or_path); add it, or give --base DIR")
     try:
         model = load_policy(name, device=device)
     except InputError as error:
-        raise InputError(f"{directory}/adapter_config.json: base_model_name_or_path: {error}") from None
+        if base:
+            raise InputError(f"--base {error}") from None
+        raise InputError(f"{directory}/adapter_config.json: base_model_name_or_path: {error}; has it moved? --base DIR says where to") from None
     check_base(directory, fingerprint(model), str(directory))
     load_adapter(model, directory, "merged")
     merge_adapter(model, "merged").name_or_path = str(directory)
@@ -237,6 +246,7 @@ def load_merged(directory, dtype=torch.float32, device="cpu"):
 class MergeConfig:
     adapter: str  # directory of a policy's or reward model's adapter
     output_dir: str  # where the plain Hugging Face model goes
+    base: str | None = None  # where the adapter's base lies now, if it has moved
     overwrite: bool = False  # replace a model that is already there
     trust_remote_code: bool = False  # let a model's own Python code run, as some hub models need
 
@@ -255,12 +265,12 @@ def merge_command(argv=None):
     adapter, record = Path(config.adapter), read_record(config.adapter)
     is_reward = read_adapter_config(adapter).get("task_type") == "SEQ_CLS"
     check_run_directory(config.output_dir, config.overwrite, [adapter])
-    tokenizer, model = load_tokenizer(adapter), load_merged(adapter)
+    tokenizer, model = load_tokenizer(adapter), load_merged(adapter, base=config.base)
     encoder, directory = Encoder(tokenizer, model), open_run_directory(config.output_dir, config.overwrite, [adapter])
     record = {key: value for key, value in record.items() if key != "base"}
     if is_reward:
         pad_id = reward_pad_token_id(tokenizer, encoder.stop_ids, model.config.vocab_size)
-        RewardModel.from_pretrained(adapter).save_pretrained(directory, tokenizer, pad_id)
+        RewardModel.from_pretrained(adapter, base=config.base).save_pretrained(directory, tokenizer, pad_id)
         write_json(directory / RECORD, record)
         for file in adapter.glob("score_statistics.json"):
             shutil.copy(file, directory)

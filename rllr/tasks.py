@@ -57,7 +57,9 @@ class Example:
 
     @property
     def name(self):
-        """What a message calls this row."""
+        """What a message calls this row: its own id and its place; its place alone where the id is but a hash (`data.text_hash`)."""
+        if self.place and re.fullmatch(r"[0-9a-f]{16}(#[0-9]+)?", self.id):
+            return self.place
         return f"{self.id} ({self.place})" if self.place else self.id
 
 

@@ -25,6 +25,7 @@ from .logprobs import token_logprobs
 from .metrics import say
 from .splits import DataConfig, load_splits
 from .tasks import load_task
+from .words import words_of
 from .training import (
     clip_gradient, make_optimizer, make_record, optimizer_step, pack, save_policy, set_up, show_config, shuffled_batches,
 )  # fmt: skip
@@ -124,7 +125,9 @@ def _warm_up(model, encoder, examples, task, config, seed, device, autocast):
 
 
 def _copying_exercise(example, rng):
-    words = f"{example.text} {example.text_b or ''}".split()
+    text = f"{example.text} {example.text_b or ''}"
+    words = text.split()
+    words = words if len(words) > 1 else list(words_of(text).values()) or words  # a script without spaces
     if rng.random() < 0.5:
         return " and ".join(rng.sample(words, min(COPY_WORDS, len(words))))
     length = rng.randint(*COPY_SPAN)

@@ -38,7 +38,7 @@ def test_a_loss_that_is_no_number(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_sft, "sft_loss", poisoned(train_sft.sft_loss, 12, lambda loss: loss * math.nan))
     error = refused(capsys, "sft", *flags, code=1)
     path = tmp_path / "run" / "checkpoints" / "step-000006"
-    assert "error: step 7: the SFT loss is nan (prompts " in error and "(train.jsonl:" in error and f"The state before it is in {path}." in error
+    assert "error: step 7: the SFT loss is nan (prompts train.jsonl:" in error and f"The state before it is in {path}." in error
     monkeypatch.undo()
     output = run(main, "--resume", tmp_path / "run")
     assert f"resumed from {path}" in output
@@ -77,7 +77,7 @@ def test_a_reward_that_is_no_number(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rllr.roles, "gold_reward", poisoned(rllr.roles.gold_reward, 3, nan_in_row(5)))
     error = refused(capsys, "ppo", *flags, code=1)
     found = list_checkpoints(tmp_path / "run")[0]
-    assert "error: step 3: the label score is nan (prompt " in error and "(train.jsonl:" in error and f"in {found}." in error and found.name == "step-000002"
+    assert "error: step 3: the label score is nan (prompt train.jsonl:" in error and f"in {found}." in error and found.name == "step-000002"
     assert (tmp_path / "run" / "last" / "model.safetensors").is_file()
 
 
@@ -100,7 +100,7 @@ def test_weights_that_explode(toy, tmp_path, monkeypatch, capsys, what, words):
 
     monkeypatch.setattr(train_ppo, "improve", exploding)
     error = refused(capsys, "ppo", *flags, "--save_every", 2, "--keep_last", 1, "--eval_every", 99, code=1)
-    assert f"error: step 4: {words}" in error and "(prompts " in error and "(train.jsonl:" in error and "Traceback" not in error
+    assert f"error: step 4: {words}" in error and "(prompts train.jsonl:" in error and "Traceback" not in error
     # Neither a checkpoint nor a policy with such weights takes the place of a sound one.
     (kept,) = list_checkpoints(tmp_path / "run")
     assert kept.name == "step-000002" and "is not finite" in error and f"The newest checkpoint is {kept}." in error

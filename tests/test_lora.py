@@ -1,6 +1,7 @@
 """Adapters: arithmetic against dense weights, switching, PEFT's format both ways, roles on one base, the scripts."""
 
 import copy
+import io
 import json
 import shutil
 from functools import partial
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from rllr import evaluate, roles, shared, tasks
+from rllr import evaluate, predict, roles, shared
 from rllr.errors import InputError
 from rllr.layout import pack_sequences
 from rllr.logprobs import token_logprobs
@@ -648,8 +649,60 @@ def test_a_changed_base_is_refused(toy, rm, tmp_path, capsys):
         RewardModel.from_pretrained(tmp_path / "rm")
     config["base_model_name_or_path"] = str(tmp_path / "gone")
     (tmp_path / "rm" / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="base_model_name_or_path: .*gone: no such model directory"):
+    assert fingerprint(RewardModel.from_pretrained(tmp_path / "rm")) == fingerprint(RewardModel.from_pretrained(rm))  # by our record
+    record = json.loads((tmp_path / "rm" / "rllr.json").read_text())
+    record["base"]["path"] = "../gone"
+    (tmp_path / "rm" / "rllr.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="base_model_name_or_path: .*gone: no such model directory; has it moved.*--base DIR"):
         RewardModel.from_pretrained(tmp_path / "rm")
+    assert fingerprint(RewardModel.from_pretrained(tmp_path / "rm", base=toy.sft)) == fingerprint(RewardModel.from_pretrained(rm))
+    with pytest.raises(InputError, match="--base .*nowhere/at/all: no such model directory"):
+        RewardModel.from_pretrained(tmp_path / "rm", base="nowhere/at/all")
+    with pytest.raises(InputError, match="trained on other weights"):
+        RewardModel.from_pretrained(tmp_path / "rm", base=tmp_path / "sft")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rank_stabilised_adapters(tmp_path, family):
+    """alpha / sqrt(r), written and read, ours by peft and peft's by us: the same outputs."""
+    model = tiny_model(family)
+    adapter = add_adapter(model, "x", 4, 8, use_rslora=True)
+    plain = add_adapter(model, "y", 4, 8)
+    assert (adapter.scale, plain.scale) == (4.0, 2.0)
+    for pair in adapter.pairs.values():
+        torch.nn.init.normal_(pair.B, generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(3, 12).unsqueeze(0)
+    with use_adapter(model, "x"), torch.no_grad():
+        expected = model(input_ids=ids).logits
+    save_adapter(model, "x", tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["use_rslora"] is True
+    theirs = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path / "ours")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = tiny_model(family)
+    assert load_adapter(again, tmp_path / "theirs", "z").use_rslora
+    with use_adapter(again, "z"), torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+    merged = merge_adapter(again, "z")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluate_and_predict_find_a_moved_base(toy, ppo, tmp_path, monkeypatch, capsys):
+    """An adapter whose base lies elsewhere now: --base says where."""
+    adapter, base = shutil.copytree(ppo[0] / "last", tmp_path / "adapter"), shutil.copytree(toy.sft, tmp_path / "moved")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gone/away/model"}))
+    record = json.loads((adapter / "rllr.json").read_text())
+    record["base"]["path"] = "./gone"
+    (adapter / "rllr.json").write_text(json.dumps(record))
+    assert "--base DIR" in refused(capsys, evaluate.main, "--models", adapter, "--eval_file", toy.dev)
+    assert "accuracy" in run(evaluate.main, "--models", adapter, "--eval_file", toy.dev, "--base", base, "--max_new_tokens", 12)
+    monkeypatch.setattr("sys.stdin", io.StringIO("the soup was fresh\n"))
+    assert '"text": "the soup was fresh"' in run(predict.main, "--model", adapter, "--base", base, "--max_new_tokens", 12)
+    run(shared.merge_command, "merge", "--adapter", adapter, "--base", base, "--output_dir", tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
 def test_flags_that_contradict_each_other(toy, rm, tmp_path, capsys):

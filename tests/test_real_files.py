@@ -211,3 +211,4 @@ def test_examples_are_equal_wherever_they_stand(tmp_path):
     rows = [json.loads(line) for line in (write(tmp_path / "a.jsonl", [{"id": "r", "text": "x"}])).read_text().splitlines()]
     (example,) = read(write(tmp_path / "b.jsonl", rows), labels="optional")
     assert example == Example("r", "x") and example.name == "r (b.jsonl:1)" and Example("r", "x").name == "r"
+    assert [e.name for e in read(write(tmp_path / "c.csv", "text\nx\nx\n"), labels="optional")] == ["c.csv:2", "c.csv:3"]

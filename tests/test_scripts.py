@@ -449,7 +449,7 @@ def test_non_finite_reward_stops_before_the_update(toy, tmp_path, monkeypatch, c
         toy.ppo(tmp_path / "ppo", *flags, steps=3)
     message = capsys.readouterr().err
     assert stop.value.code == 1 and message.startswith(f"error: step {bad_step}: ") and message.count("\n") == 1
-    assert f"the label score is {value} (prompt " in message and "(train.jsonl:" in message and str(tmp_path / "ppo" / "last") in message
+    assert f"the label score is {value} (prompt train.jsonl:" in message and str(tmp_path / "ppo" / "last") in message
     assert generates(tmp_path / "ppo" / "last") and read_record(tmp_path / "ppo" / "last")["step"] == bad_step - 1
     assert same_weights(tmp_path / "ppo" / "last", toy.sft) == (bad_step == 1)
     assert len(read_metrics(tmp_path / "ppo", "judge/score")) == bad_step - 1
