@@ -167,6 +167,8 @@ def packs_like(backbone, rows, alone):
     except Exception:
         return False
     alone = torch.cat(alone)
+    if not torch.isfinite(alone).all():
+        return False
     tolerance = {torch.float32: 1e-4, torch.float64: 1e-8}.get(packed.dtype, 5e-2)
     return packed.shape == alone.shape and torch.allclose(packed, alone, rtol=tolerance, atol=tolerance * float(alone.abs().max()))
 

@@ -10,12 +10,15 @@ import weakref
 import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.models.llama.modeling_llama import LlamaModel
 
 
 def cache_argument(backbone):
     """What this decoder's forward calls its cache: `cache`, or `past_key_values` as until transformers 5.23."""
     backbone = getattr(backbone, "shared_backbone", backbone)  # a role on a shared base takes what its base takes
-    return "cache" if "cache" in inspect.signature(getattr(backbone, "forward", backbone)).parameters else "past_key_values"
+    own = inspect.signature(getattr(backbone, "forward", backbone)).parameters
+    library = inspect.signature(LlamaModel.forward).parameters  # for a forward that hands on whatever it is given
+    return next(name for name in ("cache", "past_key_values") if name in own or name in library and "past_key_values" not in own)
 
 
 class SlotCache(Cache):

@@ -55,8 +55,8 @@ def length_limits(config):
 def position_limits(config):
     """[(tokens, what sets the limit)] of the positions alone."""
     config = text_config(config)
-    found = {name: getattr(config, name, None) for name in POSITIONS}
-    return [(tokens, f"its {name} of {tokens}") for name, tokens in found.items() if isinstance(tokens, int) and tokens > 0]
+    found = {getattr(config, name, None): name for name in reversed(POSITIONS)}  # several names may stand for one number
+    return [(tokens, f"its {name} of {tokens}") for tokens, name in found.items() if isinstance(tokens, int) and tokens > 0]
 
 
 def rotary_scalings(config):
