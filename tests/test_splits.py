@@ -1,0 +1,216 @@
+"""Rows and the stages: which rows stay where, what the record says of them, and what the log says before anything is trained."""
+
+import json
+import os
+import shutil
+
+import pytest
+import train_ppo
+import train_rm
+import train_sft
+from toy_runs import ANSWER, DEV_ROWS, TRAIN_ROWS, read_metrics, run, write_rows
+
+from rllr import evaluate
+from rllr.errors import InputError
+from rllr.files import path_for_record, path_from_record
+from rllr.splits import DataConfig, Splits, load_splits, rows_digest, tell_splits
+from rllr.tasks import Example, Task
+
+TASK = Task("toy", ("good", "bad"), "{text}")
+ROWS = [Example(f"r{i}", f"text {i}", label="good" if i % 2 else "bad") for i in range(40)]
+
+
+def refused(capsys, main, *flags):
+    with pytest.raises(SystemExit) as stop:
+        run(main, *flags)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def here(toy, tmp_path, monkeypatch):
+    """A directory of its own with relative paths: data/train.jsonl, data/dev.jsonl, toy.yaml and an SFT run on them."""
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "train.jsonl", TRAIN_ROWS)
+    write_rows(tmp_path / "data" / "dev.jsonl", DEV_ROWS)
+    shutil.copy(toy.task, tmp_path / "toy.yaml")
+    monkeypatch.chdir(tmp_path)
+    data = ["--task", "toy.yaml", "--train_file", "data/train.jsonl", "--eval_file", "data/dev.jsonl", "--labelled", 40]
+    run(train_sft.main, *data, "--model", toy.base, "--epochs", 2, "--learning_rate", 1e-2, "--output_dir", "runs/sft", *ANSWER)
+    return tmp_path
+
+
+RM = ["--epochs", 1, *ANSWER]
+
+
+# ---- rows keep their stage -------------------------------------------------------------------------------------------
+
+
+def test_a_reordered_file_changes_no_split(here):
+    """The rows are known by what they say: the reward model trains on SFT's rows, wherever they stand by then."""
+    before = run(train_rm.main, "--policy", "runs/sft", *RM, "--output_dir", "runs/rm")
+    write_rows("data/train.jsonl", TRAIN_ROWS[::-1])
+    after = run(train_rm.main, "--policy", "runs/sft", *RM, "--output_dir", "runs/rm2")
+    assert "other rows" not in after and [json.loads(r)["rows"] for r in (
+        (here / "runs" / name / "rllr.json").read_text() for name in ("rm", "rm2"))] == [
+        json.loads((here / "runs" / "sft" / "rllr.json").read_text())["rows"]] * 2  # fmt: skip
+    assert "rows: " in before
+
+
+def test_rows_that_changed_are_refused_naming_both(here, capsys):
+    changed = [dict(row, label={"good": "bad", "bad": "good"}[row["label"]]) if i == 5 else row for i, row in enumerate(TRAIN_ROWS)]
+    write_rows("data/train.jsonl", changed)
+    message = refused(capsys, train_rm.main, "--policy", "runs/sft", *RM)
+    assert "--train_file data/train.jsonl (from runs/sft/rllr.json): its rows are other ones now (digest " in message
+    assert "than those that the policy was trained with (digest " in message and "give the data by flag to use it on purpose" in message
+    write_rows("data/train.jsonl", TRAIN_ROWS)
+    write_rows("data/dev.jsonl", DEV_ROWS[:-1])
+    assert "--eval_file data/dev.jsonl (from runs/sft/rllr.json)" in refused(capsys, train_ppo.main, "--policy", "runs/sft", "--reward", "gold")
+    assert "--eval_file data/dev.jsonl (from runs/sft/rllr.json)" in refused(capsys, evaluate.main, "--models", "runs/sft")
+
+
+def test_other_data_by_flag_goes_without_the_rows_that_sft_knows(here):
+    """12 new rows beside all of the old ones: what trained or evaluated SFT is left out and counted, from the evaluation rows as well."""
+    new = [{"text": f"the dog {i} was tasty", "label": "good"} for i in range(12)]
+    kept = json.loads((here / "runs" / "sft" / "rows.json").read_text())
+    known = {name: len(hashes) for name, hashes in kept.items()}
+    assert known == {"labelled": 36, "held_out": 4, "eval": 24}
+    write_rows("data/more.jsonl", new + TRAIN_ROWS)
+    write_rows("data/dev2.jsonl", new[:3] + TRAIN_ROWS[:20] + DEV_ROWS)
+    flags = ["--train_file", "data/more.jsonl", "--eval_file", "data/dev2.jsonl", "--labelled", 11]
+    output = run(train_ppo.main, "--policy", "runs/sft", *flags, "--reward", "gold", "--steps", 1, "--rollout_prompts", 4,
+                 "--minibatches", 2, "--output_dir", "runs/ppo", *ANSWER)  # fmt: skip
+    assert "warning: --train_file data/more.jsonl: other rows than those that the policy was trained with, taken because a flag names them" in output
+    assert f"--train_file data/more.jsonl: 40 of {len(new) + len(TRAIN_ROWS)} rows trained or evaluated the policy and are left out" in output
+    assert "rows trained the policy and are left out" in output and "of 47 rows trained the policy" in output
+    assert json.loads((here / "runs" / "ppo" / "last" / "rows.json").read_text()) == kept  # handed on for a second round
+
+
+def test_nothing_left_is_an_error(here, capsys):
+    write_rows("data/only.jsonl", DEV_ROWS)
+    message = refused(capsys, train_rm.main, "--policy", "runs/sft", "--train_file", "data/only.jsonl", *RM)
+    assert "--train_file data/only.jsonl: every row of it trained or evaluated the policy; give other rows" in message
+
+
+def test_evaluate_warns_of_rows_that_trained(here):
+    output = run(evaluate.main, "--models", "runs/sft", "--eval_file", "data/train.jsonl", "--max_new_tokens", 12)
+    assert "warning: --eval_file data/train.jsonl: 36 of 52 rows trained runs/sft" in output
+    assert "warning" not in run(evaluate.main, "--models", "runs/sft", "--max_new_tokens", 12)
+
+
+# ---- paths -----------------------------------------------------------------------------------------------------------
+
+
+def test_paths_are_kept_from_where_the_record_lies(here, monkeypatch):
+    """A later stage may run anywhere, where another file of that name lies, and the whole may be moved."""
+    record = json.loads((here / "runs" / "sft" / "rllr.json").read_text())
+    assert record["data"]["train_file"] == "../../data/train.jsonl" and record["data"]["task"] == "../../toy.yaml"
+    elsewhere = here / "elsewhere"
+    (elsewhere / "data").mkdir(parents=True)
+    write_rows(elsewhere / "data" / "train.jsonl", DEV_ROWS)
+    monkeypatch.chdir(elsewhere)
+    output = run(train_rm.main, "--policy", "../runs/sft", *RM, "--output_dir", "rm", "--save_every", 1)
+    assert "../data/train.jsonl: 52 rows read" in output
+    monkeypatch.chdir(here)
+    assert "resumed from" in run(train_rm.main, "--resume", "elsewhere/rm", "--epochs", 2)
+    moved = here.parent / f"{here.name}-moved"
+    shutil.copytree(here, moved)
+    shutil.rmtree(here / "data")
+    monkeypatch.chdir(moved)
+    run(train_ppo.main, "--policy", "runs/sft", "--reward", "gold", "--steps", 1, "--rollout_prompts", 4, "--output_dir", "ppo", *ANSWER)
+    assert read_metrics("ppo", "judge/score")
+
+
+def test_a_path_that_is_gone_says_where_it_came_from(here, capsys):
+    os.remove("data/train.jsonl")
+    message = refused(capsys, train_rm.main, "--policy", "runs/sft", *RM)
+    assert "error: data/train.jsonl: no such file (from runs/sft/rllr.json)" in message
+
+
+def test_paths_for_and_from_a_record(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jsonl").touch()
+    assert path_for_record("a/x.jsonl", "runs/sft") == "../../a/x.jsonl" and path_for_record("a/x.jsonl", "a") == "./x.jsonl"
+    assert path_from_record("../../a/x.jsonl", "runs/sft") == os.path.join("a", "x.jsonl") == path_from_record("./x.jsonl", "a")
+    absolute = str(tmp_path / "a" / "x.jsonl")
+    for value in (None, "", absolute, "organisation/model", "no/such/file"):
+        assert path_for_record(value, "runs/sft") == value == path_from_record(value, "runs/sft")
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_older_record_or_run_is_refused_in_one_sentence(here, capsys):
+    run(train_sft.main, "--resume", "runs/sft", "--epochs", 2)
+    for path, edit in (("runs/sft/rllr.json", "rllr"), ("runs/sft/run.json", "run")):
+        content = json.loads((here / path).read_text())
+        (here / path).write_text(json.dumps({key: value for key, value in content.items() if key != "format"}))
+        flags = ["--policy", "runs/sft", *RM] if edit == "rllr" else ["--resume", "runs/sft"]
+        shutil.rmtree("runs/sft/checkpoints", ignore_errors=True)
+        message = refused(capsys, train_rm.main if edit == "rllr" else train_sft.main, *flags)
+        assert f"{path}: has format 1, this version of rllr has format 2, and what a run computes has changed in between (CHANGELOG.md); " in message
+        (here / path).write_text(json.dumps(content))
+
+
+# ---- what the log says -----------------------------------------------------------------------------------------------
+
+
+def told(labelled, held_out=(), unlabelled=(), evaluation=()):
+    log = []
+    tell_splits(Splits(list(labelled), list(held_out), list(unlabelled), list(evaluation)), TASK, log.append)
+    return log
+
+
+def test_rows_per_split_and_class():
+    unlabelled = [Example("u", "more")]
+    assert told(ROWS[:20], ROWS[20:25], unlabelled, ROWS[30:34]) == [
+        "rows: 20 labelled to train on (good 10, bad 10); 5 labelled held out (good 2, bad 3); 1 unlabelled; 4 for evaluation (good 2, bad 2)"
+    ]
+
+
+def test_texts_in_two_splits():
+    """Compared without case and white space, across ids and labels."""
+    again = [Example("x", " TEXT  3", label="good"), Example("y", "new", label="bad")]
+    log = told(ROWS[:20], ROWS[20:25], evaluation=again)
+    assert log[1].startswith("warning: 1 of 2 evaluation texts are among the training rows as well (x): what is measured on them")
+    log = told(ROWS[:20], again, evaluation=ROWS[30:34])
+    assert log[1].startswith("warning: 1 of 2 held-out texts are among the rows to train on as well (x)")
+    assert len(told(ROWS[:20], ROWS[20:25], evaluation=ROWS[30:34])) == 1
+
+
+def test_one_class_and_a_class_without_a_row():
+    good = [row for row in ROWS if row.label == "good"]
+    log = told(good, evaluation=good[:3])
+    assert any(line.startswith("warning: all 20 rows to train on are labelled 'good'") for line in log)
+    assert any(line.startswith("warning: all 3 evaluation rows are labelled 'good'") for line in log)
+    assert any(line.startswith("warning: no row to train on is labelled 'bad'") for line in log)
+
+
+def test_the_evaluation_file_is_the_training_file(tmp_path):
+    path, log = write_rows(tmp_path / "rows.jsonl", TRAIN_ROWS), []
+    load_splits(DataConfig(train_file=path, eval_file=path), TASK, log.append)
+    assert any(f"{len(TRAIN_ROWS)} of {len(TRAIN_ROWS)} evaluation texts are among the training rows" in line for line in log)
+
+
+def test_no_row_has_a_label(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": row["text"], "label": -1} for row in TRAIN_ROWS])
+    with pytest.raises(InputError, match=f"^--train_file {path}: no row has a label; name their column"):
+        load_splits(DataConfig(train_file=path), TASK, print)
+
+
+def test_a_data_set_without_a_validation_split(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list([{"text": row["text"], "label": row["label"]} for row in TRAIN_ROWS]).save_to_disk(tmp_path / "saved")
+    log = []
+    splits = load_splits(DataConfig(dataset=str(tmp_path / "saved")), TASK, log.append)
+    assert len(splits.eval) == 5 and any("evaluation rows are set aside from the training rows" in line for line in log)
+    with pytest.raises(InputError, match="without splits, so there is no 'validation'"):
+        load_splits(DataConfig(dataset=str(tmp_path / "saved"), eval_split="validation"), TASK, print)
+
+
+def test_a_digest_of_rows_is_of_what_they_say():
+    assert rows_digest(ROWS) == rows_digest(ROWS[::-1]) == rows_digest([Example(r.id, r.text, label=r.label, place="elsewhere") for r in ROWS])
+    other = [*ROWS[:-1], Example(ROWS[-1].id, ROWS[-1].text, label="bad")]
+    assert rows_digest(ROWS) != rows_digest(ROWS[:-1]) != rows_digest(other) and rows_digest(other) != rows_digest(ROWS)
