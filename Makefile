@@ -1,14 +1,19 @@
-# make demo: the whole path on the built-in data.   make test: the tests.   Both build their own virtual environment.
+# make demo: the whole path on the built-in data.   make test: the tests.   Both build their own virtual environment, with the very
+# versions that were tested (constraints.txt).   make test-all: the slow ones as well.
 PYTHON ?= python3
+TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs/demo
+PIP := -m pip install --quiet --disable-pip-version-check
+REQUIREMENTS := -r requirements.txt -r requirements-test.txt
+JOBS ?= 2
 
-.PHONY: demo test clean
+.PHONY: demo test test-all test-oldest test-newest lock clean
 
-$(VENV)/installed: requirements.txt requirements-test.txt
+$(VENV)/installed: requirements.txt requirements-test.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-test.txt
+	$(BIN)/python $(PIP) -c constraints.txt $(REQUIREMENTS)
 	@touch $@
 
 # 1500 labelled rows for SFT and the reward model, the other 18500 are PPO's prompts. The settings were chosen on dev.
@@ -19,8 +24,36 @@ demo: $(VENV)/installed
 	$(BIN)/python -m rllr.evaluate --part test --models $(RUNS)/sft $(RUNS)/ppo-label/last --output_dir $(RUNS)/evaluation --overwrite
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 	$(BIN)/python tests/mutate.py
 
+test-all: test
+	$(BIN)/python -m pytest -n $(JOBS) -m slow
+
+# The exact versions that `make demo` and `make test` install: of a fresh environment, as of today.
+lock:
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python $(PIP) torch==$(TORCH)
+	.venv-lock/bin/python $(PIP) $(REQUIREMENTS)
+	echo "# The versions that were tested, direct and transitive. Made by: make lock" > constraints.txt
+	.venv-lock/bin/python -m pip list --format=freeze --exclude pip | sed 's/+.*//' >> constraints.txt
+	rm -rf .venv-lock
+
+# The suite with the oldest and with the newest versions that requirements*.txt allow (of torch, $(TORCH)), in environments of their own.
+test-oldest:
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	sed -E '/^torch/d; s/>=([0-9.]+).*/==\1/' requirements.txt requirements-test.txt > .venv-oldest/oldest.txt
+	.venv-oldest/bin/python $(PIP) torch==$(TORCH) -r .venv-oldest/oldest.txt
+	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile
+
+test-newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python $(PIP) torch==$(TORCH)
+	.venv-newest/bin/python $(PIP) --upgrade --upgrade-strategy eager torch==$(TORCH) $(REQUIREMENTS)
+	.venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .venv-* runs build *.egg-info

@@ -176,6 +176,10 @@ def main(argv=None):
     tiny, kind = record.get("tiny", False), kind_of(config)
     config.learning_rate = config.learning_rate or (5e-4 if tiny else 5e-6) * rate_factor(config, tiny)
     config.dropout = (0.2 if tiny else 0.0) if config.dropout is None else config.dropout
+    directory = config.output_dir or f"runs/{task.name}/rm-{kind}"
+    inputs = [config.policy, config.task, config.train_file, config.eval_file, config.rationale_model, config.pairs]
+    if not taken_up:
+        check_run_directory(directory, config.overwrite, inputs)
     device, autocast = set_up(config.precision, config.seed, config.deterministic)
 
     splits = load_splits(config, task, say, record, taken_up)
@@ -201,10 +205,6 @@ def main(argv=None):
         train_pairs, held_pairs = split_by_prompt([Pair(**pair) for pair in load_pairs(config.pairs, say)])
     else:
         check_writer(config.rationales, labelled + held_out, task, config.rationale_model)
-    directory = config.output_dir or f"runs/{task.name}/rm-{kind}"
-    inputs = [config.policy, config.task, config.train_file, config.eval_file, config.rationale_model, config.pairs]
-    if not taken_up:
-        check_run_directory(directory, config.overwrite, inputs)
     show_config(config, "train_rm")
     if kind != "file":
         writer = make_writer(

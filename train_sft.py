@@ -114,16 +114,16 @@ def main(argv=None):
     )
     config.learning_rate = config.learning_rate or (1e-3 if tiny else 1e-5) * rate_factor(config, tiny)
     config.dropout = (0.2 if tiny else 0.0) if config.dropout is None else config.dropout
+    directory = config.output_dir or f"runs/{task.name}/sft"
+    inputs = [config.model, config.task, config.train_file, config.eval_file, config.rationale_model]
+    if not taken_up:
+        check_run_directory(directory, config.overwrite, inputs)
     device, autocast = set_up(config.precision, config.seed, config.deterministic)
 
     splits = load_splits(config, task, say, record, taken_up)
     built = taken_up.directory / BASE if taken_up and taken_up.checkpoint and config.model == "tiny" else None
     if config.model != "tiny" or built:
         model, tokenizer = load_policy(built or config.model, device=device), load_tokenizer(built or config.model)
-    directory = config.output_dir or f"runs/{task.name}/sft"
-    inputs = [config.model, config.task, config.train_file, config.eval_file, config.rationale_model]
-    if not taken_up:
-        check_run_directory(directory, config.overwrite, inputs)
     show_config(config, "train_sft")
     if config.model == "tiny" and not built:
         model, tokenizer = build_tiny(

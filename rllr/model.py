@@ -134,6 +134,8 @@ def load_policy(name_or_path, *, dtype=torch.float32, device="cpu", base=None):
         model, info = auto.from_pretrained(
             name_or_path, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, **_trust()
         )
+    except InputError:
+        raise
     except LOADING_ERRORS as error:
         raise InputError(f"{name_or_path}: cannot be loaded as a causal LM: {_first_line(error)}") from error
     if info["missing_keys"]:

@@ -19,6 +19,7 @@ def flags_of(toy, name):
     return [*source, *RUNS[name][1].split(), "--save_every", 2, "--max_new_tokens", 12]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_weights(toy, tmp_path, name):
     script, flags = RUNS[name][0], flags_of(toy, name)
