@@ -1,3 +1,3 @@
 """rllr: reinforcement learning from human feedback in readable PyTorch, with the label-sensitive reward of RLLR."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

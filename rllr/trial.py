@@ -7,7 +7,7 @@ among them, are decoded token by token here, and compared.
 
 import torch
 
-from .engine.attention import backbone_alone, can_pack, forbid_packing, packs_like
+from .engine.attention import backbone_alone, packs_like, remember_packing, takes_our_attention
 from .engine.decoder import Decoder
 from .engine.linear import packed_linears
 from .errors import InputError
@@ -39,7 +39,7 @@ def check_policy(model, encoder, task, examples, max_new_tokens, name, log=None,
     sampling from it is exact (`try_model`). InputError where that is not so. log gets one prompt as the model sees it."""
     encoder.check(task, examples[0], log)
     by_size = sorted(examples, key=lambda e: len(e.text) + len(e.text_b or ""))
-    few = [*by_size[:1], by_size[len(by_size) // 2], *by_size[-LONGEST:]]  # the longest in tokens is among the longest in characters
+    few = by_size[:1] + by_size[-LONGEST:]  # the longest in tokens is among the longest in characters
     prompts = [encoder.prompt_ids(task.render_prompt(e.text, e.text_b)) for e in few]
     try_model(model, prompts, max_new_tokens, name, alike)
 
@@ -47,7 +47,7 @@ def check_policy(model, encoder, task, examples, max_new_tokens, name, log=None,
 def try_model(model, prompts, max_new_tokens, name, alike=()):
     """InputError, which names the family and the reason, where this model cannot be sampled from exactly.
 
-    prompts: the run's, as lists of ids; the longest, one in the middle and the shortest are tried, with answers of max_new_tokens.
+    prompts: the run's, as lists of ids; the longest and the shortest are tried, with answers of max_new_tokens.
     alike: models of the same kind that follow its verdict about packing. Touches no random stream.
     """
     family = f"{name}: {type(model).__name__}"
@@ -80,9 +80,8 @@ def try_model(model, prompts, max_new_tokens, name, alike=()):
 
 
 def _few(prompts):
-    """The longest prompt, one in the middle, and the shortest."""
-    ordered = sorted(prompts, key=len)
-    return [ordered[place] for place in sorted({0, len(ordered) // 2, len(ordered) - 1}, reverse=True)]
+    """The longest prompt and the shortest: rows of mixed length."""
+    return [max(prompts, key=len), min(prompts, key=len)]
 
 
 def _filled(prompt, length):
@@ -94,9 +93,10 @@ def _try(model, rows, alike):
     """The largest KL divergence, in nats, between decoding and forward. Packing is forbidden where it gives other numbers."""
     backbone = backbone_of(model)
     alone = [backbone_alone(backbone, row) for row in rows]
-    if model.device.type == "cpu" and can_pack(backbone, max(map(len, rows))) and not packs_like(backbone, rows, alone):
+    if model.device.type == "cpu" and takes_our_attention(backbone):
+        verdict = packs_like(backbone, rows, alone)
         for other in (model, *alike):
-            forbid_packing(backbone_of(other))
+            remember_packing(backbone_of(other), max(map(len, rows)), verdict)
     decoded = min(DECODED, min(map(len, rows)) - 1)
     teacher = _Teacher(torch.stack([row[-decoded:] for row in rows]))
     none = torch.zeros(0, dtype=torch.long, device=model.device)

@@ -11,7 +11,7 @@ from toy_runs import ANSWER, run
 
 import rllr.engine.attention
 import rllr.trial
-from rllr.engine.attention import attention_by, can_pack, forbid_packing, packed_attention, packed_forward, slot_attention
+from rllr.engine.attention import attention_by, can_pack, packed_attention, packed_forward, remember_packing, slot_attention
 from rllr.engine.limits import length_limits, windows_of
 from rllr.encoding import Encoder
 from rllr.errors import InputError
@@ -247,7 +247,9 @@ def test_whatever_packing_raises_means_no_packing(monkeypatch, error):
 
 def test_forbidden_stays_forbidden():
     backbone = tiny_model("llama").base_model
-    forbid_packing(backbone)
+    remember_packing(backbone, 9, True)
+    assert backbone._rllr_can_pack == {0: True}
+    remember_packing(backbone, 9, False)
     assert not can_pack(backbone) and not can_pack(backbone, 99)
     with attention_by(backbone, "eager"):
         assert backbone.config._attn_implementation == "eager"

@@ -124,15 +124,21 @@ def can_pack(backbone, longest=0):
     verdicts = backbone.__dict__.setdefault("_rllr_can_pack", {})
     if FORBIDDEN in verdicts or not takes_our_attention(backbone):
         return False
-    exceeded = max((window for window in windows_of(backbone.config).values() if window < longest), default=0)
+    exceeded = _window_exceeded(backbone, longest)
     if exceeded not in verdicts:
         verdicts[exceeded] = _try_packing(backbone, exceeded)
     return verdicts[exceeded]
 
 
-def forbid_packing(backbone):
-    """From now on `can_pack` says no."""
-    backbone.__dict__.setdefault("_rllr_can_pack", {})[FORBIDDEN] = True
+def remember_packing(backbone, longest, verdict):
+    """What another trial, with rows of up to `longest` tokens, has found; if packing was wrong, it is forbidden for good."""
+    verdicts = backbone.__dict__.setdefault("_rllr_can_pack", {})
+    verdicts |= {_window_exceeded(backbone, longest): True} if verdict else {FORBIDDEN: True}
+
+
+def _window_exceeded(backbone, longest):
+    """The longest of the decoder's attention windows that is shorter than `longest`; 0: none is."""
+    return max((window for window in windows_of(backbone.config).values() if window < longest), default=0)
 
 
 def takes_our_attention(backbone):
