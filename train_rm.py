@@ -107,9 +107,10 @@ def draw_pairs(config, examples, task, writer, seed):
     return list(drawn)
 
 
-def encode_pairs(pairs, encoder):
-    """[(prompt ids, chosen ids, rejected ids, the prompt's beginning)]; pairs longer than the context are dropped, counted and named."""
-    rows, kept, dropped = [], [], []
+def encode_pairs(pairs, encoder, max_new_tokens):
+    """[(prompt ids, chosen ids, rejected ids, the prompt's beginning)]; pairs longer than the context are dropped, counted and named, and
+    answers longer than PPO will let any be are told of."""
+    rows, kept, dropped, longest = [], [], [], []
     for pair in pairs:
         prompt, chosen, rejected = (
             encoder.prompt_ids(pair.prompt),
@@ -121,6 +122,13 @@ def encode_pairs(pairs, encoder):
         else:
             rows.append((prompt, chosen, rejected, brief(pair.prompt)))
             kept.append(pair)
+            longest.append(max(len(chosen), len(rejected)))
+    beyond = [length for length in longest if length > max_new_tokens]
+    if beyond:
+        say(
+            f"warning: {len(beyond)} of {len(pairs)} pairs have an answer longer than --max_new_tokens {max_new_tokens}, up to {max(beyond)} tokens: "
+            "PPO would cut such answers; raise it in every stage, or shorten the rationales"
+        )
     if dropped:
         say(
             f"{len(dropped)} of {len(pairs)} pairs are longer than the context and dropped, e.g. {dropped[0].prompt[:60]!r}"
@@ -219,8 +227,8 @@ def main(argv=None):
         )
         train_pairs = draw_pairs(config, labelled, task, writer, config.seed)
         held_pairs = draw_pairs(config, held_out, task, writer, 10_000 + config.seed)
-    train_rows, train_pairs = encode_pairs(train_pairs, encoder)
-    held_rows, held_pairs = encode_pairs(held_pairs, encoder)
+    train_rows, train_pairs = encode_pairs(train_pairs, encoder, config.max_new_tokens)
+    held_rows, held_pairs = encode_pairs(held_pairs, encoder, config.max_new_tokens)
     say(f"train: {describe(train_pairs)}\nheld out: {describe(held_pairs)}")
     reads = reads_of(task, splits) | {"--policy": policy_fingerprint}
     reads["--pairs" if kind == "file" else "the encoded pairs"] = digest(train_rows, held_rows)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .config import check_choice, parse_config
-from .data import load_examples, parse_mapping_flag
+from .data import Source, load_examples, parse_mapping_flag
 from .demo import quote_of, word_rationale
 from .errors import InputError, command
 from .tasks import load_task
@@ -251,6 +251,8 @@ class Config:
     train_file: str | None = None  # labelled rows; without it the demo data
     columns: str | None = None  # other column names: text=sentence,label=gold
     label_map: str | None = None  # other label words: Sci/Tech=technology
+    delimiter: str | None = None  # of a CSV file: a character, or tab (recognised)
+    encoding: str | None = None  # of a text file (UTF-8)
     rationale_model: str | None = None  # the causal LM, for --writer model
     overwrite: bool = False  # replace an output file that is already there
     trust_remote_code: bool = False  # let a model's own Python code run, as some hub models need
@@ -276,7 +278,7 @@ def main(argv=None):
         raise InputError("--train_file: give the labelled rows to write rationales for")
     device, _ = set_up("fp32", seed=0)
     examples = load_examples(
-        config.train_file or "demo:train", task,
+        Source(config.train_file or "demo:train", delimiter=config.delimiter, encoding=config.encoding), task,
         columns=parse_mapping_flag(config.columns, "--columns"), label_map=parse_mapping_flag(config.label_map, "--label_map"), log=say,
     )  # fmt: skip
     writer = make_writer(config.writer, examples, task, config=config, device=device, directory=output.parent, log=say)

@@ -148,7 +148,7 @@ def training_pairs(toy, directory):
     encoder = Encoder(load_tokenizer(toy.sft), load_policy(toy.sft))
     labelled = splits.load_splits(config, task, lambda line: None).labelled
     writer = rationales.make_writer(config.rationales, labelled, task)
-    rows, pairs = train_rm.encode_pairs(train_rm.draw_pairs(config, labelled, task, writer, config.seed), encoder)
+    rows, pairs = train_rm.encode_pairs(train_rm.draw_pairs(config, labelled, task, writer, config.seed), encoder, 48)
     model = RewardModel.from_pretrained(directory)
     return pairs, rows, encoder, train_rm.score_pairs(model, rows, encoder, config, None)
 
