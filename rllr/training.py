@@ -73,8 +73,9 @@ def settings_for_record(settings, directory):
     """Settings as a record in `directory` keeps them."""
 
     def kept(name, value):
-        is_word = value in WORDS or name == "task" and Path(value or "").suffix.lower() not in (".yaml", ".yml", ".json")
-        return value if name not in PATHS or is_word else path_for_record(value, directory)
+        if name not in PATHS or value in WORDS or name == "task" and Path(value or "").suffix.lower() not in (".yaml", ".yml", ".json"):
+            return value
+        return path_for_record(value, directory)
 
     return {name: kept(name, value) for name, value in settings.items()}
 

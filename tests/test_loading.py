@@ -38,10 +38,10 @@ def why(load, path):
 # ---- multimodal models -----------------------------------------------------------------------------------------------
 
 
-def gemma3():
+def gemma3(**more):
     text = {**TEXT, "sliding_window": 64}
     vision = {**VISION, "model_type": "siglip_vision_model"}
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=60, boi_token_index=58, eoi_token_index=59)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=60, boi_token_index=58, eoi_token_index=59, **more)
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
@@ -53,7 +53,12 @@ def llama4():
     ))  # fmt: skip
 
 
-@pytest.mark.parametrize("make, kind", [(gemma3, "Gemma3ForCausalLM"), (llama4, "Llama4ForCausalLM")])
+def gemma3_untied():
+    """The head's own weights; the text part's configuration says nothing of it."""
+    return gemma3(tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("make, kind", [(gemma3, "Gemma3ForCausalLM"), (gemma3_untied, "Gemma3ForCausalLM"), (llama4, "Llama4ForCausalLM")])
 def test_a_multimodal_model_gives_its_text_part(tmp_path, make, kind):
     """The same logits as the whole model has for text; saved and loaded as a plain causal LM; a reward model on it."""
     torch.manual_seed(0)

@@ -86,6 +86,16 @@ def test_other_data_by_flag_goes_without_the_rows_that_sft_knows(here):
     assert json.loads((here / "runs" / "ppo" / "last" / "rows.json").read_text()) == kept  # handed on for a second round
 
 
+def test_a_resumed_run_keeps_its_data_by_flag(here):
+    """Which settings were given is kept, so that the data of the first command is no surprise to the second."""
+    new = [{"text": f"the dog {i} was tasty", "label": "good", "rationales": {"good": "tasty", "bad": "dog"}} for i in range(30)]
+    write_rows("data/more.jsonl", new)
+    flags = ["--train_file", "data/more.jsonl", "--labelled", 20, *RM, "--output_dir", "runs/rm"]
+    assert "other rows than those" in run(train_rm.main, "--policy", "runs/sft", *flags)
+    output = run(train_rm.main, "--resume", "runs/rm", "--epochs", 2)
+    assert "resumed from" in output and "other rows than those" in output
+
+
 def test_nothing_left_is_an_error(here, capsys):
     write_rows("data/only.jsonl", DEV_ROWS)
     message = refused(capsys, train_rm.main, "--policy", "runs/sft", "--train_file", "data/only.jsonl", *RM)
