@@ -15,25 +15,25 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from rllr.config import check_choice, check_divisible, check_positive, check_range, parse_config
-from rllr.encoding import Encoder
-from rllr.engine.checkpointing import checkpoint_layers
-from rllr.errors import InputError, RunError, brief, command
+from rllr.common.config import check_choice, check_divisible, check_positive, check_range, parse_config
+from rllr.data.encoding import Encoder
+from rllr.model.recompute import checkpoint_layers
+from rllr.common.errors import InputError, RunError, brief, command
 from rllr.evaluate import answer_rows, metric_line, rank, score_answers, show_samples, tell_parse_failures
-from rllr.files import check_run_directory
-from rllr.metrics import Clock, say
-from rllr.model import allow_remote_code, backbone_of, fingerprint, load_tokenizer
-from rllr.monitor import show_rollout, step_line, step_metrics
+from rllr.common.files import check_run_directory
+from rllr.common.log import Clock, say
+from rllr.model.loading import allow_remote_code, backbone_of, fingerprint, load_tokenizer
+from rllr.reports.ppo_step import show_rollout, step_line, step_metrics
 from rllr.ppo import AdaptiveKL, FixedKL, gae, masked_whiten
 from rllr.rewards import incomplete_answer_rule, label_sensitive_reward, shape_rewards
-from rllr.roles import eos_cap, load_judges, load_policy_and_reference, load_value_model, name_judges
+from rllr.ppo_models import eos_cap, load_judges, load_policy_and_reference, load_value_model, name_judges
 from rllr.rollout import generate
-from rllr.resume import RunConfig, take_up
-from rllr.run import Run, digest, reads_of, require_finite_weights
-from rllr.shared import LoRAConfig, check_lora, rate_factor
-from rllr.splits import DataConfig, find_policy, gold_labels, load_splits, recorded_hashes, take_over
-from rllr.training import make_optimizer, make_record, require_finite, save_policy, set_up, show_config
-from rllr.trial import check_policy
+from rllr.run.resume import RunConfig, take_up
+from rllr.run.run import Run, digest, reads_of, require_finite_weights
+from rllr.model.roles import LoRAConfig, check_lora, rate_factor
+from rllr.data.splits import DataConfig, find_policy, gold_labels, load_splits, recorded_hashes, take_over
+from rllr.run.training import make_optimizer, make_record, require_finite, save_policy, set_up, show_config
+from rllr.model.trial import check_policy
 from rllr.update import PromptStream, analyse, check_sampler_gap, improve, kl_within_bound, samples_of, write_batch
 
 MOST_SKIPPED = 10  # rollouts in a row whose update --on_ref_kl skip may leave out: the policy does not come back by itself

@@ -14,24 +14,24 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from rllr.config import check_choice, check_divisible, check_positive, check_range, parse_config
-from rllr.dropout import set_dropout
-from rllr.encoding import Encoder
-from rllr.engine.checkpointing import checkpoint_layers
-from rllr.errors import InputError, command
+from rllr.common.config import check_choice, check_divisible, check_positive, check_range, parse_config
+from rllr.model.dropout import set_dropout
+from rllr.data.encoding import Encoder
+from rllr.model.recompute import checkpoint_layers
+from rllr.common.errors import InputError, command
 from rllr.evaluate import answer_rows, metric_line, rank, score_answers, show_samples, tell_parse_failures
-from rllr.files import check_run_directory
+from rllr.common.files import check_run_directory
 from rllr.logprobs import token_logprobs
-from rllr.metrics import say
-from rllr.model import allow_remote_code, backbone_of, fingerprint, load_policy, load_tokenizer
-from rllr.rationales import WRITERS, check_writer, default_writer, make_writer
-from rllr.resume import RunConfig, take_up
-from rllr.run import Run, digest, reads_of
-from rllr.shared import DTYPES, LoRAConfig, cast_parameters, check_lora, new_role, rate_factor
-from rllr.splits import DataConfig, inherit, load_splits
+from rllr.common.log import say
+from rllr.model.loading import allow_remote_code, backbone_of, fingerprint, load_policy, load_tokenizer
+from rllr.rationales.writers import WRITERS, check_writer, default_writer, make_writer
+from rllr.run.resume import RunConfig, take_up
+from rllr.run.run import Run, digest, reads_of
+from rllr.model.roles import DTYPES, LoRAConfig, cast_parameters, check_lora, new_role, rate_factor
+from rllr.data.splits import DataConfig, inherit, load_splits
 from rllr.tiny import TinyConfig, build_tiny
-from rllr.trial import check_policy
-from rllr.training import (
+from rllr.model.trial import check_policy
+from rllr.run.training import (
     check_same_task, clip_gradient, make_optimizer, make_record, optimizer_step, pack, read_record, require_finite, resolve_task,
     save_policy, set_up, show_config, shuffled_batches, split_rows,
 )  # fmt: skip

@@ -15,9 +15,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rllr.engine.attention import can_pack
-from rllr.errors import InputError
-from rllr.model import _check_logits, backbone_of
-from rllr.trial import try_model
+from rllr.common.errors import InputError
+from rllr.model.loading import _check_logits, backbone_of
+from rllr.model.trial import try_model
 
 LARGEST = 30_000_000  # parameters; a family whose configuration cannot be made smaller by these names is left out
 PROMPTS = [[5 + i % 50 for i in range(length)] for length in (40, 6)]

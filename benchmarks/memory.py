@@ -21,8 +21,8 @@ MODES = ("four models", "shared base, LoRA 16")
 
 def make_roles(mode, shape):
     """(policy, reference, value model, reward model)."""
-    from rllr.model import RewardModel, ValueModel
-    from rllr.shared import RolePolicy, new_role
+    from rllr.model.loading import RewardModel, ValueModel
+    from rllr.model.roles import RolePolicy, new_role
 
     if mode == MODES[0]:
         policy, reference = make_model(shape), make_model(shape).requires_grad_(False)
@@ -38,7 +38,7 @@ def one(mode, shape, sequences):
     """{net peak in MB, weights in MB, CPU seconds of the second step}."""
     from rllr.layout import pack_sequences
     from rllr.logprobs import token_logprobs
-    from rllr.training import make_optimizer
+    from rllr.run.training import make_optimizer
 
     imported = status_mb("VmRSS")
     forget_peak()

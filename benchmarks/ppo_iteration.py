@@ -25,10 +25,10 @@ BATCH, MINIBATCHES = 64, 4
 
 def our_iteration(shape, prompts, lengths):
     """A function that runs one iteration and returns the seconds of CPU time per phase."""
-    from rllr.model import RewardModel, ValueModel
+    from rllr.model.loading import RewardModel, ValueModel
     from rllr.ppo import gae, masked_whiten
     from rllr.rewards import shape_rewards
-    from rllr.training import make_optimizer
+    from rllr.run.training import make_optimizer
     from rllr.update import analyse, improve
 
     policy, reference = make_model(shape), make_model(shape)

@@ -38,7 +38,7 @@ def plain(models, packed):
 def ours(models, packed, tokens_per_batch):
     from rllr.layout import trim
     from rllr.logprobs import token_logprobs, token_logprobs_and_entropy
-    from rllr.training import split_rows
+    from rllr.run.training import split_rows
 
     policy, reference, value_model, reward_model = models
     sequences, prompt_lens, mask = packed
@@ -62,7 +62,7 @@ def main():
     args = parser.parse_args()
     set_up(args.threads)
     from rllr.layout import pack_sequences, response_places
-    from rllr.model import RewardModel, ValueModel
+    from rllr.model.loading import RewardModel, ValueModel
 
     policy, reference = make_model(args.shape), make_model(args.shape, seed=3)
     value_model = ValueModel.from_policy(make_model(args.shape, seed=1))

@@ -42,13 +42,13 @@ def plain_step(model, packed, rows):
 
 def our_step(model, packed, rows, pack_below=None, micro_batch=0, tokens=0):
     """`token_logprobs`; micro-batches add up to the same gradient."""
-    import rllr.model
+    import rllr.model.loading
     from rllr.layout import trim
     from rllr.logprobs import token_logprobs
-    from rllr.training import split_rows
+    from rllr.run.training import split_rows
 
-    before = rllr.model.PACK_BELOW
-    rllr.model.PACK_BELOW = before if pack_below is None else pack_below
+    before = rllr.model.loading.PACK_BELOW
+    rllr.model.loading.PACK_BELOW = before if pack_below is None else pack_below
     try:
         sequences, prompt_lens, mask = packed
         count, lengths = mask.sum(), (prompt_lens + mask.sum(1)).tolist()
@@ -56,7 +56,7 @@ def our_step(model, packed, rows, pack_below=None, micro_batch=0, tokens=0):
             logprobs = token_logprobs(model, *trim(sequences[part], prompt_lens[part], mask[part]))
             (-logprobs.sum() / count).backward()
     finally:
-        rllr.model.PACK_BELOW = before
+        rllr.model.loading.PACK_BELOW = before
 
 
 VARIANTS = {

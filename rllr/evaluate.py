@@ -13,17 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import check_choice, check_positive, parse_config
-from .encoding import Encoder
-from .errors import InputError, command
-from .files import write_json
-from .metrics import say
-from .model import allow_remote_code, load_policy, load_tokenizer
+from .common.config import check_choice, check_positive, parse_config
+from .data.encoding import Encoder
+from .common.errors import InputError, command
+from .common.files import write_json
+from .common.log import say
+from .model.loading import allow_remote_code, load_policy, load_tokenizer
 from .rollout import generate
-from .splits import DataConfig, inherit, load_evaluation
+from .data.splits import DataConfig, inherit, load_evaluation
 from .tasks import Example, Task, parse_answer
-from .training import check_same_task, read_record, resolve_task, set_up, task_of_record
-from .trial import check_policy
+from .run.training import check_same_task, read_record, resolve_task, set_up, task_of_record
+from .model.trial import check_policy
 
 
 @dataclass(frozen=True)

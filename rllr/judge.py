@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from .errors import InputError, RunError
-from .files import read_json, write_json
+from .common.errors import InputError, RunError
+from .common.files import read_json, write_json
 from .layout import batches_by_length, trim
 
 STATISTICS = "score_statistics.json"
@@ -212,7 +212,7 @@ def load_scorer(directory, tokenizer, norm, clip, batch_size, device, autocast, 
 
     load(directory, flag) makes the model where it is not one of its own but an adapter on a shared base.
     """
-    from .model import RewardModel, load_tokenizer
+    from .model.loading import RewardModel, load_tokenizer
 
     if not Path(directory).is_dir():
         raise InputError(f"{flag} {directory}: no such directory; train_rm.py makes one")

@@ -15,7 +15,7 @@ import random
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-from .errors import InputError
+from .common.errors import InputError
 
 LABEL_PAIRS = ("independent", "paper", "drawn")
 DRAWN_SHARE = 0.5  # of the label pairs under "drawn": the wrong label's rationale is any; the rest are as in the paper
@@ -37,7 +37,7 @@ class Pair:
 def label_sensitive_pairs(examples, task, writer, *, rationales="independent", negatives="one", seed=0, log=print):
     """Chosen: the gold label with a rationale; rejected: a wrong label with a rationale for it.
 
-    writer: an `rllr.rationales.RationaleWriter`. rationales: "independent" (the module's docstring), "paper" (each side
+    writer: an `rllr.rationales.writers.RationaleWriter`. rationales: "independent" (the module's docstring), "paper" (each side
     the writer's own rationale for its label) or "drawn" (half as in the paper, half with any rationale, also one of
     another text, on the wrong label's side: a policy that has lost the text writes such). negatives: "one" wrong label,
     uniform among them, or "all" of them. Kinds: label/paper, label/independent, label/drawn. A row's pairs depend on the

@@ -12,16 +12,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import check_choice, check_positive, parse_config
-from .data import Source, load_examples, parse_mapping_flag
-from .encoding import Encoder
-from .errors import InputError, command
+from .common.config import check_choice, check_positive, parse_config
+from .data.rows import Source, load_examples, parse_mapping_flag
+from .data.encoding import Encoder
+from .common.errors import InputError, command
 from .evaluate import answer_rows
-from .model import allow_remote_code, load_policy, load_tokenizer
-from .tables import Table
+from .model.loading import allow_remote_code, load_policy, load_tokenizer
+from .data.tables import Table
 from .tasks import split_answer
-from .training import check_same_task, read_record, resolve_task, set_up
-from .trial import check_policy
+from .run.training import check_same_task, read_record, resolve_task, set_up
+from .model.trial import check_policy
 
 
 @dataclass

@@ -16,7 +16,7 @@ from .engine.limits import length_limits, other_layers, text_config
 from .engine.linear import packed_linears
 from .engine.sampling import Sampler
 from .layout import pack_sequences
-from .model import backbone_of, lm_logits
+from .model.loading import backbone_of, lm_logits
 
 ADMIT_SHARE = 0.125  # share of free slots at which new prompts are let in: in groups, as their forward stops the others
 STEPS_PER_LOOK = {"cpu": 1, "other": 8}  # steps between looks at which answers ended: a look waits for a GPU to finish

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from .errors import InputError, brief
+from .common.errors import InputError, brief
 
 LABEL_PREFIX = "Label:"
 ANSWER_FORMATS = ("rationale", "label")  # rationale then label line (default); label line alone (the paper's plain SFT)

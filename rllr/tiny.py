@@ -16,17 +16,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .config import check_choice, check_positive, check_range, parse_config
-from .dropout import set_dropout
-from .encoding import PLAIN_TEMPLATE, Encoder
-from .errors import InputError, command
-from .files import check_run_directory, open_run_directory
+from .common.config import check_choice, check_positive, check_range, parse_config
+from .model.dropout import set_dropout
+from .data.encoding import PLAIN_TEMPLATE, Encoder
+from .common.errors import InputError, command
+from .common.files import check_run_directory, open_run_directory
 from .logprobs import token_logprobs
-from .metrics import say
-from .splits import DataConfig, load_splits
+from .common.log import say
+from .data.splits import DataConfig, load_splits
 from .tasks import load_task
-from .words import words_of
-from .training import (
+from .rationales.words import words_of
+from .run.training import (
     clip_gradient, make_optimizer, make_record, optimizer_step, pack, save_policy, set_up, show_config, shuffled_batches,
 )  # fmt: skip
 

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 
 import torch
 
-from .checkpoint import restore_part, state_of
-from .errors import RunError
-from .files import disk_faults, write_safetensors
+from .run.checkpoint import restore_part, state_of
+from .common.errors import RunError
+from .common.files import disk_faults, write_safetensors
 from .judge import Samples
 from .layout import trim
-from .metrics import say
+from .common.log import say
 from .logprobs import token_logprobs, token_logprobs_and_entropy
 from .ppo import kl_estimate, policy_loss, value_loss
 from .tasks import parse_answer
-from .training import clip_gradient, optimizer_step, require_finite, split_rows
+from .run.training import clip_gradient, optimizer_step, require_finite, split_rows
 
 # |ratio - 1| on the first minibatch, where it must be 1: (mean, max) to warn at and to stop at.
 RATIO_WARN = {"fp32": (2e-5, 1e-3), "bf16": (2e-2, 0.5)}

@@ -16,19 +16,19 @@ import train_ppo
 import train_rm
 import train_sft
 
-from rllr.checkpoint import MANIFEST, STATE, TENSORS, GlobalStreams, state_of, write_checkpoint
-from rllr.config import parse_config
-from rllr.data import load_examples, load_pairs
-from rllr.errors import InputError
-from rllr.files import read_safetensors, sha256_of
+from rllr.run.checkpoint import MANIFEST, STATE, TENSORS, GlobalStreams, state_of, write_checkpoint
+from rllr.common.config import parse_config
+from rllr.data.rows import load_examples, load_pairs
+from rllr.common.errors import InputError
+from rllr.common.files import read_safetensors, sha256_of
 from rllr.judge import ScoreStatistics
-from rllr.model_writer import read_cache
-from rllr.peft_format import read_adapter_config
+from rllr.rationales.model_writer import read_cache
+from rllr.model.peft_format import read_adapter_config
 from rllr.ppo import AdaptiveKL
-from rllr.resume import RUN_FORMAT, take_up
-from rllr.run import Run
+from rllr.run.resume import RUN_FORMAT, take_up
+from rllr.run.run import Run
 from rllr.tasks import load_task, parse_answer, split_answer
-from rllr.training import RECORD_FORMAT, make_optimizer, optimizer_step, read_record
+from rllr.run.training import RECORD_FORMAT, make_optimizer, optimizer_step, read_record
 from rllr.update import PromptStream
 
 SECONDS = 20  # an input that takes longer hangs

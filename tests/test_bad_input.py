@@ -15,7 +15,8 @@ import train_sft
 from families import toy_tokenizer
 from toy_runs import TRAIN_ROWS, run, write_rows
 
-from rllr import evaluate, predict, rationales, tiny
+from rllr import evaluate, predict, tiny
+from rllr.rationales import writers as rationales
 
 ROOT = Path(__file__).parent.parent
 MAINS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo, "tiny": tiny, "evaluate": evaluate, "predict": predict,

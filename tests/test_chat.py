@@ -12,9 +12,9 @@ from test_encoding import CHATML, chat_tokenizer, encoder_of
 from tokenizers import normalizers, pre_tokenizers
 from toy_runs import ANSWER, run
 
-from rllr.chat import ChatTemplate
-from rllr.encoding import Encoder
-from rllr.errors import InputError
+from rllr.data.chat import ChatTemplate
+from rllr.data.encoding import Encoder
+from rllr.common.errors import InputError
 from rllr.tasks import Example, Task
 
 PLAIN = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -120,7 +120,7 @@ def test_a_template_without_a_date_has_no_clock(text):
 
 def dated_policy(toy, path):
     """The toy policy with a chat template that prints the second."""
-    from rllr.model import load_policy, load_tokenizer
+    from rllr.model.loading import load_policy, load_tokenizer
 
     model, tokenizer = load_policy(toy.base), load_tokenizer(toy.base)
     tokenizer.chat_template = "{{ strftime_now('%H%M%S') }}{{ messages[0].content }}\n"
@@ -138,7 +138,7 @@ def test_all_stages_and_a_resumed_run_see_the_first_moment(toy, tmp_path, monkey
         def now(cls, tz=None):
             return next(moments)
 
-    monkeypatch.setattr("rllr.chat.datetime", Clock)
+    monkeypatch.setattr("rllr.data.chat.datetime", Clock)
     model = dated_policy(toy, tmp_path / "dated")
     sft = ["--model", model, "--output_dir", tmp_path / "sft", "--save_every", 4, "--epochs", 1, "--batch_size", 8, *ANSWER]
     output = run(train_sft.main, *toy.data, *sft)

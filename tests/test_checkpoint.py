@@ -8,12 +8,12 @@ import pytest
 import torch
 from stopping import cut, flip
 
-from rllr.checkpoint import (
+from rllr.run.checkpoint import (
     MANIFEST, STATE, TENSORS, damage, join_tensors, list_checkpoints, mend, read_checkpoint, split_tensors, write_checkpoint,
 )  # fmt: skip
-from rllr.errors import InputError
-from rllr.files import new_directory
-from rllr.metrics import MetricsLog
+from rllr.common.errors import InputError
+from rllr.common.files import new_directory
+from rllr.common.log import MetricsLog
 
 # ---- metrics
 

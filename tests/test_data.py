@@ -12,9 +12,9 @@ import datasets
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from rllr.data import (Source, load_examples, load_hub_examples, load_pairs, parse_mapping_flag, select_labelled,
+from rllr.data.rows import (Source, load_examples, load_hub_examples, load_pairs, parse_mapping_flag, select_labelled,
                        split_holdout)
-from rllr.errors import InputError
+from rllr.common.errors import InputError
 from rllr.tasks import TASKS, Example
 
 SST2, STSB, MRPC, AGNEWS = TASKS["sst2"], TASKS["stsb"], TASKS["mrpc"], TASKS["agnews"]
@@ -193,7 +193,7 @@ def test_the_authors_format_with_an_output_that_gives_no_label(tmp_path):
 
 
 def test_demo_data_by_name(monkeypatch):
-    monkeypatch.setattr("rllr.demo.demo_examples", lambda split: [Example(split, "x", label="positive")])  # 1 s a call
+    monkeypatch.setattr("rllr.data.demo.demo_examples", lambda split: [Example(split, "x", label="positive")])  # 1 s a call
     assert [read(name, TASKS["demo"])[0].id for name in ("demo", "demo:dev", "demo:test")] == ["train", "dev", "test"]
     assert "demo:train, demo:dev and demo:test" in error(read, "demo:devel", TASKS["demo"])
     assert "not those of task agnews" in error(read, "demo:dev", AGNEWS)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from rllr import demo
-from rllr.demo import demo_examples, reviews
-from rllr.errors import InputError
+from rllr.data import demo
+from rllr.data.demo import demo_examples, reviews
+from rllr.common.errors import InputError
 from rllr.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -188,7 +188,7 @@ def test_verbs_agree_with_a_singular_noun():
 
 def test_the_same_in_another_process():
     """Hash randomisation must not reach the data."""
-    code = "from rllr.demo import demo_examples; print([r.text for s in ('dev', 'test') for r in demo_examples(s)])"
+    code = "from rllr.data.demo import demo_examples; print([r.text for s in ('dev', 'test') for r in demo_examples(s)])"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert other.stdout.strip() == str([row.text for split in ("dev", "test") for row in demo_examples(split)])
 

@@ -10,8 +10,8 @@ from families import tiny_model, toy_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from rllr.encoding import Encoder
-from rllr.errors import InputError
+from rllr.data.encoding import Encoder
+from rllr.common.errors import InputError
 from rllr.tasks import TASKS, Example, Task
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -19,16 +19,16 @@ from safetensors.torch import load_file
 from stopping import Killed, assert_same_run, kill_at, poisoned, refused, small_disk, stage_of
 from toy_runs import ANSWER, read_metrics, run
 
-import rllr.checkpoint
-import rllr.files
-import rllr.resume
-import rllr.run
+import rllr.run.checkpoint
+import rllr.common.files
+import rllr.run.resume
+import rllr.run.run
 import rllr.update
-from rllr.checkpoint import (
+from rllr.run.checkpoint import (
     damage, list_checkpoints,
 )  # fmt: skip
-from rllr.errors import RunError
-from rllr.model import load_policy
+from rllr.common.errors import RunError
+from rllr.model.loading import load_policy
 
 # ---- faults: the state before them is saved, the message names tensor, step and prompts
 
@@ -74,7 +74,7 @@ def nan_in_row(row, value=math.nan):
 
 def test_a_reward_that_is_no_number(toy, tmp_path, monkeypatch, capsys):
     main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
-    monkeypatch.setattr(rllr.roles, "gold_reward", poisoned(rllr.roles.gold_reward, 3, nan_in_row(5)))
+    monkeypatch.setattr(rllr.ppo_models, "gold_reward", poisoned(rllr.ppo_models.gold_reward, 3, nan_in_row(5)))
     error = refused(capsys, "ppo", *flags, code=1)
     found = list_checkpoints(tmp_path / "run")[0]
     assert "error: step 3: the label score is nan (prompt train.jsonl:" in error and f"in {found}." in error and found.name == "step-000002"
@@ -188,7 +188,7 @@ def test_out_of_memory(toy, tmp_path, monkeypatch, capsys):
     assert "resumed from" in run(main, "--resume", tmp_path / "run", "--micro_batch_size", 1)
     with pytest.raises(RuntimeError) as no_room:
         torch.empty(10**15)
-    assert rllr.run.out_of_memory(no_room.value) and not rllr.run.out_of_memory(RuntimeError("shapes differ"))
+    assert rllr.run.run.out_of_memory(no_room.value) and not rllr.run.run.out_of_memory(RuntimeError("shapes differ"))
 
 
 # ---- what looks like a fault and is none
@@ -220,10 +220,10 @@ def test_a_row_of_nothing_but_padding(monkeypatch):
 
     from test_training import policy_model, ppo_config, random_rows, scored_batch
 
-    from rllr.model import ValueModel
+    from rllr.model.loading import ValueModel
     from rllr.ppo import gae, masked_whiten
     from rllr.rewards import shape_rewards
-    from rllr.training import make_optimizer
+    from rllr.run.training import make_optimizer
     from rllr.update import Batch, improve
 
     monkeypatch.setattr(rllr.update, "check_first_ratio", lambda *arguments: 0.0)  # these log-probabilities are off on purpose
@@ -321,7 +321,7 @@ def test_a_disk_that_fills_up(toy, tmp_path, capsys):
 def test_writing_fails(toy, tmp_path, monkeypatch, capsys, failing, call, words):
     """The same by an injected error, wherever it strikes."""
     main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
-    place = rllr.files if failing == "force_to_disk" else rllr.checkpoint
+    place = rllr.common.files if failing == "force_to_disk" else rllr.run.checkpoint
     full = lambda result: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(place, failing, poisoned(getattr(place, failing), call, full))
@@ -344,7 +344,7 @@ def test_the_disk_is_full_when_a_metrics_line_is_written(toy, tmp_path, capsys, 
 
         with monkeypatch.context() as patch:
             patch.setattr(train_ppo, "improve", poisoned(train_ppo.improve, 6, fill))
-            patch.setattr(rllr.metrics, "json", SimpleNamespace(dumps=lambda line: json.dumps(line) + " " * 20_000))
+            patch.setattr(rllr.common.log, "json", SimpleNamespace(dumps=lambda line: json.dumps(line) + " " * 20_000))
             error = refused(capsys, "ppo", *flags, code=1)
         assert "metrics.jsonl cannot be written: No space left on device" in error
         (disk / "filler").unlink()
@@ -354,8 +354,8 @@ def test_the_disk_is_full_when_a_metrics_line_is_written(toy, tmp_path, capsys, 
 
 def test_what_tokenizers_say_of_a_full_disk(toy):
     """Their own kind of exception, with the system's words in it."""
-    from rllr.files import disk_faults
-    from rllr.model import load_tokenizer
+    from rllr.common.files import disk_faults
+    from rllr.model.loading import load_tokenizer
 
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")

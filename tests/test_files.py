@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import rllr.files
-from rllr.errors import InputError, RunError
-from rllr.files import (
+import rllr.common.files
+from rllr.common.errors import InputError, RunError
+from rllr.common.files import (
     METRICS, RECORD, RUN, check_run_directory, disk_faults, new_directory, open_run_directory, read_json, read_safetensors,
     saving_into, sha256_of, write_json, write_safetensors,
 )  # fmt: skip
@@ -78,7 +78,7 @@ def test_overwrite_never_removes_what_the_run_reads(tmp_path, opened):
 
 
 def test_a_directory_that_may_not_be_written_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(rllr.files.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(rllr.common.files.os, "access", lambda path, mode: False)
     for path in (tmp_path, tmp_path / "a" / "b"):
         with pytest.raises(InputError, match=f"{path}: cannot be written: {tmp_path} is no directory that you"):
             check_run_directory(path, overwrite=False)
@@ -152,7 +152,7 @@ def test_saving_into_moves_everything_or_nothing(tmp_path):
 def test_the_record_moves_last(tmp_path, monkeypatch):
     """A record that names weights which are not there yet would be a lie; the other way round it is refused as stale."""
     moved, plain = [], os.replace
-    monkeypatch.setattr(rllr.files.os, "replace", lambda a, b: (moved.append(Path(b).name), plain(a, b)))
+    monkeypatch.setattr(rllr.common.files.os, "replace", lambda a, b: (moved.append(Path(b).name), plain(a, b)))
     with saving_into(tmp_path / "model") as temporary:
         for name in (RECORD, "zzz.safetensors", "config.json"):
             (temporary / name).write_text("{}")
@@ -178,9 +178,9 @@ def test_a_new_directory_is_whole_or_not_there(tmp_path):
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     """fsync of the content, then the rename, then fsync of the directory that holds the name."""
     events, replace, rename = [], os.replace, os.rename
-    monkeypatch.setattr(rllr.files, "force_to_disk", lambda path: events.append(("sync", Path(path).name)))
-    monkeypatch.setattr(rllr.files.os, "replace", lambda a, b: (events.append(("name", Path(b).name)), replace(a, b)))
-    monkeypatch.setattr(rllr.files.os, "rename", lambda a, b: (events.append(("name", Path(b).name)), rename(a, b)))
+    monkeypatch.setattr(rllr.common.files, "force_to_disk", lambda path: events.append(("sync", Path(path).name)))
+    monkeypatch.setattr(rllr.common.files.os, "replace", lambda a, b: (events.append(("name", Path(b).name)), replace(a, b)))
+    monkeypatch.setattr(rllr.common.files.os, "rename", lambda a, b: (events.append(("name", Path(b).name)), rename(a, b)))
     write_json(tmp_path / "a.json", 1)
     assert events == [("sync", "a.json.part"), ("name", "a.json"), ("sync", tmp_path.name)]
     events.clear()

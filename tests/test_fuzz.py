@@ -10,10 +10,10 @@ from fuzzing import ROWS, TARGETS, Fuzzer, alarm, jsonl, spoil
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rllr.data import load_examples
-from rllr.encoding import Encoder
-from rllr.errors import InputError
-from rllr.model import load_policy, load_tokenizer
+from rllr.data.rows import load_examples
+from rllr.data.encoding import Encoder
+from rllr.common.errors import InputError
+from rllr.model.loading import load_policy, load_tokenizer
 from rllr.tasks import Task, load_task, parse_answer
 
 SST2 = load_task("sst2")

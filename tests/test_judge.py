@@ -10,13 +10,13 @@ import pytest
 import torch
 from families import tiny_model, toy_tokenizer
 
-from rllr.errors import InputError
+from rllr.common.errors import InputError
 from rllr.judge import (
     STATISTICS, RewardModelScorer, Samples, ScoreStatistics, check_same_tokenizer, gold_reward, load_function,
     load_scorer, score_rows,
 )  # fmt: skip
 from rllr.layout import pack_sequences
-from rllr.model import RewardModel
+from rllr.model.loading import RewardModel
 
 
 def samples(scores, labels=None, gold=None):

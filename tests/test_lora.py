@@ -19,19 +19,21 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from rllr import evaluate, predict, roles, shared
-from rllr.errors import InputError
+from rllr import evaluate, predict
+from rllr import ppo_models as roles
+from rllr.model import roles as shared
+from rllr.common.errors import InputError
 from rllr.layout import pack_sequences
 from rllr.logprobs import token_logprobs
-from rllr.lora import (
+from rllr.model.lora import (
     adapter_parameters, add_adapter, checkpoint_contexts, default_targets, get_adapter, merge_adapter, merged_weights,
     use_adapter,
 )  # fmt: skip
-from rllr.model import RewardModel, ValueModel, fingerprint, load_policy, load_tokenizer, read_head
-from rllr.peft_format import load_adapter, save_adapter
+from rllr.model.loading import RewardModel, ValueModel, fingerprint, load_policy, load_tokenizer, read_head
+from rllr.model.peft_format import load_adapter, save_adapter
 from rllr.rollout import generate
-from rllr.shared import RoleBackbone, RolePolicy, load_scalar_role
-from rllr.training import read_record
+from rllr.model.roles import RoleBackbone, RolePolicy, load_scalar_role
+from rllr.run.training import read_record
 
 TARGETS = {"bloom": ["query_key_value"], "gpt2": ["c_attn"]}
 IDS = torch.arange(3, 27).view(2, 12) % VOCAB

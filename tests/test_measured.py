@@ -14,14 +14,16 @@ from test_encoding import encoder_of
 from families import toy_tokenizer
 from toy_runs import ANSWER, TRAIN_ROWS, read_metrics, run, write_rows
 
-from rllr import evaluate, predict, rationales, shared, tiny
-from rllr.config import parse_config
-from rllr.errors import InputError, any_console
+from rllr import evaluate, predict, tiny
+from rllr.rationales import writers as rationales
+from rllr.model import roles as shared
+from rllr.common.config import parse_config
+from rllr.common.errors import InputError, any_console
 from rllr.evaluate import rank
-from rllr.rationales import EvidenceWriter, make_writer
+from rllr.rationales.writers import EvidenceWriter, make_writer
 from rllr.tasks import TASKS, Example, Task
-from rllr.training import read_record
-from rllr.words import words_of
+from rllr.run.training import read_record
+from rllr.rationales.words import words_of
 
 TASK = Task("t", ("good", "bad"), "{text}?")
 ROOT = Path(__file__).parent.parent
@@ -228,7 +230,7 @@ def test_the_settings_line_is_short():
     out = io.StringIO()
     from contextlib import redirect_stdout
 
-    from rllr.training import show_config
+    from rllr.run.training import show_config
 
     with redirect_stdout(out):
         show_config(train_ppo.Config(policy="p" * 30, steps=7, kl_coef=0.2, gamma=1.0, output_dir="o" * 60), "train_ppo")

@@ -10,11 +10,11 @@ from families import EOS, FAMILIES, VOCAB, tiny_model, toy_tokenizer
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from rllr.errors import InputError
-from rllr.dropout import set_dropout
+from rllr.common.errors import InputError
+from rllr.model.dropout import set_dropout
 from rllr.layout import pack_sequences
 from rllr.logprobs import token_logprobs
-from rllr.model import (
+from rllr.model.loading import (
     RewardModel,
     ValueModel,
     fingerprint,

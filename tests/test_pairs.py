@@ -6,12 +6,12 @@ from collections import Counter
 
 import pytest
 
-from rllr.data import load_pairs
-from rllr.errors import InputError
+from rllr.data.rows import load_pairs
+from rllr.common.errors import InputError
 from rllr.pairs import (
     Pair, describe, label_sensitive_pairs, rationale_sensitive_pairs, split_by_prompt, write_pairs,
 )  # fmt: skip
-from rllr.rationales import EvidenceWriter, RationaleWriter
+from rllr.rationales.writers import EvidenceWriter, RationaleWriter
 from rllr.tasks import TASKS, Example, load_task, parse_answer, split_answer
 
 SST2, STSB, AGNEWS = TASKS["sst2"], TASKS["stsb"], TASKS["agnews"]

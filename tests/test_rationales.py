@@ -11,12 +11,12 @@ import pytest
 import torch
 from families import tiny_model
 
-import rllr.model_writer
-from rllr.demo import quote_of, word_rationale
-from rllr.encoding import Encoder
-from rllr.errors import InputError
-from rllr.model_writer import ModelWriter, read_cache
-from rllr.rationales import (
+import rllr.rationales.model_writer
+from rllr.data.demo import quote_of, word_rationale
+from rllr.data.encoding import Encoder
+from rllr.common.errors import InputError
+from rllr.rationales.model_writer import ModelWriter, read_cache
+from rllr.rationales.writers import (
     DemoWriter, EvidenceWriter, GivenWriter, default_label_pairs, default_writer, main, make_writer,
 )  # fmt: skip
 from rllr.tasks import TASKS, Example, Task
@@ -338,7 +338,7 @@ def test_model_rationales_are_asked_for_every_label_and_cached(tmp_path, asked, 
     def refuse(*args, **options):
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(rllr.model_writer, "generate", refuse)
+    monkeypatch.setattr(rllr.rationales.model_writer, "generate", refuse)
     again = ModelWriter(rows, SST2, cache_file=cache, **asked)
     assert [again.write(row, POS) for row in rows] == [writer.write(row, POS) for row in rows]
     assert len(cache.read_text().splitlines()) == 8
@@ -348,8 +348,8 @@ def test_a_changed_text_is_not_answered_from_the_cache(tmp_path, asked, monkeypa
     """Same id, other words: the cached rationale would be about a text that is no longer there."""
     cache, seen = tmp_path / "rationales.jsonl", []
     ModelWriter([Example("a", "Good film", label=POS)], SST2, cache_file=cache, **asked)
-    real = rllr.model_writer.generate
-    monkeypatch.setattr(rllr.model_writer, "generate", lambda model, prompts, **rest: seen.append(len(prompts)) or real(model, prompts, **rest))
+    real = rllr.rationales.model_writer.generate
+    monkeypatch.setattr(rllr.rationales.model_writer, "generate", lambda model, prompts, **rest: seen.append(len(prompts)) or real(model, prompts, **rest))
     ModelWriter([Example("a", "bad film", label=POS)], SST2, cache_file=cache, **asked)
     assert sum(seen) == 2
 
@@ -363,7 +363,7 @@ def test_a_model_rationale_is_one_line(tmp_path, asked, monkeypatch, said, writt
     def say(model, prompts, **options):
         return SimpleNamespace(responses=lambda: [asked["encoder"].answer_ids(said)] * len(prompts))
 
-    monkeypatch.setattr(rllr.model_writer, "generate", say)
+    monkeypatch.setattr(rllr.rationales.model_writer, "generate", say)
     writer = ModelWriter(CORPUS[:1], SST2, cache_file=tmp_path / "rationales.jsonl", **asked)
     assert writer.write(CORPUS[0], POS) == written
 
@@ -371,7 +371,7 @@ def test_a_model_rationale_is_one_line(tmp_path, asked, monkeypatch, said, writt
 def test_an_interrupted_writer_goes_on(tmp_path, asked, monkeypatch):
     cache, whole = tmp_path / "rationales.jsonl", tmp_path / "whole.jsonl"
     ModelWriter(CORPUS, SST2, cache_file=whole, batch_size=4, **asked)
-    original, asked_for = rllr.model_writer.generate, []
+    original, asked_for = rllr.rationales.model_writer.generate, []
 
     def stops_at_the_second_batch(model, prompts, **options):
         asked_for.append(len(prompts))
@@ -379,7 +379,7 @@ def test_an_interrupted_writer_goes_on(tmp_path, asked, monkeypatch):
             raise KeyboardInterrupt
         return original(model, prompts, **options)
 
-    monkeypatch.setattr(rllr.model_writer, "generate", stops_at_the_second_batch)
+    monkeypatch.setattr(rllr.rationales.model_writer, "generate", stops_at_the_second_batch)
     with pytest.raises(KeyboardInterrupt):
         ModelWriter(CORPUS, SST2, cache_file=cache, batch_size=4, **asked)
     assert len(read_cache(cache)) == 4

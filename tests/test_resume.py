@@ -6,12 +6,12 @@ import shutil
 import signal
 
 import pytest
-import rllr.run
+import rllr.run.run
 import rllr.update
 import train_ppo
 import train_rm
 import train_sft
-from rllr import checkpoint
+from rllr.run import checkpoint
 from stopping import RUNS, Killed, assert_same_run, kill_at, stage_of
 from toy_runs import ANSWER, run
 
@@ -45,7 +45,7 @@ def test_killed_within_a_step_and_resumed(toy, undisturbed, tmp_path, monkeypatc
 def test_stopped_by_a_signal_and_resumed(toy, undisturbed, tmp_path, monkeypatch, capsys, name):
     """SIGTERM in the sixth step: the step ends, the state is saved, exit code 75; and the run goes on from there."""
     main, flags = stage_of(toy, name, tmp_path / "run")
-    plain, steps = rllr.run.Run.checkpoint, []
+    plain, steps = rllr.run.run.Run.checkpoint, []
 
     def checkpoint_after_signal(self, step, last=False):
         steps.append(step)
@@ -55,7 +55,7 @@ def test_stopped_by_a_signal_and_resumed(toy, undisturbed, tmp_path, monkeypatch
 
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
-        patch.setattr(rllr.run.Run, "checkpoint", checkpoint_after_signal)
+        patch.setattr(rllr.run.run.Run, "checkpoint", checkpoint_after_signal)
         with pytest.raises(SystemExit) as stop:
             run(main, *flags)
     assert stop.value.code == 75 and steps == [1, 2, 3, 4, 5, 6]

@@ -14,18 +14,18 @@ import train_sft
 from stopping import MAINS, Killed, assert_same_run, cut, flip, kill_at, refused, stage_of
 from toy_runs import read_metrics, run
 
-import rllr.checkpoint
-import rllr.files
-import rllr.resume
-import rllr.run
+import rllr.run.checkpoint
+import rllr.common.files
+import rllr.run.resume
+import rllr.run.run
 import rllr.update
-from rllr.checkpoint import (
+from rllr.run.checkpoint import (
     STATE, TENSORS, list_checkpoints, read_checkpoint, write_checkpoint,
 )  # fmt: skip
-from rllr.model import load_policy
-from rllr.config import parse_config
-from rllr.resume import take_up
-from rllr.run import StopRequest
+from rllr.model.loading import load_policy
+from rllr.common.config import parse_config
+from rllr.run.resume import take_up
+from rllr.run.run import StopRequest
 
 # ---- what --resume accepts and refuses
 
@@ -38,12 +38,12 @@ def stopped(toy, tmp_path_factory):
         directory = tmp_path_factory.mktemp("stopped") / "run"
         main, flags = stage_of(toy, name, directory)
 
-        def asked(self, step, last=False, plain=rllr.run.Run.checkpoint):
+        def asked(self, step, last=False, plain=rllr.run.run.Run.checkpoint):
             self.request.name = "SIGTERM" if step == 8 else None
             plain(self, step, last)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(rllr.run.Run, "checkpoint", asked)
+            patch.setattr(rllr.run.run.Run, "checkpoint", asked)
             run(main, *flags)
         made[name[: name.index("/")]] = directory
     return made
@@ -178,7 +178,7 @@ def test_killed_while_the_first_checkpoint_is_written(toy, undisturbed, tmp_path
     """As many steps are done as there are to the first checkpoint, and it is not there: not lost, but never made."""
     main, flags = stage_of(toy, name, tmp_path / "run")
     with monkeypatch.context() as patch:
-        kill_at(patch, rllr.run, "write_checkpoint", 1)
+        kill_at(patch, rllr.run.run, "write_checkpoint", 1)
         with pytest.raises(Killed):
             run(main, *flags)
     assert "no checkpoint yet" in run(main, *flags, "--resume")
@@ -293,8 +293,8 @@ def test_a_record_with_odd_settings(copy_of, capsys, setting, value):
 
 
 def test_another_machine_is_named(copy_of, monkeypatch):
-    now = rllr.run.machine()
-    monkeypatch.setattr(rllr.run, "machine", lambda: now | {"threads": 64, "device": "NVIDIA H200"})
+    now = rllr.run.run.machine()
+    monkeypatch.setattr(rllr.run.run, "machine", lambda: now | {"threads": 64, "device": "NVIDIA H200"})
     output = run(train_ppo.main, "--resume", copy_of("ppo"), "--steps", 9)
     assert f"warning: threads 64, the run began with {now['threads']}: equal to rounding from here on, not to the bit" in output
     assert "warning: device NVIDIA H200, the run began with cpu" in output

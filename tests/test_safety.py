@@ -12,12 +12,12 @@ import torch
 import train_sft
 from toy_runs import ANSWER, run
 
-from rllr import model
-from rllr.data import load_examples
-from rllr.errors import InputError
-from rllr.model import RewardModel, allow_remote_code, load_policy, load_tokenizer
+from rllr.model import loading as model
+from rllr.data.rows import load_examples
+from rllr.common.errors import InputError
+from rllr.model.loading import RewardModel, allow_remote_code, load_policy, load_tokenizer
 from rllr.tasks import Task, load_task
-from rllr.training import read_record
+from rllr.run.training import read_record
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "rllr").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
@@ -62,7 +62,7 @@ def dangers(source):
 def test_no_source_runs_what_it_reads(path):
     allowed = {
         "judge.py": {"importlib"},  # --reward module:function, the user's own flag
-        "data.py": {"datasets.load_from_disk"},  # reads Arrow and JSON (since datasets 2.x it pickles nothing)
+        "rows.py": {"datasets.load_from_disk"},  # reads Arrow and JSON (since datasets 2.x it pickles nothing)
     }.get(path.name, set())
     assert not [danger for danger in dangers(path.read_text()) if danger[1] not in allowed]
 

@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 from toy_runs import ANSWER, DEV_ROWS, OTHER, TRAIN_ROWS, read_metrics, run, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rllr import evaluate, predict, rationales, splits, tasks, update
-from rllr.encoding import Encoder
-from rllr.errors import RunError
-from rllr.model import RewardModel, load_policy, load_tokenizer
+from rllr import evaluate, predict, tasks, update
+from rllr.rationales import writers as rationales
+from rllr.data import splits
+from rllr.data.encoding import Encoder
+from rllr.common.errors import RunError
+from rllr.model.loading import RewardModel, load_policy, load_tokenizer
 from rllr.rewards import pairwise_accuracy
-from rllr.training import clip_gradient, make_optimizer, optimizer_step, pack, read_record
+from rllr.run.training import clip_gradient, make_optimizer, optimizer_step, pack, read_record
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,9 +11,9 @@ import train_sft
 from toy_runs import ANSWER, DEV_ROWS, TRAIN_ROWS, read_metrics, run, write_rows
 
 from rllr import evaluate
-from rllr.errors import InputError
-from rllr.files import path_for_record, path_from_record
-from rllr.splits import DataConfig, Splits, load_splits, rows_digest, tell_splits
+from rllr.common.errors import InputError
+from rllr.common.files import path_for_record, path_from_record
+from rllr.data.splits import DataConfig, Splits, load_splits, rows_digest, tell_splits
 from rllr.tasks import Example, Task
 
 TASK = Task("toy", ("good", "bad"), "{text}")

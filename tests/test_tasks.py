@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rllr.errors import InputError
+from rllr.common.errors import InputError
 from rllr.tasks import TASKS, Task, load_task, parse_answer, split_answer
 
 SST2, MRPC, APPS = TASKS["sst2"], TASKS["mrpc"], TASKS["app_reviews"]

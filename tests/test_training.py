@@ -11,21 +11,21 @@ import torch
 from families import EOS, tiny_model, toy_tokenizer
 from torch.nn import functional as F
 
-import rllr.metrics
-import rllr.training
+import rllr.common.log
+import rllr.run.training
 import rllr.update
-from rllr.encoding import Encoder
-from rllr.errors import InputError, RunError
+from rllr.data.encoding import Encoder
+from rllr.common.errors import InputError, RunError
 from rllr.layout import pack_sequences
 from rllr.logprobs import token_logprobs
-from rllr.model import RewardModel, ValueModel, load_policy, load_tokenizer
+from rllr.model.loading import RewardModel, ValueModel, load_policy, load_tokenizer
 from rllr.ppo import policy_loss, value_loss
 from rllr.rollout import generate
-from rllr.splits import DataConfig, inherit
+from rllr.data.splits import DataConfig, inherit
 from rllr.tasks import TASKS, Task
-from rllr.files import RECORD
-from rllr.metrics import Clock
-from rllr.training import (
+from rllr.common.files import RECORD
+from rllr.common.log import Clock
+from rllr.run.training import (
     check_same_task, clip_gradient, make_optimizer, make_record, optimizer_step, pack, read_record, require_finite,
     resolve_task, save_policy, set_up, shuffled_batches, split_rows, task_of_record,
 )  # fmt: skip
@@ -109,7 +109,7 @@ def test_inherit_fills_what_is_not_given_and_names_contradictions():
 
 def test_clock(monkeypatch):
     now = iter([0.0, 2.0, 10.0, 13.0, 20.0, 20.5])
-    monkeypatch.setattr(rllr.metrics.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(rllr.common.log.time, "monotonic", lambda: next(now))
     clock = Clock()
     for name in ("rollout", "score", "rollout"):
         with clock(name):
@@ -484,7 +484,7 @@ def test_deterministic_algorithms_and_a_fixed_number_of_slots(monkeypatch):
             counts.append(slots_within(None, model, 10))
             set_up("fp32", 0, deterministic=True)
             counts.append(slots_within(None, model, 10))
-            assert torch.are_deterministic_algorithms_enabled() and rllr.training.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+            assert torch.are_deterministic_algorithms_enabled() and rllr.run.training.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
             torch.use_deterministic_algorithms(False)
         assert counts == [4, 20, 20, 20]
     finally:

@@ -10,14 +10,14 @@ from test_rollout import naive_greedy
 from toy_runs import ANSWER, run
 
 import rllr.engine.attention
-import rllr.trial
+import rllr.model.trial
 from rllr.engine.attention import attention_by, can_pack, packed_attention, packed_forward, remember_packing, slot_attention
 from rllr.engine.limits import length_limits, windows_of
-from rllr.encoding import Encoder
-from rllr.errors import InputError
-from rllr.model import width_of
+from rllr.data.encoding import Encoder
+from rllr.common.errors import InputError
+from rllr.model.loading import width_of
 from rllr.rollout import generate
-from rllr.trial import try_model
+from rllr.model.trial import try_model
 
 SMALL = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": None,
@@ -111,7 +111,7 @@ def test_out_of_memory_is_not_called_unusable(monkeypatch):
     def starve(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(rllr.trial, "backbone_alone", starve)
+    monkeypatch.setattr(rllr.model.trial, "backbone_alone", starve)
     with pytest.raises(torch.OutOfMemoryError):
         try_model(tiny_model("llama"), PROMPTS, 8, "x")
 

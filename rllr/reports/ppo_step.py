@@ -2,8 +2,8 @@
 
 import torch
 
-from .metrics import say
-from .ppo import explained_variance, kl_estimate, masked_mean
+from ..common.log import say
+from ..ppo import explained_variance, kl_estimate, masked_mean
 
 
 def step_metrics(

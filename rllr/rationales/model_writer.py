@@ -5,10 +5,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from .errors import InputError
-from .rationales import GivenWriter
-from .rollout import generate
-from .trial import check_policy
+from ..common.errors import InputError
+from .writers import GivenWriter
+from ..rollout import generate
+from ..model.trial import check_policy
 
 
 class ModelWriter(GivenWriter):

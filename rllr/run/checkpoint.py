@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .errors import InputError
-from .files import disk_faults, force_to_disk, new_directory, read_json, read_safetensors, sha256_of, write_json, write_safetensors
+from ..common.errors import InputError
+from ..common.files import disk_faults, force_to_disk, new_directory, read_json, read_safetensors, sha256_of, write_json, write_safetensors
 
 FORMAT = 1
 FOLDER, TENSORS, STATE, MANIFEST = "checkpoints", "state.safetensors", "state.json", "manifest.json"

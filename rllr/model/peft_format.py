@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers.pytorch_utils import Conv1D
 
-from .errors import InputError, brief
-from .files import read_json, read_safetensors, write_json, write_safetensors
+from ..common.errors import InputError, brief
+from ..common.files import read_json, read_safetensors, write_json, write_safetensors
 from .lora import Adapter, decoder_name, get_adapter, install, linear_modules, linear_shape
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -55,7 +55,7 @@ def save_adapter(model, name, directory, *, base=None, head=None):
 
 
 def load_adapter(model, directory, name) -> Adapter:
-    """Put a saved adapter, ours or PEFT's, on a model under a name. A head beside it is `rllr.model.read_head`'s.
+    """Put a saved adapter, ours or PEFT's, on a model under a name. A head beside it is `rllr.model.loading.read_head`'s.
 
     InputError where a file is damaged, does not fit the model, or asks for arithmetic that is not plain LoRA.
     """

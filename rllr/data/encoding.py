@@ -10,9 +10,9 @@ import dataclasses
 import functools
 
 from .chat import ChatTemplate, squeeze
-from .errors import InputError
-from .model import length_limit, stop_token_ids
-from .tasks import parse_answer
+from ..common.errors import InputError
+from ..model.loading import length_limit, stop_token_ids
+from ..tasks import parse_answer
 
 PLAIN_TEMPLATE = "{prompt}\n"
 DEFAULT_CONTEXT = 2048  # for architectures without a limit of their own (Bloom)
@@ -26,7 +26,7 @@ class Encoder:
     stop_ids end an answer in rollouts; end_id is the one that SFT teaches: the chat template's end-of-turn token where
     there is a template, else the tokenizer's EOS, else the first stop id. context: tokens of prompt and answer together,
     the shortest of what the model, its attention windows and the tokenizer allow. clock: the moment that a template which
-    prints the date is given (`rllr.chat`); None: now. InputError where the tokenizer or its template cannot be used.
+    prints the date is given (`rllr.data.chat`); None: now. InputError where the tokenizer or its template cannot be used.
     """
 
     def __init__(self, tokenizer, model, clock=None):

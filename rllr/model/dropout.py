@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .model import backbone_of
+from .loading import backbone_of
 
 
 def set_dropout(model, p):

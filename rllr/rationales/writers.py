@@ -13,11 +13,11 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import check_choice, parse_config
-from .data import Source, load_examples, parse_mapping_flag
-from .demo import quote_of, word_rationale
-from .errors import InputError, command
-from .tasks import load_task
+from ..common.config import check_choice, parse_config
+from ..data.rows import Source, load_examples, parse_mapping_flag
+from ..data.demo import quote_of, word_rationale
+from ..common.errors import InputError, command
+from ..tasks import load_task
 from .words import words_of
 
 WRITERS = ("given", "evidence", "demo", "model")
@@ -221,8 +221,8 @@ def make_writer(name, examples, task, *, config=None, device="cpu", directory=".
     `also`: further rows it may be asked about, which must not count as evidence. For `model`, config.rationale_model names the causal LM; its rationales are cached in <directory>/rationales.jsonl.
     """
     if name == "model":
-        from .encoding import Encoder
-        from .model import load_policy, load_tokenizer
+        from ..data.encoding import Encoder
+        from ..model.loading import load_policy, load_tokenizer
         from .model_writer import ModelWriter
 
         source = getattr(config, "rationale_model", None)
@@ -261,9 +261,9 @@ class Config:
 @command
 def main(argv=None):
     """Write a data file with a rationale for every label of every row."""
-    from .metrics import say
-    from .model import allow_remote_code
-    from .training import set_up
+    from ..common.log import say
+    from ..model.loading import allow_remote_code
+    from ..run.training import set_up
 
     config = parse_config(Config, argv, __doc__)
     allow_remote_code(config.trust_remote_code)
@@ -291,7 +291,3 @@ def main(argv=None):
             row |= {"rationales": {label: writer.write(example, label) for label in task.labels}}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     say(f"{len(examples)} rows written to {output}")
-
-
-if __name__ == "__main__":
-    main()

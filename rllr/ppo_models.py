@@ -1,18 +1,18 @@
 """Who plays which role in PPO: policy and reference, the judges, the value model, the rule for answers that were cut.
 
-With --lora_rank the roles are adapters on one frozen base (`rllr.shared`), else each is a model of its own.
+With --lora_rank the roles are adapters on one frozen base (`rllr.model.roles`), else each is a model of its own.
 """
 
 from functools import partial
 from pathlib import Path
 
-from .errors import InputError
+from .common.errors import InputError
 from .judge import ScoreStatistics, gold_reward, load_function, load_scorer
-from .metrics import say
-from .model import RewardModel, ValueModel, backbone_of, fingerprint, load_backbone, load_policy, read_head
-from .peft_format import is_adapter
-from .shared import RolePolicy, load_base, load_scalar_role, new_role
-from .training import check_same_task, read_record
+from .common.log import say
+from .model.loading import RewardModel, ValueModel, backbone_of, fingerprint, load_backbone, load_policy, read_head
+from .model.peft_format import is_adapter
+from .model.roles import RolePolicy, load_base, load_scalar_role, new_role
+from .run.training import check_same_task, read_record
 
 
 def load_policy_and_reference(config, device):

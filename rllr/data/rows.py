@@ -19,9 +19,9 @@ from decimal import Decimal, InvalidOperation
 from numbers import Number
 from pathlib import Path
 
-from .errors import InputError, brief, brief_list
+from ..common.errors import InputError, brief, brief_list
 from .tables import SAVED_DATA_SET, Table, dataset_rows, first_line, read_table
-from .tasks import Example, Task, same_word, split_answer
+from ..tasks import Example, Task, same_word, split_answer
 
 FIELDS = ("id", "text", "text_b", "label", "score", "rationale", "rationales")
 IGNORABLE = ("id", "score", "rationale", "rationales")  # fields that --columns may map to nothing

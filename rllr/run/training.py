@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from .errors import InputError, RunError, brief
-from .files import RECORD, ROWS, disk_faults, path_for_record, path_from_record, read_json, saving_into, write_json
-from .layout import pack_sequences
-from .metrics import say
-from .tasks import Task, load_task
+from ..common.errors import InputError, RunError, brief
+from ..common.files import RECORD, ROWS, disk_faults, path_for_record, path_from_record, read_json, saving_into, write_json
+from ..layout import pack_sequences
+from ..common.log import say
+from ..tasks import Task, load_task
 
 
 RECORD_FORMAT = 2  # of rllr.json; raised where what a run computes changes, with a line in CHANGELOG.md
@@ -108,7 +108,7 @@ def other_format(path, found, own, remedy):
 def save_policy(model, encoder, path, record, merged=False, rows=None):
     """A policy as a plain Hugging Face directory with our record: weights, config, stop ids, tokenizer.
 
-    Of an adapter on a shared base (`rllr.shared`) only the adapter, in PEFT's format; `merged`: the plain model. rows: hashes of
+    Of an adapter on a shared base (`rllr.model.roles`) only the adapter, in PEFT's format; `merged`: the plain model. rows: hashes of
     the texts that trained and evaluated it (`Splits.text_hashes`).
     """
     model.generation_config.eos_token_id = encoder.stop_ids if len(encoder.stop_ids) > 1 else encoder.stop_ids[0]

@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import InputError, brief, brief_list
-from .files import is_lfs_pointer
+from ..common.errors import InputError, brief, brief_list
+from ..common.files import is_lfs_pointer
 
 NAMED_ROWS = 5  # how many dropped rows a log line names
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, combinations
 
-from .errors import InputError
-from .tasks import Example
+from ..common.errors import InputError
+from ..tasks import Example
 
 # ---- Knobs, read at the first call. Harder: more phrases, a larger exponent, more negation, less support, more decoys.
 SEED = 19763

@@ -11,10 +11,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..errors import InputError
-from ..lora import checkpoint_contexts
-from .attention import attention_by
-from .linear import OneDnnLinear, fast_linears
+from ..common.errors import InputError
+from .lora import checkpoint_contexts
+from ..engine.attention import attention_by
+from ..engine.linear import OneDnnLinear, fast_linears
 
 
 def checkpoint_layers(backbone):

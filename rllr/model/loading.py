@@ -18,14 +18,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from .engine.attention import can_pack, packed_forward
-from .engine.limits import length_limits, text_config
-from .engine.linear import fast_linears
-from .errors import InputError
-from .files import disk_faults, is_lfs_pointer, saving_into, write_json, write_safetensors
-from .layout import response_places, unflatten
+from ..engine.attention import can_pack, packed_forward
+from ..engine.limits import length_limits, text_config
+from ..engine.linear import fast_linears
+from ..common.errors import InputError
+from ..common.files import disk_faults, is_lfs_pointer, saving_into, write_json, write_safetensors
+from ..layout import response_places, unflatten
 from .lora import decoder_name, decoder_of
-from .metrics import say
+from ..common.log import say
 from .peft_format import PREFIX, is_adapter
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what transformers lets through
@@ -186,7 +186,7 @@ def _text_part(model, name):
 
 
 def _load_merged(path, dtype, device, base):
-    from .shared import load_merged  # it stands on this module
+    from .roles import load_merged  # it stands on this module
 
     return load_merged(path, dtype, device, base)
 

@@ -3,7 +3,7 @@
 import re
 from datetime import datetime
 
-from .errors import InputError, brief
+from ..common.errors import InputError, brief
 
 PROBE = "rllr probe: first line\nand second"  # a template must hand on the words of a message, whichever they are
 OPEN_THINKING = re.compile(r"<(think|thinking|thought|reasoning)>\s*\Z")

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .checkpoint import FOLDER, damage, list_checkpoints, mend, run_of
-from .config import convert_setting
-from .errors import InputError
-from .files import METRICS, RUN, is_empty, path_from_record, read_json
-from .metrics import say
+from ..common.config import convert_setting
+from ..common.errors import InputError
+from ..common.files import METRICS, RUN, is_empty, path_from_record, read_json
+from ..common.log import say
 from .training import PATHS, other_format
 
 # On --resume these may differ from the run's own: they change what is printed or kept, or how long the run is;

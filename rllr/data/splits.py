@@ -12,11 +12,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from .data import NoSuchSplit, Source, load_examples, parse_mapping_flag, select_labelled, split_holdout, text_hash
-from .errors import InputError, brief
-from .files import RECORD, ROWS, path_from_record, read_json
-from .tasks import Task, load_task
-from .training import PATHS, check_same_task, read_record, resolve_task
+from .rows import NoSuchSplit, Source, load_examples, parse_mapping_flag, select_labelled, split_holdout, text_hash
+from ..common.errors import InputError, brief
+from ..common.files import RECORD, ROWS, path_from_record, read_json
+from ..tasks import Task, load_task
+from ..run.training import PATHS, check_same_task, read_record, resolve_task
 
 EVAL_SHARE = 0.1  # of the rows, where no evaluation data is given
 NAMED_CLASSES = 12  # labels, at most, whose rows a log line counts
@@ -82,7 +82,7 @@ def load_splits(config: DataConfig, task: Task, log=print, record=None, taken_up
 
     record: of the policy that a later stage starts from. Rows that were taken over from it must be those that it trained on;
     rows that a flag names on purpose may be others, without those that trained or evaluated the policy. taken_up: a run that is
-    being resumed (`rllr.resume`), whose rows must be the same.
+    being resumed (`rllr.run.resume`), whose rows must be the same.
     """
     rows = _load(config, task, "train", log)
     evaluation = _load(config, task, "eval", log)

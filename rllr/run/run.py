@@ -27,9 +27,9 @@ from .checkpoint import (
     STATE, WEIGHTY, GlobalStreams, checkpoint_path, damage, list_checkpoints, read_checkpoint, restore_part, state_of, step_of,
     write_checkpoint,
 )  # fmt: skip
-from .errors import InputError, RunError, Stopped
-from .files import METRICS, RUN, disk_faults, open_run_directory, write_json
-from .metrics import MetricsLog, say
+from ..common.errors import InputError, RunError, Stopped
+from ..common.files import METRICS, RUN, disk_faults, open_run_directory, write_json
+from ..common.log import MetricsLog, say
 from .resume import RUN_FORMAT
 from .training import settings_for_record
 

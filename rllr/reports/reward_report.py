@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import InputError
-from .evaluate import accuracy, answer_rows, tell_parse_failures
-from .judge import score_rows
-from .metrics import say
-from .rollout import generate
-from .tasks import parse_answer, split_answer
-from .training import pack
+from ..common.errors import InputError
+from ..evaluate import accuracy, answer_rows, tell_parse_failures
+from ..judge import score_rows
+from ..common.log import say
+from ..rollout import generate
+from ..tasks import parse_answer, split_answer
+from ..run.training import pack
 
 MIN_PROMPTS = 512  # sampled answers wanted behind the stored statistics
 

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from .config import check_choice, check_positive, parse_config
-from .encoding import Encoder
-from .errors import InputError, command
+from ..common.config import check_choice, check_positive, parse_config
+from ..data.encoding import Encoder
+from ..common.errors import InputError, command
 from .lora import add_adapter, decoder_of, get_adapter, merge_adapter, merged_weights, use_adapter
-from .metrics import say
-from .model import RewardModel, allow_remote_code, fingerprint, load_policy, load_tokenizer, read_head, reward_pad_token_id
+from ..common.log import say
+from .loading import RewardModel, allow_remote_code, fingerprint, load_policy, load_tokenizer, read_head, reward_pad_token_id
 from .peft_format import load_adapter, read_adapter_config, save_adapter
-from .files import RECORD, check_run_directory, open_run_directory, path_from_record, write_json
-from .training import read_record, save_policy, set_up
+from ..common.files import RECORD, check_run_directory, open_run_directory, path_from_record, write_json
+from ..run.training import read_record, save_policy, set_up
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -1,0 +1,5 @@
+"""python -m rllr.rationales"""
+
+from .writers import main
+
+main()
