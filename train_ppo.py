@@ -15,26 +15,31 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
+from rllr.answers import answer_rows
 from rllr.common.config import check_choice, check_divisible, check_positive, check_range, parse_config
-from rllr.data.encoding import Encoder
-from rllr.model.recompute import checkpoint_layers
 from rllr.common.errors import InputError, RunError, brief, command
-from rllr.evaluate import answer_rows, metric_line, rank, score_answers, show_samples, tell_parse_failures
 from rllr.common.files import check_run_directory
-from rllr.common.log import Clock, say
-from rllr.model.loading import allow_remote_code, backbone_of, fingerprint, load_tokenizer
-from rllr.reports.ppo_step import show_rollout, step_line, step_metrics
+from rllr.common.log import Clock, say, show_config
+from rllr.data.encoding import Encoder
+from rllr.data.splits import DataConfig, find_policy, gold_labels, load_splits, recorded_hashes, take_over
+from rllr.evaluate import show_samples
+from rllr.metrics import metric_line, rank, score_answers, tell_parse_failures
+from rllr.model.backbone import backbone_of
+from rllr.model.loading import allow_remote_code, fingerprint, load_tokenizer
+from rllr.model.recompute import checkpoint_layers
+from rllr.model.roles import LoRAConfig, check_lora, rate_factor
+from rllr.model.trial import check_policy
 from rllr.ppo import AdaptiveKL, FixedKL, gae, masked_whiten
-from rllr.rewards import incomplete_answer_rule, label_sensitive_reward, shape_rewards
 from rllr.ppo_models import eos_cap, load_judges, load_policy_and_reference, load_value_model, name_judges
+from rllr.reports.ppo_step import show_rollout, step_line, step_metrics, write_batch
+from rllr.rewards import incomplete_answer_rule, label_sensitive_reward, shape_rewards
 from rllr.rollout import generate
+from rllr.run.machine import set_up
+from rllr.run.optimizer import make_optimizer, require_finite
+from rllr.run.records import make_record, save_policy
 from rllr.run.resume import RunConfig, take_up
 from rllr.run.run import Run, digest, reads_of, require_finite_weights
-from rllr.model.roles import LoRAConfig, check_lora, rate_factor
-from rllr.data.splits import DataConfig, find_policy, gold_labels, load_splits, recorded_hashes, take_over
-from rllr.run.training import make_optimizer, make_record, require_finite, save_policy, set_up, show_config
-from rllr.model.trial import check_policy
-from rllr.update import PromptStream, analyse, check_sampler_gap, improve, kl_within_bound, samples_of, write_batch
+from rllr.update import PromptStream, analyse, check_sampler_gap, improve, kl_within_bound, samples_of
 
 MOST_SKIPPED = 10  # rollouts in a row whose update --on_ref_kl skip may leave out: the policy does not come back by itself
 
@@ -204,7 +209,7 @@ def main(argv=None):
     run.track(
         config.steps, at, policy=policy, policy_optimizer=policy_optimizer[0], policy_schedule=policy_optimizer[1],
         value_model=value_model, value_optimizer=value_optimizer[0], value_schedule=value_optimizer[1],
-        kl=kl, stream=stream, sampling=sampling,
+        kl=kl, stream=stream, prompt_order=stream.order_rng, minibatch_order=stream.minibatch_rng, sampling=sampling,
         **{f"{name}_judge": judge for name, judge in judges.items() if hasattr(judge, "state_dict")},
     )  # fmt: skip
 

@@ -18,30 +18,37 @@ import torch
 from tqdm import tqdm
 
 from rllr.common.config import check_choice, check_divisible, check_positive, check_range, parse_config
-from rllr.data.rows import load_pairs
-from rllr.model.dropout import set_dropout
-from rllr.data.encoding import Encoder
-from rllr.model.recompute import checkpoint_layers
 from rllr.common.errors import InputError, brief, command
 from rllr.common.files import RECORD, check_run_directory, disk_faults, write_json
+from rllr.common.log import say, show_config
+from rllr.data.encoding import Encoder
+from rllr.data.rows import load_pairs
+from rllr.data.splits import DataConfig, find_policy, load_splits, take_over
 from rllr.judge import STATISTICS, ScoreStatistics, score_rows
-from rllr.common.log import say
-from rllr.model.loading import RewardModel, allow_remote_code, fingerprint, load_policy, load_tokenizer, reward_pad_token_id
+from rllr.layout import pack, shuffled_batches, split_rows
+from rllr.model.dropout import set_dropout
+from rllr.model.heads import RewardModel, reward_pad_token_id
+from rllr.model.loading import allow_remote_code, fingerprint, load_policy, load_tokenizer
+from rllr.model.recompute import checkpoint_layers
+from rllr.model.roles import LoRAConfig, RolePolicy, check_lora, load_base, load_scalar_role, new_role, rate_factor
+from rllr.model.trial import check_policy
 from rllr.pairs import (
-    LABEL_PAIRS, Pair, describe, label_sensitive_pairs, rationale_sensitive_pairs, split_by_prompt, write_pairs,
+    LABEL_PAIRS,
+    Pair,
+    describe,
+    label_sensitive_pairs,
+    rationale_sensitive_pairs,
+    split_by_prompt,
+    write_pairs,
 )  # fmt: skip
-from rllr.rationales.writers import WRITERS, check_writer, default_label_pairs, default_writer, make_writer
-from rllr.reports.reward_report import classifier_report, pair_report, sampled_scores, show_pairs
+from rllr.rationales.factory import WRITERS, check_writer, default_label_pairs, default_writer, make_writer
+from rllr.reports.reward_report import classifier_report, pair_report, sampled_scores, save_statistics, show_pairs
 from rllr.rewards import pairwise_accuracy, pairwise_loss
+from rllr.run.machine import set_up
+from rllr.run.optimizer import clip_gradient, make_optimizer, optimizer_step, require_finite
+from rllr.run.records import make_record
 from rllr.run.resume import RunConfig, take_up
 from rllr.run.run import Run, digest, reads_of
-from rllr.model.roles import LoRAConfig, RolePolicy, check_lora, load_base, load_scalar_role, new_role, rate_factor
-from rllr.data.splits import DataConfig, find_policy, load_splits, take_over
-from rllr.model.trial import check_policy
-from rllr.run.training import (
-    clip_gradient, make_optimizer, make_record, optimizer_step, pack, require_finite, set_up, show_config, shuffled_batches,
-    split_rows,
-)  # fmt: skip
 
 
 @dataclass
@@ -318,7 +325,7 @@ def main(argv=None):
             temperature=config.temperature, policy_fingerprint=policy_fingerprint,
         )  # fmt: skip
         with disk_faults(str(directory / STATISTICS)):
-            statistics.save(directory)
+            save_statistics(statistics, directory)
         say(
             f"scores on {statistics.count} answers sampled by the policy: mean {statistics.mean:.3f}, "
             f"standard deviation {statistics.std:.3f}"

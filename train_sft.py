@@ -14,27 +14,30 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
+from rllr.answers import answer_rows
 from rllr.common.config import check_choice, check_divisible, check_positive, check_range, parse_config
-from rllr.model.dropout import set_dropout
-from rllr.data.encoding import Encoder
-from rllr.model.recompute import checkpoint_layers
 from rllr.common.errors import InputError, command
-from rllr.evaluate import answer_rows, metric_line, rank, score_answers, show_samples, tell_parse_failures
 from rllr.common.files import check_run_directory
+from rllr.common.log import say, show_config
+from rllr.data.encoding import Encoder
+from rllr.data.splits import DataConfig, inherit, load_splits
+from rllr.evaluate import show_samples
+from rllr.layout import pack, shuffled_batches, split_rows
 from rllr.logprobs import token_logprobs
-from rllr.common.log import say
-from rllr.model.loading import allow_remote_code, backbone_of, fingerprint, load_policy, load_tokenizer
-from rllr.rationales.writers import WRITERS, check_writer, default_writer, make_writer
+from rllr.metrics import metric_line, rank, score_answers, tell_parse_failures
+from rllr.model.backbone import backbone_of
+from rllr.model.dropout import set_dropout
+from rllr.model.loading import allow_remote_code, cast_parameters, fingerprint, load_policy, load_tokenizer
+from rllr.model.recompute import checkpoint_layers
+from rllr.model.roles import DTYPES, LoRAConfig, check_lora, new_role, rate_factor
+from rllr.model.trial import check_policy
+from rllr.rationales.factory import WRITERS, check_writer, default_writer, make_writer
+from rllr.run.machine import set_up
+from rllr.run.optimizer import clip_gradient, make_optimizer, optimizer_step, require_finite
+from rllr.run.records import check_same_task, make_record, read_record, resolve_task, save_policy
 from rllr.run.resume import RunConfig, take_up
 from rllr.run.run import Run, digest, reads_of
-from rllr.model.roles import DTYPES, LoRAConfig, cast_parameters, check_lora, new_role, rate_factor
-from rllr.data.splits import DataConfig, inherit, load_splits
 from rllr.tiny import TinyConfig, build_tiny
-from rllr.model.trial import check_policy
-from rllr.run.training import (
-    check_same_task, clip_gradient, make_optimizer, make_record, optimizer_step, pack, read_record, require_finite, resolve_task,
-    save_policy, set_up, show_config, shuffled_batches, split_rows,
-)  # fmt: skip
 
 BASE = "base"  # in the run's directory: the model that --model tiny built
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import torch
-from common import draw_lengths, draw_prompts, forced_rollout, gemm_rate, make_model, measure, median, ratios, set_up
-from common import write_result
+
+from common import draw_lengths, draw_prompts, forced_rollout, gemm_rate, make_model, measure, median, ratios, set_up, write_result
 
 CAP = 64
 

@@ -30,7 +30,7 @@ SHAPES = {  # random Llama-like weights: speed does not need trained ones
 
 def set_up(threads):
     """One thread pool, allocator settings as in the scripts (for every engine alike), quiet libraries."""
-    from rllr.run.training import keep_freed_memory
+    from rllr.run.machine import keep_freed_memory
 
     torch.set_num_threads(threads)
     keep_freed_memory()

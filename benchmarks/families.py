@@ -10,13 +10,14 @@ from collections import defaultdict
 
 import torch
 import transformers
-from common import ROOT, machine
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from rllr.engine.attention import can_pack
+from common import ROOT, machine
 from rllr.common.errors import InputError
-from rllr.model.loading import _check_logits, backbone_of
+from rllr.engine.attention import can_pack
+from rllr.model.backbone import backbone_of
+from rllr.model.loading import _check_logits
 from rllr.model.trial import try_model
 
 LARGEST = 30_000_000  # parameters; a family whose configuration cannot be made smaller by these names is left out

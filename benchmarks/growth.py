@@ -15,6 +15,7 @@ import sys
 import time
 
 import torch
+
 from common import SHAPES, body_and_head, draw_prompts, forced_rollout, make_model, net_peak_mb, set_up, write_result
 
 DEFAULT = {"shape": "S", "prompts": 64, "answer": 32, "batch": 16}

@@ -14,6 +14,7 @@ import time
 from types import SimpleNamespace
 
 import torch
+
 from common import draw_lengths, draw_prompts, forget_peak, make_model, status_mb, write_result
 
 MODES = ("four models", "shared base, LoRA 16")
@@ -21,7 +22,7 @@ MODES = ("four models", "shared base, LoRA 16")
 
 def make_roles(mode, shape):
     """(policy, reference, value model, reward model)."""
-    from rllr.model.loading import RewardModel, ValueModel
+    from rllr.model.heads import RewardModel, ValueModel
     from rllr.model.roles import RolePolicy, new_role
 
     if mode == MODES[0]:
@@ -38,7 +39,7 @@ def one(mode, shape, sequences):
     """{net peak in MB, weights in MB, CPU seconds of the second step}."""
     from rllr.layout import pack_sequences
     from rllr.logprobs import token_logprobs
-    from rllr.run.training import make_optimizer
+    from rllr.run.optimizer import make_optimizer
 
     imported = status_mb("VmRSS")
     forget_peak()

@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
+
 from common import EOS, draw_lengths, draw_prompts, force, forced_rollout, make_model, net_peak_mb, set_up, write_result
 
 BATCH, MINIBATCHES = 64, 4
@@ -25,10 +26,10 @@ BATCH, MINIBATCHES = 64, 4
 
 def our_iteration(shape, prompts, lengths):
     """A function that runs one iteration and returns the seconds of CPU time per phase."""
-    from rllr.model.loading import RewardModel, ValueModel
+    from rllr.model.heads import RewardModel, ValueModel
     from rllr.ppo import gae, masked_whiten
     from rllr.rewards import shape_rewards
-    from rllr.run.training import make_optimizer
+    from rllr.run.optimizer import make_optimizer
     from rllr.update import analyse, improve
 
     policy, reference = make_model(shape), make_model(shape)

@@ -10,9 +10,24 @@ identical work and only useful tokens count. Log-probabilities of ours are check
 import argparse
 
 import torch
-from common import EOS, body_and_head, draw_lengths, draw_prompts, force, forced_rollout, gemm_rate, make_model, measure
-from common import median, peak_memory_mb, ratios, set_up, write_result
 from transformers import GenerationConfig, LogitsProcessor
+
+from common import (
+    EOS,
+    body_and_head,
+    draw_lengths,
+    draw_prompts,
+    force,
+    forced_rollout,
+    gemm_rate,
+    make_model,
+    measure,
+    median,
+    peak_memory_mb,
+    ratios,
+    set_up,
+    write_result,
+)
 
 SLOTS, CAP = 64, 64
 

@@ -9,8 +9,8 @@ layer kept for the value head. Same weights, same sequences; the numbers must ag
 import argparse
 
 import torch
-from common import body_and_head, draw_lengths, draw_prompts, gemm_rate, make_model, measure, median, ratios, set_up
-from common import write_result
+
+from common import body_and_head, draw_lengths, draw_prompts, gemm_rate, make_model, measure, median, ratios, set_up, write_result
 
 SEQUENCES = 64
 
@@ -36,9 +36,8 @@ def plain(models, packed):
 
 @torch.no_grad()
 def ours(models, packed, tokens_per_batch):
-    from rllr.layout import trim
+    from rllr.layout import split_rows, trim
     from rllr.logprobs import token_logprobs, token_logprobs_and_entropy
-    from rllr.run.training import split_rows
 
     policy, reference, value_model, reward_model = models
     sequences, prompt_lens, mask = packed
@@ -62,7 +61,7 @@ def main():
     args = parser.parse_args()
     set_up(args.threads)
     from rllr.layout import pack_sequences, response_places
-    from rllr.model.loading import RewardModel, ValueModel
+    from rllr.model.heads import RewardModel, ValueModel
 
     policy, reference = make_model(args.shape), make_model(args.shape, seed=3)
     value_model = ValueModel.from_policy(make_model(args.shape, seed=1))

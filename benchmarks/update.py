@@ -12,8 +12,8 @@ import subprocess
 import sys
 
 import torch
-from common import draw_lengths, draw_prompts, make_model, measure, median, net_peak_mb, ratios, set_up, write_result
 
+from common import draw_lengths, draw_prompts, make_model, measure, median, net_peak_mb, ratios, set_up, write_result
 
 BATCHES = 4  # steps per measurement, so that one lucky draw of lengths does not decide
 
@@ -42,13 +42,12 @@ def plain_step(model, packed, rows):
 
 def our_step(model, packed, rows, pack_below=None, micro_batch=0, tokens=0):
     """`token_logprobs`; micro-batches add up to the same gradient."""
-    import rllr.model.loading
-    from rllr.layout import trim
+    import rllr.model.backbone
+    from rllr.layout import split_rows, trim
     from rllr.logprobs import token_logprobs
-    from rllr.run.training import split_rows
 
-    before = rllr.model.loading.PACK_BELOW
-    rllr.model.loading.PACK_BELOW = before if pack_below is None else pack_below
+    before = rllr.model.backbone.PACK_BELOW
+    rllr.model.backbone.PACK_BELOW = before if pack_below is None else pack_below
     try:
         sequences, prompt_lens, mask = packed
         count, lengths = mask.sum(), (prompt_lens + mask.sum(1)).tolist()
@@ -56,7 +55,7 @@ def our_step(model, packed, rows, pack_below=None, micro_batch=0, tokens=0):
             logprobs = token_logprobs(model, *trim(sequences[part], prompt_lens[part], mask[part]))
             (-logprobs.sum() / count).backward()
     finally:
-        rllr.model.loading.PACK_BELOW = before
+        rllr.model.backbone.PACK_BELOW = before
 
 
 VARIANTS = {

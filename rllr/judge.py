@@ -8,13 +8,11 @@ import importlib
 import inspect
 import math
 import traceback
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 
 from .common.errors import InputError, RunError
-from .common.files import read_json, write_json
 from .layout import batches_by_length, trim
 
 STATISTICS = "score_statistics.json"
@@ -61,23 +59,6 @@ class ScoreStatistics:
             )
         grid = torch.quantile(scores, torch.linspace(0, 1, GRID, dtype=scores.dtype))
         return cls(float(scores.mean()), std, len(scores), [float(q) for q in grid], **more)
-
-    def save(self, directory):
-        write_json(Path(directory) / STATISTICS, asdict(self))
-
-    @classmethod
-    def load(cls, directory):
-        path = Path(directory) / STATISTICS
-        if not path.is_file():
-            raise InputError(f"{path}: not there; train_rm.py writes it beside the reward model (or use --score_norm none)")
-        try:
-            statistics = cls(**read_json(path))
-            whole = statistics.is_whole()
-        except (InputError, TypeError, OverflowError):
-            whole = False
-        if not whole:
-            raise InputError(f"{path}: damaged; train the reward model again (or use --score_norm none)")
-        return statistics
 
     def is_whole(self):
         """Whether these are the statistics of some scores."""
@@ -207,29 +188,3 @@ def load_function(spec):
     return checked
 
 
-def load_scorer(directory, tokenizer, norm, clip, batch_size, device, autocast, flag, load=None):
-    """The scorer of a reward model directory, once its tokenizer is seen to be the policy's. InputErrors name the flag.
-
-    load(directory, flag) makes the model where it is not one of its own but an adapter on a shared base.
-    """
-    from .model.loading import RewardModel, load_tokenizer
-
-    if not Path(directory).is_dir():
-        raise InputError(f"{flag} {directory}: no such directory; train_rm.py makes one")
-    model = load(directory, flag) if load else RewardModel.from_pretrained(directory, device=device)
-    check_same_tokenizer(load_tokenizer(directory), tokenizer, f"{flag} {directory}")
-    statistics = ScoreStatistics.load(directory) if norm != "none" or (Path(directory) / STATISTICS).is_file() else None
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return RewardModelScorer(model, statistics, norm, clip, batch_size, autocast)
-
-
-def check_same_tokenizer(theirs, ours, where):
-    """InputError unless two tokenizers give the same ids: a reward model reads the very ids that the policy sampled."""
-    mine, other = ours.get_vocab(), theirs.get_vocab()
-    if mine != other:
-        differing = sum(other.get(token) != i for token, i in mine.items()) + len(other.keys() - mine.keys())
-        raise InputError(
-            f"{where}: its tokenizer differs from the policy's ({differing} tokens have other ids); train the reward model "
-            "from this policy"
-        )

@@ -7,6 +7,8 @@ Log-probabilities and values are read at `position`, so V sees the text before t
 attention, right padding needs no attention mask: real tokens never look at it.
 """
 
+import random
+
 import torch
 
 IGNORED_ID = 0  # fills padding where the model has no pad token; any id does, nothing reads it
@@ -67,3 +69,44 @@ def batches_by_length(lengths, batch_size):
     """Index lists of at most batch_size rows, longest rows first, so that little padding is computed."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def pack(rows, pad_token_id, device):
+    """Rows that begin with (prompt ids, response ids) -> (sequences, prompt_lens, response_mask)."""
+    prompts, responses, *_ = zip(*rows)
+    return pack_sequences(prompts, responses, pad_token_id, device)
+
+
+def shuffled_batches(rows, batch_size, seed, epoch):
+    """Batches of an epoch in an order that depends on seed and epoch alone; the last one may be smaller.
+
+    Rows of similar length come together (little padding), the batches in random order. rows: (prompt ids, response ids, ...).
+    """
+    rng = random.Random(f"batches/{seed}/{epoch}")
+    order = list(range(len(rows)))
+    rng.shuffle(order)
+    pool = 16 * batch_size
+    chunks = [
+        sorted(order[i : i + pool], key=lambda r: len(rows[r][0]) + len(rows[r][1])) for i in range(0, len(order), pool)
+    ]
+    batches = [chunk[i : i + batch_size] for chunk in chunks for i in range(0, len(chunk), batch_size)]
+    rng.shuffle(batches)
+    return [[rows[r] for r in batch] for batch in batches]
+
+
+def split_rows(rows, lengths, size=0, tokens=0):
+    """Micro-batches of at most `size` rows, and of at most `tokens` padded tokens (its rows x the longest of them).
+
+    0: no limit. lengths: of each row, in tokens. With a limit on tokens, rows of similar length come together; a row that is
+    longer than the limit goes alone.
+    """
+    if not tokens:
+        size = size or len(rows)
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
+    batches, width = [], 0
+    for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
+        if not batches or len(batches[-1]) == (size or len(rows)) or (len(batches[-1]) + 1) * width > tokens:
+            batches.append([])
+            width = lengths[i]
+        batches[-1].append(rows[i])
+    return batches

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .layout import response_places, response_tokens, unflatten
-from .model.loading import hidden_at, lm_logits
+from .model.backbone import hidden_at, lm_logits
 
 CHUNK_TOKENS = 4096  # tokens whose logits exist at a time: 4096 x 150k vocabulary x 4 bytes = 2.5 GB
 

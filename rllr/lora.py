@@ -1,6 +1,6 @@
-"""`python -m rllr.lora merge` was this command's name until 0.2; it is python -m rllr.merge now. Adapters are in rllr.model.lora."""
+"""Adapters are in rllr.model.lora. This file only tells the new name of the command that was called `python -m rllr.lora merge`."""
 
-from .model.roles import merge_command
+import sys
 
 if __name__ == "__main__":
-    merge_command()
+    sys.exit("error: python -m rllr.lora merge is python -m rllr.merge now, with the same flags")

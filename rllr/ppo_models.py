@@ -7,12 +7,15 @@ from functools import partial
 from pathlib import Path
 
 from .common.errors import InputError
-from .judge import ScoreStatistics, gold_reward, load_function, load_scorer
 from .common.log import say
-from .model.loading import RewardModel, ValueModel, backbone_of, fingerprint, load_backbone, load_policy, read_head
+from .judge import STATISTICS, RewardModelScorer, gold_reward, load_function
+from .model.backbone import backbone_of
+from .model.heads import RewardModel, ValueModel
+from .model.loading import fingerprint, load_backbone, load_policy, read_head
 from .model.peft_format import is_adapter
 from .model.roles import RolePolicy, load_base, load_scalar_role, new_role
-from .run.training import check_same_task, read_record
+from .reports.reward_report import load_statistics
+from .run.records import check_same_task, read_record
 
 
 def load_policy_and_reference(config, device):
@@ -105,7 +108,7 @@ def load_value_model(config, device, base=None, policy_fingerprint=None, judges=
     else:
         value_model = ValueModel.from_pretrained(source, device=device)
     if config.score_norm != "none" and not own_reward:
-        statistics = ScoreStatistics.load(source)
+        statistics = load_statistics(source)
         value_model.rescale(statistics.mean, statistics.std)
     say(f"value model: from {source}")
     return value_model
@@ -126,3 +129,32 @@ def eos_cap(config, judges, mode, threshold):
     if mode == "mixed":
         means["label"] = min(means["label"], threshold)
     return sum(means.values()), sum(s.std**2 for s in statistics) ** 0.5
+
+
+def load_scorer(directory, tokenizer, norm, clip, batch_size, device, autocast, flag, load=None):
+    """The scorer of a reward model directory, once its tokenizer is seen to be the policy's. InputErrors name the flag.
+
+    load(directory, flag) makes the model where it is not one of its own but an adapter on a shared base.
+    """
+    from .model.heads import RewardModel
+    from .model.loading import load_tokenizer
+
+    if not Path(directory).is_dir():
+        raise InputError(f"{flag} {directory}: no such directory; train_rm.py makes one")
+    model = load(directory, flag) if load else RewardModel.from_pretrained(directory, device=device)
+    check_same_tokenizer(load_tokenizer(directory), tokenizer, f"{flag} {directory}")
+    statistics = load_statistics(directory) if norm != "none" or (Path(directory) / STATISTICS).is_file() else None
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return RewardModelScorer(model, statistics, norm, clip, batch_size, autocast)
+
+
+def check_same_tokenizer(theirs, ours, where):
+    """InputError unless two tokenizers give the same ids: a reward model reads the very ids that the policy sampled."""
+    mine, other = ours.get_vocab(), theirs.get_vocab()
+    if mine != other:
+        differing = sum(other.get(token) != i for token, i in mine.items()) + len(other.keys() - mine.keys())
+        raise InputError(
+            f"{where}: its tokenizer differs from the policy's ({differing} tokens have other ids); train the reward model "
+            "from this policy"
+        )

@@ -12,16 +12,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from .answers import answer_rows
 from .common.config import check_choice, check_positive, parse_config
-from .data.rows import Source, load_examples, parse_mapping_flag
-from .data.encoding import Encoder
 from .common.errors import InputError, command
-from .evaluate import answer_rows
-from .model.loading import allow_remote_code, load_policy, load_tokenizer
+from .data.encoding import Encoder
+from .data.rows import Source, load_examples, parse_mapping_flag
 from .data.tables import Table
-from .tasks import split_answer
-from .run.training import check_same_task, read_record, resolve_task, set_up
+from .model.loading import allow_remote_code, load_policy, load_tokenizer
 from .model.trial import check_policy
+from .run.machine import set_up
+from .run.records import check_same_task, read_record, resolve_task
+from .tasks import split_answer
 
 
 @dataclass

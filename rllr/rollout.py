@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from .engine.decoder import Decoder
-from .engine.limits import length_limits, other_layers, text_config
+from .engine.limits import check_cache_support, text_config
 from .engine.linear import packed_linears
 from .engine.sampling import Sampler
 from .layout import pack_sequences
-from .model.loading import backbone_of, lm_logits
+from .model.backbone import backbone_of, lm_logits
 
 ADMIT_SHARE = 0.125  # share of free slots at which new prompts are let in: in groups, as their forward stops the others
 STEPS_PER_LOOK = {"cpu": 1, "other": 8}  # steps between looks at which answers ended: a look waits for a GPU to finish
@@ -142,12 +142,3 @@ def slots_within(cache_bytes, model, length):
     return max(1, int(cache_bytes // (per_token * length * next(model.parameters()).element_size())))
 
 
-def check_cache_support(model, length):
-    """ValueError for what this cache cannot do exactly: layers that keep something else than keys and values, and sequences beyond
-    a sliding window, beyond the positions, or beyond where rotary embeddings change with the length of the batch."""
-    others = other_layers(model.config)
-    if others:
-        raise ValueError(f"rollouts need layers that keep keys and values alone; {type(model).__name__} has {', '.join(others)}")
-    for tokens, why in length_limits(model.config):
-        if length > tokens:
-            raise ValueError(f"prompt and answer take {length} tokens, more than {why} allows; shorten the prompt")

@@ -8,7 +8,6 @@ A task turns a labelled text into the two strings everything else works on:
 and it reads an answer back: `parse_answer` is the only judge of what a generated text says.
 """
 
-import json
 import re
 import unicodedata
 from dataclasses import dataclass, field, fields, replace
@@ -17,19 +16,12 @@ from pathlib import Path
 import yaml
 
 from .common.errors import InputError, brief
+from .common.texts import check_text, read_mapping
 
 LABEL_PREFIX = "Label:"
 ANSWER_FORMATS = ("rationale", "label")  # rationale then label line (default); label line alone (the paper's plain SFT)
 INSTRUCTIONS = {"rationale": "Reason, then label:", "label": "Label:"}  # fills {instruction}
 METRICS = ("accuracy", "macro_f1", "pearson", "spearman")
-
-
-def check_text(text: str, where: str) -> str:
-    """The text itself. InputError for what no file system and no tokenizer takes: NUL, and half of a character (a JSON escape
-    can spell it)."""
-    if "\0" in text or re.search(r"[\ud800-\udfff]", text):
-        raise InputError(f"{where}: holds a NUL character or a lone surrogate; remove it (got {brief(text)})")
-    return text
 
 
 def same_word(word: str) -> str:
@@ -221,27 +213,6 @@ def load_task(name_or_path: str, answer_format: str | None = None) -> Task:
             f"--task {name_or_path!r} is not a built-in task ({', '.join(TASKS)}) nor a .yaml or .json task file"
         )
     return replace(task, answer_format=answer_format) if answer_format else task
-
-
-def read_mapping(path: Path) -> dict:
-    """A YAML or JSON file that holds one mapping. Raises InputError with file, line and fix."""
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    try:
-        mapping = json.loads(content) if path.suffix.lower() == ".json" else yaml.safe_load(content)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(mapping, dict):
-        raise InputError(f"{path}: must hold a mapping of field names to values, got {type(mapping).__name__}")
-    return mapping
 
 
 def _refuse_reread_words(path: Path, labels: list):

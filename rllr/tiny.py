@@ -17,18 +17,19 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .common.config import check_choice, check_positive, check_range, parse_config
-from .model.dropout import set_dropout
-from .data.encoding import PLAIN_TEMPLATE, Encoder
 from .common.errors import InputError, command
 from .common.files import check_run_directory, open_run_directory
-from .logprobs import token_logprobs
-from .common.log import say
+from .common.log import say, show_config
+from .data.encoding import PLAIN_TEMPLATE, Encoder
 from .data.splits import DataConfig, load_splits
-from .tasks import load_task
+from .layout import pack, shuffled_batches
+from .logprobs import token_logprobs
+from .model.dropout import set_dropout
 from .rationales.words import words_of
-from .run.training import (
-    clip_gradient, make_optimizer, make_record, optimizer_step, pack, save_policy, set_up, show_config, shuffled_batches,
-)  # fmt: skip
+from .run.machine import set_up
+from .run.optimizer import clip_gradient, make_optimizer, optimizer_step
+from .run.records import make_record, save_policy
+from .tasks import load_task
 
 PAD, EOS = "<pad>", "<eos>"
 COPY_WORDS, COPY_SPAN = 2, (3, 9)  # the exercise: so many words, or so long a stretch (half of the texts each)

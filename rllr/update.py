@@ -5,16 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .run.checkpoint import restore_part, state_of
 from .common.errors import RunError
-from .common.files import disk_faults, write_safetensors
-from .judge import Samples
-from .layout import trim
 from .common.log import say
+from .judge import Samples
+from .layout import split_rows, trim
 from .logprobs import token_logprobs, token_logprobs_and_entropy
 from .ppo import kl_estimate, policy_loss, value_loss
+from .run.optimizer import clip_gradient, optimizer_step, require_finite
 from .tasks import parse_answer
-from .run.training import clip_gradient, optimizer_step, require_finite, split_rows
 
 # |ratio - 1| on the first minibatch, where it must be 1: (mean, max) to warn at and to stop at.
 RATIO_WARN = {"fp32": (2e-5, 1e-3), "bf16": (2e-2, 0.5)}
@@ -43,11 +41,10 @@ class PromptStream:
         return [self.examples[i] for i in taken]
 
     def state_dict(self):
-        return {"order": state_of(self.order_rng), "minibatches": state_of(self.minibatch_rng), "queue": list(self.queue)}
+        """The prompts that are next; the two random streams are parts of their own (`Run.track`)."""
+        return {"queue": list(self.queue)}
 
     def load_state_dict(self, state):
-        restore_part(self.order_rng, state["order"])
-        restore_part(self.minibatch_rng, state["minibatches"])
         self.queue = list(state["queue"])
 
     def minibatch_plan(self, epochs, minibatches):
@@ -243,10 +240,3 @@ def check_first_ratio(stats, precision):
     return mean
 
 
-def write_batch(path, rollout, batch):
-    """The tensors of a failed step, for whoever looks into it. Returns a sentence that says where they are."""
-    tensors = {name: value for name, value in vars(batch).items() if value is not None}
-    tensors |= {"rollout_logprobs": rollout.rollout_logprobs, "response_mask": tensors.pop("mask").to(torch.uint8)}
-    with disk_faults(str(path)):
-        write_safetensors(tensors, path)
-    return f"The batch is in {path}."

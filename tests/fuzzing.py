@@ -12,23 +12,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+
 import train_ppo
 import train_rm
 import train_sft
-
-from rllr.run.checkpoint import MANIFEST, STATE, TENSORS, GlobalStreams, state_of, write_checkpoint
 from rllr.common.config import parse_config
-from rllr.data.rows import load_examples, load_pairs
 from rllr.common.errors import InputError
 from rllr.common.files import read_safetensors, sha256_of
-from rllr.judge import ScoreStatistics
-from rllr.rationales.model_writer import read_cache
+from rllr.data.rows import load_examples, load_pairs
 from rllr.model.peft_format import read_adapter_config
 from rllr.ppo import AdaptiveKL
+from rllr.rationales.model_writer import read_cache
+from rllr.reports.reward_report import load_statistics
+from rllr.run.checkpoint import MANIFEST, STATE, TENSORS, GlobalStreams, state_of, write_checkpoint
+from rllr.run.optimizer import make_optimizer, optimizer_step
+from rllr.run.records import RECORD_FORMAT, read_record
 from rllr.run.resume import RUN_FORMAT, take_up
 from rllr.run.run import Run
 from rllr.tasks import load_task, parse_answer, split_answer
-from rllr.run.training import RECORD_FORMAT, make_optimizer, optimizer_step, read_record
 from rllr.update import PromptStream
 
 SECONDS = 20  # an input that takes longer hangs
@@ -176,7 +177,7 @@ TARGETS = {  # name -> (reader of a path, file name, seeds)
     "config.yaml, rm": (config_of(train_rm), "config.yaml", [b"pairs: rationale\nepochs: 2\nloss: span\ncolumns: text=a,label=b\n"]),
     "rllr.json": (lambda path: read_record(path.parent), "rllr.json", [json.dumps(RECORD).encode()]),
     "adapter_config.json": (lambda path: read_adapter_config(path.parent), "adapter_config.json", [json.dumps(ADAPTER).encode()]),
-    "score_statistics.json": (lambda path: ScoreStatistics.load(path.parent), "score_statistics.json",
+    "score_statistics.json": (lambda path: load_statistics(path.parent), "score_statistics.json",
         [json.dumps({"mean": 0.1, "std": 1.5, "count": 600, "quantiles": [i / 100 for i in range(101)]}).encode()]),
     "rationale cache": (read_cache, "rationales.jsonl", [jsonl([{"id": "a", "label": "x", "rationale": "r", "asked": "ab"}])]),
     "weights": (read_safetensors, "w.safetensors", [safetensors_bytes()]),

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 import train_ppo
 import train_rm
 import train_sft
-from safetensors.torch import load_file
 from toy_runs import ANSWER, read_metrics, run
 
 LORA = ["--lora_rank", 2]

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 import train_ppo
 import train_rm
 import train_sft
 from families import toy_tokenizer
-from toy_runs import TRAIN_ROWS, run, write_rows
-
 from rllr import evaluate, predict, tiny
-from rllr.rationales import writers as rationales
+from rllr.rationales import __main__ as rationales
+from toy_runs import TRAIN_ROWS, run, write_rows
 
 ROOT = Path(__file__).parent.parent
 MAINS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo, "tiny": tiny, "evaluate": evaluate, "predict": predict,

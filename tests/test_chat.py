@@ -4,18 +4,18 @@ import json
 from datetime import datetime
 
 import pytest
+from test_encoding import CHATML, chat_tokenizer, encoder_of
+from tokenizers import normalizers, pre_tokenizers
+
 import train_ppo
 import train_rm
 import train_sft
 from families import tiny_model, toy_tokenizer
-from test_encoding import CHATML, chat_tokenizer, encoder_of
-from tokenizers import normalizers, pre_tokenizers
-from toy_runs import ANSWER, run
-
+from rllr.common.errors import InputError
 from rllr.data.chat import ChatTemplate
 from rllr.data.encoding import Encoder
-from rllr.common.errors import InputError
 from rllr.tasks import Example, Task
+from toy_runs import ANSWER, run
 
 PLAIN = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 PARTS = (

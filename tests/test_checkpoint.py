@@ -6,14 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from stopping import cut, flip
 
-from rllr.run.checkpoint import (
-    MANIFEST, STATE, TENSORS, damage, join_tensors, list_checkpoints, mend, read_checkpoint, split_tensors, write_checkpoint,
-)  # fmt: skip
 from rllr.common.errors import InputError
 from rllr.common.files import new_directory
 from rllr.common.log import MetricsLog
+from rllr.run.checkpoint import (
+    MANIFEST,
+    STATE,
+    TENSORS,
+    damage,
+    join_tensors,
+    list_checkpoints,
+    mend,
+    read_checkpoint,
+    split_tensors,
+    write_checkpoint,
+)  # fmt: skip
+from stopping import cut, flip
 
 # ---- metrics
 

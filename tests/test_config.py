@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import pytest
-import train_ppo
 
+import train_ppo
 from rllr.common.config import check_choice, check_divisible, check_positive, check_range, parse_config
 from rllr.common.errors import InputError, RunError, command
 from rllr.tasks import load_task

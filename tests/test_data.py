@@ -12,9 +12,8 @@ import datasets
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from rllr.data.rows import (Source, load_examples, load_hub_examples, load_pairs, parse_mapping_flag, select_labelled,
-                       split_holdout)
 from rllr.common.errors import InputError
+from rllr.data.rows import Source, load_examples, load_hub_examples, load_pairs, parse_mapping_flag, select_labelled, split_holdout
 from rllr.tasks import TASKS, Example
 
 SST2, STSB, MRPC, AGNEWS = TASKS["sst2"], TASKS["stsb"], TASKS["mrpc"], TASKS["agnews"]

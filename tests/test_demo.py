@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from rllr.common.errors import InputError
 from rllr.data import demo
 from rllr.data.demo import demo_examples, reviews
-from rllr.common.errors import InputError
 from rllr.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]

@@ -6,12 +6,12 @@ The toy tokenizer gives each byte an id of its own, so every expected id is writ
 import dataclasses
 
 import pytest
-from families import tiny_model, toy_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from rllr.data.encoding import Encoder
+from families import tiny_model, toy_tokenizer
 from rllr.common.errors import InputError
+from rllr.data.encoding import Encoder
 from rllr.tasks import TASKS, Example, Task
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -2,17 +2,18 @@
 
 import pytest
 import torch
-from families import FAMILIES, tiny_model
 from torch import nn
 
 import rllr.engine.linear
+import rllr.model.backbone
 import rllr.model.loading
-from rllr.engine.attention import can_pack, packed_forward
-from rllr.model.recompute import checkpoint_layers
-from rllr.engine.linear import OneDnnLinear, PackedLinear, _has_layout_for, fast_linears, packed_linears
+from families import FAMILIES, tiny_model
 from rllr.common.errors import InputError
+from rllr.engine.attention import can_pack, packed_forward
+from rllr.engine.linear import OneDnnLinear, PackedLinear, _has_layout_for, fast_linears, packed_linears
 from rllr.layout import pack_sequences
 from rllr.logprobs import token_logprobs
+from rllr.model.recompute import checkpoint_layers
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 needs_onednn = pytest.mark.skipif(not ONEDNN, reason="this torch has no oneDNN product")
@@ -148,7 +149,7 @@ def test_packed_rows_have_the_numbers_and_gradients_of_padded_ones(monkeypatch, 
     torch.testing.assert_close(hidden[0], torch.cat(alone), rtol=0, atol=1e-10)
     results = []
     for below in (0.0, 1.1):  # never packed, always packed
-        monkeypatch.setattr(rllr.model.loading, "PACK_BELOW", below)
+        monkeypatch.setattr(rllr.model.backbone, "PACK_BELOW", below)
         model.zero_grad()
         logprobs = token_logprobs(model, *batch, 0.7)
         (logprobs * torch.arange(15).view(3, 5)).sum().backward()
@@ -199,7 +200,7 @@ def test_checkpointed_layers_are_computed_again_in_backward(family):
 def test_checkpointed_layers_of_packed_rows(monkeypatch, family, window):
     """Texts of unequal length on a CPU: the layer that backward computes again attends within each row, too, and within its window.
     Gradients of all weights as without checkpointing."""
-    monkeypatch.setattr(rllr.model.loading, "PACK_BELOW", 1.1)
+    monkeypatch.setattr(rllr.model.backbone, "PACK_BELOW", 1.1)
     model = tiny_model(family, dtype=torch.float64, **({"sliding_window": window} if window else {}))
     batch = pack_sequences([[5, 6, 7], [9], [11, 12, 13, 14, 15]], [[8, 2], [10, 11, 12, 13, 2], [2]])
     gradients = []

@@ -11,19 +11,18 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from families import tiny_model, toy_tokenizer
 
+from families import tiny_model, toy_tokenizer
 from rllr import evaluate, predict
+from rllr.answers import Answer, answer_rows
 from rllr.data.encoding import Encoder
-from rllr.evaluate import (
-    Answer, accuracy, answer_rows, bootstrap_interval, compare, macro_f1, mcnemar, metric_line, pearson, score_answers,
-    show_samples, spearman, table,
-)  # fmt: skip
+from rllr.data.splits import DataConfig
+from rllr.evaluate import compare, show_samples, table
+from rllr.metrics import accuracy, bootstrap_interval, macro_f1, mcnemar, metric_line, pearson, score_answers, spearman
 from rllr.pairs import Pair
 from rllr.reports.reward_report import pair_report, wilson_interval
-from rllr.data.splits import DataConfig
+from rllr.run.records import make_record, save_policy
 from rllr.tasks import TASKS, Example, load_task
-from rllr.run.training import make_record, save_policy
 from train_sft import sft_loss
 
 SST2, STSB, AGNEWS, APPS = TASKS["sst2"], TASKS["stsb"], TASKS["agnews"], TASKS["app_reviews"]

@@ -12,23 +12,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import train_ppo
-import train_rm
-import train_sft
 from safetensors.torch import load_file
-from stopping import Killed, assert_same_run, kill_at, poisoned, refused, small_disk, stage_of
-from toy_runs import ANSWER, read_metrics, run
 
-import rllr.run.checkpoint
 import rllr.common.files
+import rllr.run.checkpoint
 import rllr.run.resume
 import rllr.run.run
 import rllr.update
-from rllr.run.checkpoint import (
-    damage, list_checkpoints,
-)  # fmt: skip
+import train_ppo
+import train_rm
+import train_sft
 from rllr.common.errors import RunError
 from rllr.model.loading import load_policy
+from rllr.run.checkpoint import (
+    damage,
+    list_checkpoints,
+)  # fmt: skip
+from stopping import Killed, assert_same_run, kill_at, poisoned, refused, small_disk, stage_of
+from toy_runs import ANSWER, read_metrics, run
 
 # ---- faults: the state before them is saved, the message names tensor, step and prompts
 
@@ -220,10 +221,10 @@ def test_a_row_of_nothing_but_padding(monkeypatch):
 
     from test_training import policy_model, ppo_config, random_rows, scored_batch
 
-    from rllr.model.loading import ValueModel
+    from rllr.model.heads import ValueModel
     from rllr.ppo import gae, masked_whiten
     from rllr.rewards import shape_rewards
-    from rllr.run.training import make_optimizer
+    from rllr.run.optimizer import make_optimizer
     from rllr.update import Batch, improve
 
     monkeypatch.setattr(rllr.update, "check_first_ratio", lambda *arguments: 0.0)  # these log-probabilities are off on purpose

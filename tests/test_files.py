@@ -12,8 +12,19 @@ import torch
 import rllr.common.files
 from rllr.common.errors import InputError, RunError
 from rllr.common.files import (
-    METRICS, RECORD, RUN, check_run_directory, disk_faults, new_directory, open_run_directory, read_json, read_safetensors,
-    saving_into, sha256_of, write_json, write_safetensors,
+    METRICS,
+    RECORD,
+    RUN,
+    check_run_directory,
+    disk_faults,
+    new_directory,
+    open_run_directory,
+    read_json,
+    read_safetensors,
+    saving_into,
+    sha256_of,
+    write_json,
+    write_safetensors,
 )  # fmt: skip
 
 # ---- run directories

@@ -6,13 +6,13 @@ import random
 import tracemalloc
 
 import pytest
-from fuzzing import ROWS, TARGETS, Fuzzer, alarm, jsonl, spoil
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rllr.data.rows import load_examples
-from rllr.data.encoding import Encoder
+from fuzzing import ROWS, TARGETS, Fuzzer, alarm, jsonl, spoil
 from rllr.common.errors import InputError
+from rllr.data.encoding import Encoder
+from rllr.data.rows import load_examples
 from rllr.model.loading import load_policy, load_tokenizer
 from rllr.tasks import Task, load_task, parse_answer
 

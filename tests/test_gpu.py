@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers
-from families import tiny_model
 from test_graphs import MORE
 from test_rollout import naive_greedy
 
 import rllr.rollout
+from families import tiny_model
 from rllr.logprobs import token_logprobs
 from rllr.rollout import generate
 

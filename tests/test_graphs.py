@@ -7,16 +7,16 @@ operations that a real one cannot contain. tests/test_gpu.py records for real.
 import pytest
 import torch
 import transformers
-from families import VOCAB, tiny_model
+from test_rollout import PROMPTS, naive_greedy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rllr.rollout
+from families import VOCAB, tiny_model
 from rllr.engine.decoder import Decoder
 from rllr.engine.graphs import StepGraphs, shape_for
 from rllr.engine.sampling import Sampler
 from rllr.logprobs import token_logprobs
 from rllr.rollout import generate
-from test_rollout import PROMPTS, naive_greedy
 
 LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "equal.default", "is_nonzero", "lift_fresh")
 MORE = PROMPTS + [[row + 20] * (1 + row % 7) for row in range(9)]

@@ -8,15 +8,14 @@ import types
 import numpy as np
 import pytest
 import torch
-from families import tiny_model, toy_tokenizer
 
+from families import tiny_model, toy_tokenizer
 from rllr.common.errors import InputError
-from rllr.judge import (
-    STATISTICS, RewardModelScorer, Samples, ScoreStatistics, check_same_tokenizer, gold_reward, load_function,
-    load_scorer, score_rows,
-)  # fmt: skip
+from rllr.judge import STATISTICS, RewardModelScorer, Samples, ScoreStatistics, gold_reward, load_function, score_rows
 from rllr.layout import pack_sequences
-from rllr.model.loading import RewardModel
+from rllr.model.heads import RewardModel
+from rllr.ppo_models import check_same_tokenizer, load_scorer
+from rllr.reports.reward_report import load_statistics, save_statistics
 
 
 def samples(scores, labels=None, gold=None):
@@ -86,8 +85,8 @@ def test_scores_that_tell_nothing_apart(scores, words):
 
 def test_statistics_are_saved_and_loaded(tmp_path):
     found = ScoreStatistics.of(torch.randn(50), policy_fingerprint="abc")
-    found.save(tmp_path)
-    assert ScoreStatistics.load(tmp_path) == found
+    save_statistics(found, tmp_path)
+    assert load_statistics(tmp_path) == found
     assert [path.name for path in tmp_path.iterdir()] == ["score_statistics.json"]
 
 
@@ -99,16 +98,16 @@ def test_damaged_statistics(tmp_path, change):
     content = vars(statistics()) | change
     (tmp_path / STATISTICS).write_text(json.dumps(content))
     with pytest.raises(InputError, match=f"^{tmp_path / STATISTICS}: damaged"):
-        ScoreStatistics.load(tmp_path)
+        load_statistics(tmp_path)
 
 
 def test_unreadable_or_missing_statistics(tmp_path):
     with pytest.raises(InputError, match=f"^{tmp_path / STATISTICS}: not there; train_rm.py writes it"):
-        ScoreStatistics.load(tmp_path)
+        load_statistics(tmp_path)
     for content in (b"{", b"[]", b"\xff\xfe\x00", b'{"mean": 1}'):
         (tmp_path / STATISTICS).write_bytes(content)
         with pytest.raises(InputError, match="damaged"):
-            ScoreStatistics.load(tmp_path)
+            load_statistics(tmp_path)
 
 
 # ---- the scorer
@@ -292,7 +291,7 @@ def test_load_scorer(tmp_path, tokenizer):
         with pytest.raises(InputError, match="not there; train_rm.py writes it"):
             load(norm)
     assert load("none").statistics is None
-    statistics(mean=0.5, std=3.0).save(tmp_path)
+    save_statistics(statistics(mean=0.5, std=3.0), tmp_path)
     assert load("none").statistics == statistics(mean=0.5, std=3.0)
     scorer = load()
     assert not any(parameter.requires_grad for parameter in scorer.model.parameters()) and not scorer.model.training

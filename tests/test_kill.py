@@ -6,6 +6,7 @@
 import random
 
 import pytest
+
 from killing import differences, run_until_done, start
 
 RUNS = {

@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rllr.layout import (
-    batches_by_length, pack_sequences, response_places, response_positions, response_tokens, trim, unflatten,
+    batches_by_length,
+    pack_sequences,
+    response_places,
+    response_positions,
+    response_tokens,
+    trim,
+    unflatten,
 )  # fmt: skip
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]

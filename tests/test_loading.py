@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 import transformers
-from families import tiny_model, toy_tokenizer
 from test_trial import PROMPTS, built
 
+from families import tiny_model, toy_tokenizer
 from rllr.common.errors import InputError
-from rllr.model.loading import RewardModel, load_policy, load_tokenizer
-from rllr.rollout import generate
+from rllr.model.heads import RewardModel
+from rllr.model.loading import load_policy, load_tokenizer
 from rllr.model.trial import try_model
+from rllr.rollout import generate
 
 TEXT = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

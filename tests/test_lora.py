@@ -9,31 +9,37 @@ from functools import partial
 import peft
 import pytest
 import torch
-import train_ppo
-import train_rm
-import train_sft
-from families import VOCAB, tiny_model
 from safetensors.torch import load_file, save_file
-from toy_runs import ANSWER, read_metrics, run
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from rllr import evaluate, predict
+import train_ppo
+import train_rm
+import train_sft
+from families import VOCAB, tiny_model
+from rllr import evaluate, merge, predict
 from rllr import ppo_models as roles
-from rllr.model import roles as shared
 from rllr.common.errors import InputError
 from rllr.layout import pack_sequences
 from rllr.logprobs import token_logprobs
+from rllr.model.heads import RewardModel, ValueModel
+from rllr.model.loading import fingerprint, load_policy, load_tokenizer, read_head
 from rllr.model.lora import (
-    adapter_parameters, add_adapter, checkpoint_contexts, default_targets, get_adapter, merge_adapter, merged_weights,
+    adapter_parameters,
+    add_adapter,
+    checkpoint_contexts,
+    default_targets,
+    get_adapter,
+    merge_adapter,
+    merged_weights,
     use_adapter,
 )  # fmt: skip
-from rllr.model.loading import RewardModel, ValueModel, fingerprint, load_policy, load_tokenizer, read_head
 from rllr.model.peft_format import load_adapter, save_adapter
-from rllr.rollout import generate
 from rllr.model.roles import RoleBackbone, RolePolicy, load_scalar_role
-from rllr.run.training import read_record
+from rllr.rollout import generate
+from rllr.run.records import read_record
+from toy_runs import ANSWER, read_metrics, run
 
 TARGETS = {"bloom": ["query_key_value"], "gpt2": ["c_attn"]}
 IDS = torch.arange(3, 27).view(2, 12) % VOCAB
@@ -600,13 +606,13 @@ def test_stop_ids_are_saved_with_an_adapter(toy, tmp_path):
 
 def test_merge_command(toy, rm, ppo, tmp_path):
     directory, _ = ppo
-    run(shared.merge_command, "merge", "--adapter", directory / "last", "--output_dir", tmp_path / "policy")
+    run(merge.main, "--adapter", directory / "last", "--output_dir", tmp_path / "policy")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     assert fingerprint(plain) == fingerprint(load_policy(directory / "last"))
     assert plain.generation_config.eos_token_id == load_policy(toy.sft).generation_config.eos_token_id
     table = run(evaluate.main, "--models", directory / "last", tmp_path / "policy", *ANSWER)
     assert "+0.0 (+0.0 .. +0.0)" in table
-    run(shared.merge_command, "merge", "--adapter", rm, "--output_dir", tmp_path / "rm")
+    run(merge.main, "--adapter", rm, "--output_dir", tmp_path / "rm")
     ours, read = answers()
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
     alone = {key: value[:1, :5] for key, value in read.items()}
@@ -703,7 +709,7 @@ def test_evaluate_and_predict_find_a_moved_base(toy, ppo, tmp_path, monkeypatch,
     assert "accuracy" in run(evaluate.main, "--models", adapter, "--eval_file", toy.dev, "--base", base, "--max_new_tokens", 12)
     monkeypatch.setattr("sys.stdin", io.StringIO("the soup was fresh\n"))
     assert '"text": "the soup was fresh"' in run(predict.main, "--model", adapter, "--base", base, "--max_new_tokens", 12)
-    run(shared.merge_command, "merge", "--adapter", adapter, "--base", base, "--output_dir", tmp_path / "merged")
+    run(merge.main, "--adapter", adapter, "--base", base, "--output_dir", tmp_path / "merged")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
@@ -719,5 +725,4 @@ def test_flags_that_contradict_each_other(toy, rm, tmp_path, capsys):
         assert fragment in refused(capsys, train_rm.main, *start, *flags)
     assert "nothing to adapt" in refused(capsys, train_sft.main, *toy.data, *LORA)
     assert "reward or value model's adapter" in refused(capsys, evaluate.main, "--models", rm)
-    assert "the only command is merge" in refused(capsys, shared.merge_command, "split")
     assert not (tmp_path / "out").exists()

@@ -7,23 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_encoding import encoder_of
+
 import train_ppo
 import train_rm
 import train_sft
-from test_encoding import encoder_of
 from families import toy_tokenizer
-from toy_runs import ANSWER, TRAIN_ROWS, read_metrics, run, write_rows
-
-from rllr import evaluate, predict, tiny
-from rllr.rationales import writers as rationales
-from rllr.model import roles as shared
+from rllr import evaluate, merge, predict, tiny
 from rllr.common.config import parse_config
 from rllr.common.errors import InputError, any_console
-from rllr.evaluate import rank
-from rllr.rationales.writers import EvidenceWriter, make_writer
-from rllr.tasks import TASKS, Example, Task
-from rllr.run.training import read_record
+from rllr.metrics import rank
+from rllr.rationales import __main__ as rationales
+from rllr.rationales.factory import make_writer
 from rllr.rationales.words import words_of
+from rllr.rationales.writers import EvidenceWriter
+from rllr.run.records import read_record
+from rllr.tasks import TASKS, Example, Task
+from toy_runs import ANSWER, TRAIN_ROWS, read_metrics, run, write_rows
 
 TASK = Task("t", ("good", "bad"), "{text}?")
 ROOT = Path(__file__).parent.parent
@@ -166,7 +166,7 @@ def test_a_reward_model_that_is_not_used_is_refused(toy, tmp_path, capsys, rewar
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 
-CONFIGS = [train_sft.Config, train_rm.Config, train_ppo.Config, evaluate.Config, predict.Config, rationales.Config, tiny.Config, shared.MergeConfig]
+CONFIGS = [train_sft.Config, train_rm.Config, train_ppo.Config, evaluate.Config, predict.Config, rationales.Config, tiny.Config, merge.Config]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__module__)
@@ -230,7 +230,7 @@ def test_the_settings_line_is_short():
     out = io.StringIO()
     from contextlib import redirect_stdout
 
-    from rllr.run.training import show_config
+    from rllr.common.log import show_config
 
     with redirect_stdout(out):
         show_config(train_ppo.Config(policy="p" * 30, steps=7, kl_coef=0.2, gamma=1.0, output_dir="o" * 60), "train_ppo")

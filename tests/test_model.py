@@ -6,25 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import EOS, FAMILIES, VOCAB, tiny_model, toy_tokenizer
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from families import EOS, FAMILIES, VOCAB, tiny_model, toy_tokenizer
 from rllr.common.errors import InputError
-from rllr.model.dropout import set_dropout
+from rllr.data.encoding import stop_token_ids
+from rllr.engine.limits import length_limit
 from rllr.layout import pack_sequences
 from rllr.logprobs import token_logprobs
-from rllr.model.loading import (
-    RewardModel,
-    ValueModel,
-    fingerprint,
-    hidden_states,
-    load_policy,
-    length_limit,
-    load_tokenizer,
-    reward_pad_token_id,
-    stop_token_ids,
-)
+from rllr.model.backbone import hidden_states
+from rllr.model.dropout import set_dropout
+from rllr.model.heads import RewardModel, ValueModel, reward_pad_token_id
+from rllr.model.loading import fingerprint, load_policy, load_tokenizer
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [3], [11, 12, 13]]
 RESPONSES = [[20, 21, 2], [30, 31, 32, 33, 34, 2], [1, 17]]

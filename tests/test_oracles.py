@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from families import tiny_model
 from transformers import AutoModelForSequenceClassification
 
+from families import tiny_model
 from rllr.layout import pack_sequences
 from rllr.logprobs import token_logprobs, token_logprobs_and_entropy
-from rllr.model.loading import RewardModel
+from rllr.model.heads import RewardModel
 from rllr.ppo import masked_mean, masked_whiten
 
 pytest.importorskip("trl", reason="trl is not installed; it is an optional oracle (pip install trl==1.12.0)")

@@ -6,10 +6,15 @@ from collections import Counter
 
 import pytest
 
-from rllr.data.rows import load_pairs
 from rllr.common.errors import InputError
+from rllr.data.rows import load_pairs
 from rllr.pairs import (
-    Pair, describe, label_sensitive_pairs, rationale_sensitive_pairs, split_by_prompt, write_pairs,
+    Pair,
+    describe,
+    label_sensitive_pairs,
+    rationale_sensitive_pairs,
+    split_by_prompt,
+    write_pairs,
 )  # fmt: skip
 from rllr.rationales.writers import EvidenceWriter, RationaleWriter
 from rllr.tasks import TASKS, Example, load_task, parse_answer, split_answer

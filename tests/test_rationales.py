@@ -9,16 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import tiny_model
 
 import rllr.rationales.model_writer
+from families import tiny_model
+from rllr.common.errors import InputError
 from rllr.data.demo import quote_of, word_rationale
 from rllr.data.encoding import Encoder
-from rllr.common.errors import InputError
+from rllr.rationales.factory import default_label_pairs, default_writer, make_writer
 from rllr.rationales.model_writer import ModelWriter, read_cache
-from rllr.rationales.writers import (
-    DemoWriter, EvidenceWriter, GivenWriter, default_label_pairs, default_writer, main, make_writer,
-)  # fmt: skip
+from rllr.rationales.__main__ import main
+from rllr.rationales.writers import DemoWriter, EvidenceWriter, GivenWriter
 from rllr.tasks import TASKS, Example, Task
 
 SST2, MRPC = TASKS["sst2"], TASKS["mrpc"]

@@ -9,8 +9,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 from test_data import STSB, error, read, write
 
-from rllr.data.rows import NoSuchSplit, Source, load_examples
 from rllr.common.errors import InputError
+from rllr.data.rows import NoSuchSplit, Source, load_examples
 from rllr.tasks import TASKS, Example, Task, load_task
 
 SST2 = TASKS["sst2"]

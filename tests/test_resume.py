@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import pytest
+
 import rllr.run.run
 import rllr.update
 import train_ppo

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import EOS, VOCAB, tiny_model
 
 import rllr.engine.decoder
 import rllr.rollout
-from rllr.logprobs import token_logprobs
+from families import EOS, VOCAB, tiny_model
 from rllr.engine.cache import SlotLayer
+from rllr.engine.limits import check_cache_support
 from rllr.engine.sampling import Sampler
-from rllr.rollout import check_cache_support, generate, slots_within
+from rllr.logprobs import token_logprobs
+from rllr.rollout import generate, slots_within
 
 PROMPTS = [[5, 6, 7], [3], [11, 12, 13, 14, 15, 16], [9, 8], [40, 41, 42, 43]]
 

@@ -8,24 +8,28 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_ppo
-import train_rm
-import train_sft
-from stopping import MAINS, Killed, assert_same_run, cut, flip, kill_at, refused, stage_of
-from toy_runs import read_metrics, run
 
-import rllr.run.checkpoint
 import rllr.common.files
+import rllr.run.checkpoint
 import rllr.run.resume
 import rllr.run.run
 import rllr.update
-from rllr.run.checkpoint import (
-    STATE, TENSORS, list_checkpoints, read_checkpoint, write_checkpoint,
-)  # fmt: skip
-from rllr.model.loading import load_policy
+import train_ppo
+import train_rm
+import train_sft
 from rllr.common.config import parse_config
+from rllr.model.loading import load_policy
+from rllr.run.checkpoint import (
+    STATE,
+    TENSORS,
+    list_checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)  # fmt: skip
 from rllr.run.resume import take_up
 from rllr.run.run import StopRequest
+from stopping import MAINS, Killed, assert_same_run, cut, flip, kill_at, refused, stage_of
+from toy_runs import read_metrics, run
 
 # ---- what --resume accepts and refuses
 

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_sft
-from toy_runs import ANSWER, run
 
-from rllr.model import loading as model
-from rllr.data.rows import load_examples
+import train_sft
 from rllr.common.errors import InputError
-from rllr.model.loading import RewardModel, allow_remote_code, load_policy, load_tokenizer
+from rllr.data.rows import load_examples
+from rllr.model import loading as model
+from rllr.model.heads import RewardModel
+from rllr.model.loading import allow_remote_code, load_policy, load_tokenizer
+from rllr.run.records import read_record
 from rllr.tasks import Task, load_task
-from rllr.run.training import read_record
+from toy_runs import ANSWER, run
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "rllr").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])

@@ -10,22 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
 import train_ppo
 import train_rm
 import train_sft
 from families import FAMILIES, tiny_model, toy_tokenizer
-from safetensors.torch import load_file
-from toy_runs import ANSWER, DEV_ROWS, OTHER, TRAIN_ROWS, read_metrics, run, write_rows
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
 from rllr import evaluate, predict, tasks, update
-from rllr.rationales import writers as rationales
+from rllr.common.errors import RunError
 from rllr.data import splits
 from rllr.data.encoding import Encoder
-from rllr.common.errors import RunError
-from rllr.model.loading import RewardModel, load_policy, load_tokenizer
+from rllr.layout import pack
+from rllr.model.heads import RewardModel
+from rllr.model.loading import load_policy, load_tokenizer
+from rllr.rationales import factory as rationales
 from rllr.rewards import pairwise_accuracy
-from rllr.run.training import clip_gradient, make_optimizer, optimizer_step, pack, read_record
+from rllr.run.optimizer import clip_gradient, make_optimizer, optimizer_step
+from rllr.run.records import read_record
+from toy_runs import ANSWER, DEV_ROWS, OTHER, TRAIN_ROWS, read_metrics, run, write_rows
 
 ROOT = Path(__file__).parent.parent
 

@@ -5,16 +5,16 @@ import os
 import shutil
 
 import pytest
+
 import train_ppo
 import train_rm
 import train_sft
-from toy_runs import ANSWER, DEV_ROWS, TRAIN_ROWS, read_metrics, run, write_rows
-
 from rllr import evaluate
 from rllr.common.errors import InputError
 from rllr.common.files import path_for_record, path_from_record
 from rllr.data.splits import DataConfig, Splits, load_splits, rows_digest, tell_splits
 from rllr.tasks import Example, Task
+from toy_runs import ANSWER, DEV_ROWS, TRAIN_ROWS, read_metrics, run, write_rows
 
 TASK = Task("toy", ("good", "bad"), "{text}")
 ROWS = [Example(f"r{i}", f"text {i}", label="good" if i % 2 else "bad") for i in range(40)]

@@ -8,27 +8,27 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import EOS, tiny_model, toy_tokenizer
 from torch.nn import functional as F
 
 import rllr.common.log
-import rllr.run.training
+import rllr.run.machine
 import rllr.update
-from rllr.data.encoding import Encoder
+from families import EOS, tiny_model, toy_tokenizer
 from rllr.common.errors import InputError, RunError
-from rllr.layout import pack_sequences
-from rllr.logprobs import token_logprobs
-from rllr.model.loading import RewardModel, ValueModel, load_policy, load_tokenizer
-from rllr.ppo import policy_loss, value_loss
-from rllr.rollout import generate
-from rllr.data.splits import DataConfig, inherit
-from rllr.tasks import TASKS, Task
 from rllr.common.files import RECORD
 from rllr.common.log import Clock
-from rllr.run.training import (
-    check_same_task, clip_gradient, make_optimizer, make_record, optimizer_step, pack, read_record, require_finite,
-    resolve_task, save_policy, set_up, shuffled_batches, split_rows, task_of_record,
-)  # fmt: skip
+from rllr.data.encoding import Encoder
+from rllr.data.splits import DataConfig, inherit
+from rllr.layout import pack, pack_sequences, shuffled_batches, split_rows
+from rllr.logprobs import token_logprobs
+from rllr.model.heads import RewardModel, ValueModel
+from rllr.model.loading import load_policy, load_tokenizer
+from rllr.ppo import policy_loss, value_loss
+from rllr.rollout import generate
+from rllr.run.machine import set_up
+from rllr.run.optimizer import clip_gradient, make_optimizer, optimizer_step, require_finite
+from rllr.run.records import check_same_task, make_record, read_record, resolve_task, save_policy, task_of_record
+from rllr.tasks import TASKS, Task
 from rllr.update import Batch, _losses, analyse, improve
 from train_rm import rm_loss
 from train_sft import sft_loss
@@ -484,7 +484,7 @@ def test_deterministic_algorithms_and_a_fixed_number_of_slots(monkeypatch):
             counts.append(slots_within(None, model, 10))
             set_up("fp32", 0, deterministic=True)
             counts.append(slots_within(None, model, 10))
-            assert torch.are_deterministic_algorithms_enabled() and rllr.run.training.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+            assert torch.are_deterministic_algorithms_enabled() and rllr.run.machine.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
             torch.use_deterministic_algorithms(False)
         assert counts == [4, 20, 20, 20]
     finally:

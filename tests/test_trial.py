@@ -2,22 +2,23 @@
 
 import pytest
 import torch
-import train_sft
 import transformers
-from families import FAMILIES, tiny_model, toy_tokenizer
 from test_encoding import encoder_of
 from test_rollout import naive_greedy
-from toy_runs import ANSWER, run
 
 import rllr.engine.attention
+import rllr.engine.limits
 import rllr.model.trial
+import train_sft
+from families import FAMILIES, tiny_model, toy_tokenizer
+from rllr.common.errors import InputError
+from rllr.data.encoding import Encoder
 from rllr.engine.attention import attention_by, can_pack, packed_attention, packed_forward, remember_packing, slot_attention
 from rllr.engine.limits import length_limits, windows_of
-from rllr.data.encoding import Encoder
-from rllr.common.errors import InputError
-from rllr.model.loading import width_of
-from rllr.rollout import generate
+from rllr.model.backbone import width_of
 from rllr.model.trial import try_model
+from rllr.rollout import generate
+from toy_runs import ANSWER, run
 
 SMALL = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": None,
@@ -77,7 +78,7 @@ def test_a_window_that_no_argument_tells_of(monkeypatch):
     ]
     with pytest.raises(InputError, match="neo: GPTNeoForCausalLM cannot be used: prompt and answer take 48 tokens, more than its window size of 16"):
         try_model(model, PROMPTS, 8, "neo")
-    monkeypatch.setattr(rllr.rollout, "length_limits", lambda config: [])  # a configuration that does not name it
+    monkeypatch.setattr(rllr.engine.limits, "length_limits", lambda config: [])  # a configuration that does not name it
     with pytest.raises(InputError, match="with rows of 14 to 48 tokens side by side, its distributions are .* nats off"):
         try_model(model, PROMPTS, 8, "neo")
     try_model(model, [[5, 6, 7]], 8, "neo")

@@ -11,10 +11,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+
 import train_ppo
 import train_rm
 import train_sft
-
 from rllr import tiny
 
 WORDS = {"good": "tasty lovely superb fresh kind".split(), "bad": "stale awful rude bland dirty".split()}

@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 
 from .errors import InputError, brief
-from ..tasks import check_text, read_mapping
+from .texts import check_text, read_mapping
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,6 +11,8 @@ import functools
 import reprlib
 import sys
 
+import torch
+
 
 class InputError(ValueError):
     """Bad input. The message names the file, line, field or flag at fault and what to do about it. Exit code 2."""
@@ -70,3 +72,9 @@ def brief_list(values, shown=20) -> str:
     """Names in a message: the first twenty."""
     values = list(values)
     return ", ".join(brief(value) for value in values[:shown]) + (f", ... ({len(values)} in all)" if len(values) > shown else "")
+
+
+def out_of_memory(error):
+    """Whether an exception says so: on a CPU torch raises a plain RuntimeError."""
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or on_cpu

@@ -1,9 +1,11 @@
 """What a run says: `metrics.jsonl`, lines on the console, seconds per phase."""
 
+import dataclasses
 import json
 import math
 import os
 import sys
+import textwrap
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -90,3 +92,10 @@ class Clock:
     def take(self):
         spent, self.spent = self.spent, {}
         return {f"time/{name}": round(seconds, 4) for name, seconds in spent.items()}
+
+
+def show_config(config, title):
+    """The settings that differ from their defaults, wrapped; all of them are in the run's record."""
+    fields = dataclasses.fields(config)
+    changed = [f"{field.name}={getattr(config, field.name)}" for field in fields if getattr(config, field.name) != field.default]
+    say(textwrap.fill(f"{title}: {', '.join(changed)}", 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))

@@ -9,10 +9,11 @@ tokens, because the template already holds them), else through a plain template,
 import dataclasses
 import functools
 
-from .chat import ChatTemplate, squeeze
 from ..common.errors import InputError
-from ..model.loading import length_limit, stop_token_ids
+from ..common.log import say
+from ..engine.limits import length_limit
 from ..tasks import parse_answer
+from .chat import ChatTemplate, squeeze
 
 PLAIN_TEMPLATE = "{prompt}\n"
 DEFAULT_CONTEXT = 2048  # for architectures without a limit of their own (Bloom)
@@ -222,3 +223,20 @@ class Encoder:
 
 def _name(ids, shown=3):
     return ", ".join(map(str, ids[:shown])) + (", ..." if len(ids) > shown else "")
+
+
+def stop_token_ids(model, tokenizer):
+    """The ids that end an answer: those of the generation config, else the tokenizer's EOS, in order; empty where
+    neither names one inside the vocabulary.
+
+    Ids outside the vocabulary (defaults of some configs) are dropped with a warning.
+    """
+    config = getattr(model, "generation_config", None)
+    listed = config.eos_token_id if config else None
+    ids = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    size = model.get_input_embeddings().num_embeddings
+    kept = [i for i in dict.fromkeys(ids) if 0 <= i < size]
+    if len(kept) < len(set(ids)):
+        say(f"warning: stop ids {sorted(set(ids) - set(kept))} are outside the vocabulary of {size} and are dropped")
+    eos = tokenizer.eos_token_id
+    return kept or ([eos] if eos is not None and 0 <= eos < size else [])

@@ -20,8 +20,8 @@ from numbers import Number
 from pathlib import Path
 
 from ..common.errors import InputError, brief, brief_list
-from .tables import SAVED_DATA_SET, Table, dataset_rows, first_line, read_table
 from ..tasks import Example, Task, same_word, split_answer
+from .tables import SAVED_DATA_SET, Table, dataset_rows, first_line, read_table
 
 FIELDS = ("id", "text", "text_b", "label", "score", "rationale", "rationales")
 IGNORABLE = ("id", "score", "rationale", "rationales")  # fields that --columns may map to nothing

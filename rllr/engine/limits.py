@@ -71,3 +71,19 @@ def rotary_scalings(config):
 def other_layers(config):
     """Names of the layers, sorted, whose memory is not keys and values alone (state-space, recurrent, linear attention)."""
     return sorted(set(getattr(text_config(config), "layer_types", None) or ()) - ATTENTION)
+
+
+def length_limit(model_or_config):
+    """(tokens of prompt and answer together that this model takes here, what sets the limit); (None, "") without a limit."""
+    return next(iter(length_limits(getattr(model_or_config, "config", model_or_config))), (None, ""))
+
+
+def check_cache_support(model, length):
+    """ValueError for what this cache cannot do exactly: layers that keep something else than keys and values, and sequences beyond
+    a sliding window, beyond the positions, or beyond where rotary embeddings change with the length of the batch."""
+    others = other_layers(model.config)
+    if others:
+        raise ValueError(f"rollouts need layers that keep keys and values alone; {type(model).__name__} has {', '.join(others)}")
+    for tokens, why in length_limits(model.config):
+        if length > tokens:
+            raise ValueError(f"prompt and answer take {length} tokens, more than {why} allows; shorten the prompt")

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .loading import backbone_of
+from .backbone import backbone_of
 
 
 def set_dropout(model, p):

@@ -10,74 +10,23 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from ..engine.attention import can_pack, packed_forward
-from ..engine.limits import length_limits, text_config
-from ..engine.linear import fast_linears
 from ..common.errors import InputError
-from ..common.files import disk_faults, is_lfs_pointer, saving_into, write_json, write_safetensors
-from ..layout import response_places, unflatten
-from .lora import decoder_name, decoder_of
+from ..common.files import RECORD, is_lfs_pointer, path_from_record
 from ..common.log import say
-from .peft_format import PREFIX, is_adapter
+from ..engine.limits import text_config
+from ..run.records import read_record
+from .backbone import decoder_name, decoder_of, hidden_states, lm_logits
+from .lora import merge_adapter
+from .peft_format import PREFIX, is_adapter, load_adapter, read_adapter_config
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what transformers lets through
-PACK_BELOW = 0.8  # share of real tokens below which packing beats padding (attention runs per sequence then)
 HEAD_WEIGHT, HEAD_BIAS = "score.weight", "score.bias"  # the names transformers' sequence classifiers use
-
-
-def backbone_of(model):
-    """The decoder under a causal LM's head, or under our scalar head."""
-    if isinstance(model, ScalarHeadModel):
-        return model.backbone
-    return decoder_of(model) if hasattr(model, "base_model_prefix") else model.base_model  # a role names its own
-
-
-def hidden_states(model, sequences):
-    """Final hidden states [B, T, H] of right-padded sequences [B, T]; no mask is needed (see `rllr.layout`)."""
-    backbone = backbone_of(model)
-    with fast_linears(backbone):
-        return backbone(input_ids=sequences, use_cache=False).last_hidden_state
-
-
-def hidden_at(model, sequences, prompt_lens, response_mask, rows, positions):
-    """Final hidden states [N, H] at N places (row, position) of right-padded sequences [B, T].
-
-    On CPU the padding is not even computed where the model's family allows it: the sequences go through packed, one
-    behind the other (`rllr.engine.attention`).
-    """
-    backbone = backbone_of(model)
-    lengths = prompt_lens + response_mask.sum(1)
-    little = sequences.device.type == "cpu" and int(lengths.sum()) < PACK_BELOW * sequences.numel()
-    if little and can_pack(backbone, int(lengths.max())):
-        real = torch.arange(sequences.shape[1]) < lengths.unsqueeze(1)
-        with fast_linears(backbone):
-            hidden = packed_forward(backbone, sequences[real].unsqueeze(0), lengths.tolist(), use_cache=False)
-        return hidden[0, (lengths.cumsum(0) - lengths)[rows] + positions]
-    return hidden_states(model, sequences)[rows, positions]
-
-
-def lm_logits(model, hidden):
-    """Next-token logits [..., V] of hidden states [..., H], float32 at least, as the model's own forward gives them."""
-    head = model.get_output_embeddings()
-    with fast_linears(head):
-        logits = head(hidden)
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    config = model.config
-    if getattr(config, "logit_scale", None):  # Cohere
-        logits = logits * config.logit_scale
-    if getattr(config, "logits_scaling", None):  # Granite
-        logits = logits / config.logits_scaling
-    if getattr(config, "final_logit_softcapping", None):  # Gemma 2
-        logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
-    return logits
 
 
 @torch.no_grad()
@@ -126,7 +75,7 @@ def load_policy(name_or_path, *, dtype=torch.float32, device="cpu", base=None):
     if is_adapter(name_or_path):
         if _find_head(name_or_path):
             raise InputError(f"{name_or_path}: holds a reward or value model's adapter, not a causal LM's")
-        return _load_merged(name_or_path, dtype, device, base)
+        return load_merged(name_or_path, dtype, device, base)
     try:
         config = _read_config(name_or_path)
         multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -185,12 +134,6 @@ def _text_part(model, name):
     return text
 
 
-def _load_merged(path, dtype, device, base):
-    from .roles import load_merged  # it stands on this module
-
-    return load_merged(path, dtype, device, base)
-
-
 def load_tokenizer(name_or_path):
     """The tokenizer saved with a model. Raises InputError where there is none."""
     _require_model_directory(name_or_path)
@@ -244,168 +187,7 @@ def _first_line(error):
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def length_limit(model_or_config):
-    """(tokens of prompt and answer together that this model takes here, what sets the limit); (None, "") without a limit."""
-    return next(iter(length_limits(getattr(model_or_config, "config", model_or_config))), (None, ""))
-
-
-def stop_token_ids(model, tokenizer):
-    """The ids that end an answer: those of the generation config, else the tokenizer's EOS, in order; empty where
-    neither names one inside the vocabulary.
-
-    Ids outside the vocabulary (defaults of some configs) are dropped with a warning.
-    """
-    config = getattr(model, "generation_config", None)
-    listed = config.eos_token_id if config else None
-    ids = [] if listed is None else listed if isinstance(listed, list) else [listed]
-    size = model.get_input_embeddings().num_embeddings
-    kept = [i for i in dict.fromkeys(ids) if 0 <= i < size]
-    if len(kept) < len(set(ids)):
-        say(f"warning: stop ids {sorted(set(ids) - set(kept))} are outside the vocabulary of {size} and are dropped")
-    eos = tokenizer.eos_token_id
-    return kept or ([eos] if eos is not None and 0 <= eos < size else [])
-
-
 # ---- the scalar head -------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def width_of(backbone):
-    """Width of a decoder's final hidden states, which neither its configuration nor its embedding always tells (OPT-350m)."""
-    was_training = backbone.training
-    hidden = backbone.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=backbone.device), use_cache=False).last_hidden_state
-    backbone.train(was_training)
-    return hidden.shape[-1]
-
-
-class ScalarHeadModel(nn.Module):
-    """A backbone and one linear map to a number. Subclasses say where the number is read and whether it has a bias."""
-
-    has_bias = False
-
-    def __init__(self, backbone, head=None):
-        super().__init__()
-        self.backbone, self.config = backbone, backbone.config
-        self.head = head or nn.Linear(width_of(backbone), 1, bias=self.has_bias, device=backbone.device, dtype=backbone.dtype)
-
-    def scores_at(self, hidden):
-        """The head's number for hidden states [..., H] -> [...], float32 at least (also under autocast)."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            dtype = torch.promote_types(self.head.weight.dtype, torch.float32)
-            weight, bias = self.head.weight.to(dtype), self.head.bias
-            return nn.functional.linear(hidden.to(dtype), weight, None if bias is None else bias.to(dtype)).squeeze(-1)
-
-    @property
-    def device(self):
-        return self.head.weight.device
-
-    @classmethod
-    def from_pretrained(cls, path, *, dtype=torch.float32, device="cpu", base=None):
-        """Backbone and head from a directory that `save_pretrained` wrote. A missing head is an InputError, never random."""
-        _require_model_directory(path)
-        weights = read_head(path)
-        if is_adapter(path):
-            return cls.with_head(backbone_of(_load_merged(path, dtype, device, base)), weights)
-        return cls.with_head(load_backbone(path, dtype=dtype, device=device), weights)
-
-    @classmethod
-    def with_head(cls, backbone, weights):
-        """A backbone and the head `read_head` found; a value model's bias is 0 where the head has none."""
-        weight, bias = weights[HEAD_WEIGHT], weights.get(HEAD_BIAS)
-        head = nn.Linear(weight.shape[1], 1, bias=cls.has_bias, device=backbone.device, dtype=backbone.dtype)
-        with torch.no_grad():
-            head.weight.copy_(weight)
-            if cls.has_bias:
-                head.bias.copy_(bias if bias is not None else torch.zeros(1))
-        return cls(backbone, head).eval()
-
-    def save_pretrained(self, path, tokenizer=None, pad_token_id=None):
-        """Weights as safetensors, config and tokenizer; of a role on a shared base only its adapter and head (PEFT's format).
-
-        The names are those of the family's sequence classifier, so where transformers has that class and the head has no
-        bias the directory loads as `AutoModelForSequenceClassification` with equal scores. That class reads the last token
-        that is not `pad_token_id`, which therefore must differ from every stop id (`reward_pad_token_id`).
-        """
-        head = {HEAD_WEIGHT: self.head.weight} | ({HEAD_BIAS: self.head.bias} if self.has_bias else {})
-        with disk_faults(f"model {path}"), saving_into(path) as temporary:
-            if hasattr(self.backbone, "save_role"):  # a role on a shared base
-                self.backbone.save_role(temporary, head)
-            else:
-                self._save_whole(temporary, head, pad_token_id)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
-
-    def _save_whole(self, path, head, pad_token_id):
-        prefix = AutoModelForCausalLM._model_mapping[type(self.config)].base_model_prefix
-        state = {f"{prefix}.{name}": tensor for name, tensor in self.backbone.state_dict().items()}
-        state |= head
-        write_safetensors(state, path / "model.safetensors")
-        config = self.config.to_dict()
-        classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-        config |= {
-            "architectures": [classes.get(self.config.model_type, type(self).__name__)],
-            "pad_token_id": pad_token_id,
-        }
-        config |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}, "dtype": "float32"}
-        write_json(path / "config.json", config)
-
-
-class RewardModel(ScalarHeadModel):
-    """r(prompt, response): the head at the last response token.
-
-    The head has no bias (Bradley-Terry leaves the zero free) and starts at N(0, 1 / (H + 1)), as in Stiennon et al.
-    (arXiv:2009.01325).
-    """
-
-    @classmethod
-    def from_policy(cls, policy, seed=0):
-        """A new reward model on a policy's backbone (the same object, not a copy). The head is drawn from `seed`."""
-        model = cls(backbone_of(policy))
-        generator = torch.Generator().manual_seed(seed)
-        width = model.head.in_features
-        with torch.no_grad():
-            model.head.weight.copy_(torch.randn(1, width, generator=generator) / (width + 1) ** 0.5)
-        return model
-
-    def forward(self, sequences, prompt_lens, response_mask):
-        """sequences [B, T], prompt_lens [B], response_mask [B, R] -> scores [B], float32."""
-        # The last response token itself: EOS, or where the answer was cut.
-        last = prompt_lens + response_mask.sum(1) - 1
-        rows = torch.arange(len(sequences), device=sequences.device)
-        return self.scores_at(hidden_at(self, sequences, prompt_lens, response_mask, rows, last))
-
-    def span_scores(self, sequences, prompt_lens, response_mask):
-        """The head at every response token [B, R], 0 outside the mask; only `--loss span` trains on these."""
-        rows, positions = response_places(prompt_lens, response_mask)
-        scores = self.scores_at(hidden_at(self, sequences, prompt_lens, response_mask, rows, positions + 1))
-        return unflatten(scores, response_mask)
-
-
-class ValueModel(ScalarHeadModel):
-    """V(s_t) for every response token, read at the position that predicts it. The head has a bias and starts at zero."""
-
-    has_bias = True
-
-    @classmethod
-    def from_policy(cls, policy):
-        """A new value model on a policy's backbone (the same object, not a copy), with a zero head."""
-        model = cls(backbone_of(policy))
-        nn.init.zeros_(model.head.weight)
-        nn.init.zeros_(model.head.bias)
-        return model
-
-    def rescale(self, mean, std):
-        """From raw to standardised units of the reward: w <- w / std, b <- (b - mean) / std."""
-        with torch.no_grad():
-            self.head.weight.div_(std)
-            self.head.bias.sub_(mean).div_(std)
-        return self
-
-    def forward(self, sequences, prompt_lens, response_mask):
-        """sequences [B, T], prompt_lens [B], response_mask [B, R] -> values [B, R], float32, 0 outside the mask."""
-        rows, positions = response_places(prompt_lens, response_mask)
-        values = self.scores_at(hidden_at(self, sequences, prompt_lens, response_mask, rows, positions))
-        return unflatten(values, response_mask)
 
 
 def load_backbone(path, *, dtype=torch.float32, device="cpu"):
@@ -446,18 +228,6 @@ def _find_head(path):
     return found
 
 
-def reward_pad_token_id(tokenizer, stop_ids, vocabulary_size):
-    """A pad id that is no stop id: the tokenizer's own, an unknown-token or other special id, else None.
-
-    None means a classifier that reads "the last token that is not padding" works on one row at a time only.
-    """
-    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids]
-    known = set(tokenizer.get_vocab().values())
-    candidates += [i for i in range(vocabulary_size) if i not in known][:1]  # an embedding row no text ever uses
-    good = [i for i in candidates if i is not None and i not in stop_ids and 0 <= i < vocabulary_size]
-    return next((i for i in good if i != tokenizer.bos_token_id), None)
-
-
 def fingerprint(model):
     """SHA-256 of a model's weights (names, shapes, values in float32): the same model whatever file it came from.
 
@@ -468,3 +238,48 @@ def fingerprint(model):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def load_merged(directory, dtype=torch.float32, device="cpu", base=None):
+    """The causal LM that an adapter's directory amounts to: its base with the adapter merged in, in float32.
+
+    base: where the base lies now; else where PEFT's configuration says, or, if nothing is there, our record beside it.
+    """
+    named = read_adapter_config(directory).get("base_model_name_or_path")
+    recorded = path_from_record(read_record(directory).get("base", {}).get("path"), directory)
+    moved = recorded and Path(recorded).is_dir() and not Path(named or "").is_dir()
+    name = base or (recorded if moved else named)
+    if not name:
+        raise InputError(f"{directory}/adapter_config.json: names no base (base_model_name_or_path); add it, or give --base DIR")
+    try:
+        model = load_policy(name, device=device)
+    except InputError as error:
+        if base:
+            raise InputError(f"--base {error}") from None
+        raise InputError(f"{directory}/adapter_config.json: base_model_name_or_path: {error}; has it moved? --base DIR says where to") from None
+    check_base(directory, fingerprint(model), str(directory))
+    load_adapter(model, directory, "merged")
+    merge_adapter(model, "merged").name_or_path = str(directory)
+    if (Path(directory) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return cast_parameters(model.requires_grad_(True), dtype)
+
+
+def check_base(directory, base_fingerprint, where):
+    """InputError unless the adapter in a directory was trained on the base with this fingerprint."""
+    recorded = read_record(directory).get("base", {})
+    if not recorded.get("fingerprint"):
+        say(f"warning: {where}: no {RECORD} says on which weights this adapter was trained")
+    elif recorded["fingerprint"] != base_fingerprint:
+        path = path_from_record(recorded.get("path"), directory)
+        raise InputError(
+            f"{where}: this adapter was trained on other weights (those of {path} at that time) than the "
+            "base has now; give the base it was trained on, or train it again"
+        )
+
+
+def cast_parameters(model, dtype):
+    """Parameters in another dtype; buffers (rotary frequencies) keep their precision."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import InputError
+from .backbone import backbone_of
 
 DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("c_attn",), ("qkv_proj",))  # the first that exists
 
@@ -74,23 +75,10 @@ def _key(path):
     return path.replace(".", "/")  # ModuleDict takes no dots
 
 
-def decoder_name(model):
-    """The attribute of a causal LM that holds its decoder: some families (Llama 4's text part) name another one as theirs."""
-    return model.base_model_prefix if hasattr(model, model.base_model_prefix) else "model"
-
-
-def decoder_of(model):
-    """The decoder under a causal LM's head; a decoder itself is returned as it is."""
-    return getattr(model, decoder_name(model), model)
-
-
 def _backbone(model):
-    """The decoder under a causal LM, a role (`rllr.model.roles`) or a scalar head."""
-    model = getattr(model, "backbone", model)
-    if hasattr(model, "base_model_prefix"):
-        return decoder_of(model)
-    model = getattr(model, "base_model", model)
-    return getattr(model, "shared_backbone", model)
+    """The decoder itself under a causal LM, a role or a scalar head."""
+    backbone = backbone_of(model)
+    return getattr(backbone, "shared_backbone", backbone)
 
 
 def _adapters(model):

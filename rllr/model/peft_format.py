@@ -9,7 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import InputError, brief
 from ..common.files import read_json, read_safetensors, write_json, write_safetensors
-from .lora import Adapter, decoder_name, get_adapter, install, linear_modules, linear_shape
+from .backbone import decoder_name
+from .lora import Adapter, get_adapter, install, linear_modules, linear_shape
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor's name

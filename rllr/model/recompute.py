@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..common.errors import InputError
-from .lora import checkpoint_contexts
 from ..engine.attention import attention_by
 from ..engine.linear import OneDnnLinear, fast_linears
+from .lora import checkpoint_contexts
 
 
 def checkpoint_layers(backbone):

@@ -6,23 +6,20 @@ the role without an adapter: the base itself, to the bit.
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
 
-from ..common.config import check_choice, check_positive, parse_config
-from ..data.encoding import Encoder
-from ..common.errors import InputError, command
-from .lora import add_adapter, decoder_of, get_adapter, merge_adapter, merged_weights, use_adapter
-from ..common.log import say
-from .loading import RewardModel, allow_remote_code, fingerprint, load_policy, load_tokenizer, read_head, reward_pad_token_id
-from .peft_format import load_adapter, read_adapter_config, save_adapter
-from ..common.files import RECORD, check_run_directory, open_run_directory, path_from_record, write_json
-from ..run.training import read_record, save_policy, set_up
+from ..common.config import check_choice, check_positive
+from ..common.errors import InputError
+from ..common.files import RECORD, write_json
+from ..run.records import read_record
+from .backbone import decoder_of
+from .loading import cast_parameters, check_base, fingerprint, load_policy, read_head
+from .lora import add_adapter, get_adapter, merged_weights, use_adapter
+from .peft_format import load_adapter, save_adapter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -175,13 +172,6 @@ def load_base(path, config, device):
     return cast_parameters(model, DTYPES[config.base_dtype]), found
 
 
-def cast_parameters(model, dtype):
-    """Parameters in another dtype; buffers (rotary frequencies) keep their precision."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
-
-
 def new_role(model, role, config, seed=0):
     """A policy that is `model` and a new adapter of that name, as the flags say."""
     targets = [target.strip() for target in config.lora_targets.split(",")] if config.lora_targets else None
@@ -201,79 +191,6 @@ def load_scalar_role(kind, model, directory, role, base_fingerprint=None, flag="
     return kind.with_head(RoleBackbone(model, role), head)
 
 
-def check_base(directory, base_fingerprint, where):
-    """InputError unless the adapter in a directory was trained on the base with this fingerprint."""
-    recorded = read_record(directory).get("base", {})
-    if not recorded.get("fingerprint"):
-        say(f"warning: {where}: no {RECORD} says on which weights this adapter was trained")
-    elif recorded["fingerprint"] != base_fingerprint:
-        path = path_from_record(recorded.get("path"), directory)
-        raise InputError(
-            f"{where}: this adapter was trained on other weights (those of {path} at that time) than the "
-            "base has now; give the base it was trained on, or train it again"
-        )
-
-
-def load_merged(directory, dtype=torch.float32, device="cpu", base=None):
-    """The causal LM that an adapter's directory amounts to: its base with the adapter merged in, in float32.
-
-    base: where the base lies now; else where PEFT's configuration says, or, if nothing is there, our record beside it.
-    """
-    named = read_adapter_config(directory).get("base_model_name_or_path")
-    recorded = path_from_record(read_record(directory).get("base", {}).get("path"), directory)
-    moved = recorded and Path(recorded).is_dir() and not Path(named or "").is_dir()
-    name = base or (recorded if moved else named)
-    if not name:
-        raise InputError(f"{directory}/adapter_config.json: names no base (base_model_name_or_path); add it, or give --base DIR")
-    try:
-        model = load_policy(name, device=device)
-    except InputError as error:
-        if base:
-            raise InputError(f"--base {error}") from None
-        raise InputError(f"{directory}/adapter_config.json: base_model_name_or_path: {error}; has it moved? --base DIR says where to") from None
-    check_base(directory, fingerprint(model), str(directory))
-    load_adapter(model, directory, "merged")
-    merge_adapter(model, "merged").name_or_path = str(directory)
-    if (Path(directory) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
-    return cast_parameters(model.requires_grad_(True), dtype)
-
-
 # ---- python -m rllr.lora merge ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class MergeConfig:
-    adapter: str  # directory of a policy's or reward model's adapter
-    output_dir: str  # where the plain Hugging Face model goes
-    base: str | None = None  # where the adapter's base lies now, if it has moved
-    overwrite: bool = False  # replace a model that is already there
-    trust_remote_code: bool = False  # let a model's own Python code run, as some hub models need
-
-
-@command
-def merge_command(argv=None):
-    """`merge`: base and adapter as one plain Hugging Face directory, with the record and statistics beside it."""
-    import sys
-
-    verb, *flags = sys.argv[1:] if argv is None else argv
-    if verb != "merge":
-        raise InputError(f"{verb}: the only command is merge --adapter DIR --output_dir OUT")
-    config = parse_config(MergeConfig, flags, "Merge an adapter into its base: a plain Hugging Face model directory.")
-    allow_remote_code(config.trust_remote_code)
-    set_up("fp32", 0)
-    adapter, record = Path(config.adapter), read_record(config.adapter)
-    is_reward = read_adapter_config(adapter).get("task_type") == "SEQ_CLS"
-    check_run_directory(config.output_dir, config.overwrite, [adapter])
-    tokenizer, model = load_tokenizer(adapter), load_merged(adapter, base=config.base)
-    encoder, directory = Encoder(tokenizer, model), open_run_directory(config.output_dir, config.overwrite, [adapter])
-    record = {key: value for key, value in record.items() if key != "base"}
-    if is_reward:
-        pad_id = reward_pad_token_id(tokenizer, encoder.stop_ids, model.config.vocab_size)
-        RewardModel.from_pretrained(adapter, base=config.base).save_pretrained(directory, tokenizer, pad_id)
-        write_json(directory / RECORD, record)
-        for file in adapter.glob("score_statistics.json"):
-            shutil.copy(file, directory)
-    else:
-        save_policy(model, encoder, directory, record | {"fingerprint": fingerprint(model)})
-    say(f"saved {directory}")

@@ -7,13 +7,12 @@ among them, are decoded token by token here, and compared.
 
 import torch
 
+from ..common.errors import InputError, out_of_memory
 from ..engine.attention import backbone_alone, packs_like, remember_packing, takes_our_attention
 from ..engine.decoder import Decoder
+from ..engine.limits import check_cache_support
 from ..engine.linear import packed_linears
-from ..common.errors import InputError
-from .loading import backbone_of, lm_logits
-from ..rollout import check_cache_support
-from ..run.run import out_of_memory
+from .backbone import backbone_of, lm_logits
 
 DECODED = 4  # tokens of each row that are decoded one by one
 # KL divergence, in nats, of the sampled distribution from the forward's: what rounding gives is 1e-9 and 1e-3 at most.

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from ..common.errors import InputError
-from .writers import GivenWriter
-from ..rollout import generate
 from ..model.trial import check_policy
+from ..rollout import generate
+from .writers import GivenWriter
 
 
 class ModelWriter(GivenWriter):

@@ -6,21 +6,14 @@ worded for a label. Pairs need the two apart: a label-sensitive pair may put the
     python -m rllr.rationales --task sst2 --train_file train.jsonl --writer evidence --output with_rationales.jsonl
 """
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from dataclasses import dataclass
-from pathlib import Path
 
-from ..common.config import check_choice, parse_config
-from ..data.rows import Source, load_examples, parse_mapping_flag
+from ..common.errors import InputError
 from ..data.demo import quote_of, word_rationale
-from ..common.errors import InputError, command
-from ..tasks import load_task
 from .words import words_of
 
-WRITERS = ("given", "evidence", "demo", "model")
 SMOOTHING = 0.5  # added to each count of the log-odds (half an occurrence: Jeffreys' prior)
 NAMED_WORDS = 2  # evidence words a rationale names
 MANY_ONCE = 0.9  # share of words that occur in one row only, above which evidence means little
@@ -195,99 +188,6 @@ class EvidenceWriter(RationaleWriter):
         return f"{who} {named}, which suggests {label}"
 
 
-def check_writer(name, examples, task, rationale_model=None):
-    """InputError where a writer lacks what it needs. Called before a run writes anything; a language model is not loaded."""
-    if name != "model":
-        make_writer(name, examples, task, log=lambda line: None)
-    elif not rationale_model:
-        raise InputError("--rationales model needs --rationale_model, the causal LM that writes them")
-
-
-def default_writer(task, examples):
-    """demo for the demo data, given where the rows carry rationales, else evidence."""
-    if task.name == "demo":
-        return "demo"
-    return "given" if examples and all(example.rationale or example.rationales for example in examples) else "evidence"
-
-
-def default_label_pairs(writer_name):
-    """How label-sensitive pairs draw rationales unless --label_pairs says: see `rllr.pairs`."""
-    return {"evidence": "independent", "demo": "drawn"}.get(writer_name, "paper")
-
-
-def make_writer(name, examples, task, *, config=None, device="cpu", directory=".", log=print, also=()):
-    """The writer of that name over the labelled rows. InputError for an unknown name.
-
-    `also`: further rows it may be asked about, which must not count as evidence. For `model`, config.rationale_model names the causal LM; its rationales are cached in <directory>/rationales.jsonl.
-    """
-    if name == "model":
-        from ..data.encoding import Encoder
-        from ..model.loading import load_policy, load_tokenizer
-        from .model_writer import ModelWriter
-
-        source = getattr(config, "rationale_model", None)
-        if not source:
-            raise InputError("--rationales model needs --rationale_model, the causal LM that writes them")
-        model = load_policy(source, device=device)
-        encoder = Encoder(load_tokenizer(source), model)
-        return ModelWriter([*examples, *also], task, model, encoder, f"{directory}/rationales.jsonl", log=log)
-    classes = {"given": GivenWriter, "evidence": EvidenceWriter, "demo": DemoWriter}
-    if name not in classes:
-        raise InputError(f"--rationales {name!r}: choose from {', '.join(WRITERS)}")
-    writer = EvidenceWriter(examples, task, log) if name == "evidence" else classes[name](examples, task)
-    if isinstance(writer, GivenWriter):
-        writer.check(also)
-    return writer
-
-
 # ---- python -m rllr.rationales ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class Config:
-    output: str  # JSONL: the rows with the columns rationale (gold label) and rationales (every label)
-    writer: str = "evidence"  # given, evidence, demo or model
-    task: str = "demo"  # a built-in task's name or a task file
-    train_file: str | None = None  # labelled rows; without it the demo data
-    columns: str | None = None  # other column names: text=sentence,label=gold
-    label_map: str | None = None  # other label words: Sci/Tech=technology
-    delimiter: str | None = None  # of a CSV file: a character, or tab (recognised)
-    encoding: str | None = None  # of a text file (UTF-8)
-    rationale_model: str | None = None  # the causal LM, for --writer model
-    overwrite: bool = False  # replace an output file that is already there
-    trust_remote_code: bool = False  # let a model's own Python code run, as some hub models need
-
-
-@command
-def main(argv=None):
-    """Write a data file with a rationale for every label of every row."""
-    from ..common.log import say
-    from ..model.loading import allow_remote_code
-    from ..run.training import set_up
-
-    config = parse_config(Config, argv, __doc__)
-    allow_remote_code(config.trust_remote_code)
-    check_choice(config, "writer", WRITERS)
-    output = Path(config.output)
-    if output.exists() and not config.overwrite:
-        raise InputError(f"--output {output}: exists; give another name or --overwrite")
-    if output.is_dir() or not output.parent.is_dir():
-        raise InputError(f"--output {output}: cannot be written; name a file in a directory that is there")
-    task = load_task(config.task)
-    if not config.train_file and task.name != "demo":
-        raise InputError("--train_file: give the labelled rows to write rationales for")
-    device, _ = set_up("fp32", seed=0)
-    examples = load_examples(
-        Source(config.train_file or "demo:train", delimiter=config.delimiter, encoding=config.encoding), task,
-        columns=parse_mapping_flag(config.columns, "--columns"), label_map=parse_mapping_flag(config.label_map, "--label_map"), log=say,
-    )  # fmt: skip
-    writer = make_writer(config.writer, examples, task, config=config, device=device, directory=output.parent, log=say)
-    with open(output, "w", encoding="utf-8") as file:
-        for example in examples:
-            row = {"id": example.id, "text": example.text, "label": example.label}
-            row |= {"text_b": example.text_b} if task.is_pair else {}
-            row |= {"score": example.score} if example.score is not None else {}
-            row |= {"rationale": writer.write(example, example.label)}
-            row |= {"rationales": {label: writer.write(example, label) for label in task.labels}}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    say(f"{len(examples)} rows written to {output}")

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..common.files import disk_faults, write_safetensors
 from ..common.log import say
 from ..ppo import explained_variance, kl_estimate, masked_mean
 
@@ -68,3 +69,12 @@ def show_rollout(samples, judged, scores, count=2):
         say(
             f"  label   {samples.labels[i] or 'parse failure'} (gold: {samples.gold_labels[i] or 'not known here'})  {parts}  score {scores[i].item():+.2f}\n"
         )
+
+
+def write_batch(path, rollout, batch):
+    """The tensors of a failed step, for whoever looks into it. Returns a sentence that says where they are."""
+    tensors = {name: value for name, value in vars(batch).items() if value is not None}
+    tensors |= {"rollout_logprobs": rollout.rollout_logprobs, "response_mask": tensors.pop("mask").to(torch.uint8)}
+    with disk_faults(str(path)):
+        write_safetensors(tensors, path)
+    return f"The batch is in {path}."

@@ -2,17 +2,20 @@
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
+from ..answers import answer_rows
 from ..common.errors import InputError
-from ..evaluate import accuracy, answer_rows, tell_parse_failures
-from ..judge import score_rows
+from ..common.files import read_json, write_json
 from ..common.log import say
+from ..judge import STATISTICS, ScoreStatistics, score_rows
+from ..layout import pack
+from ..metrics import accuracy, tell_parse_failures
 from ..rollout import generate
 from ..tasks import parse_answer, split_answer
-from ..run.training import pack
 
 MIN_PROMPTS = 512  # sampled answers wanted behind the stored statistics
 
@@ -121,3 +124,23 @@ def classifier_report(model, policy, encoder, task, parts, writer, config, autoc
             f"  to harvest {100 * (judged - greedy):+.1f} points"
         )
     return report
+
+
+def save_statistics(statistics, directory):
+    """Write a reward model's score statistics beside it."""
+    write_json(Path(directory) / STATISTICS, asdict(statistics))
+
+
+def load_statistics(directory) -> ScoreStatistics:
+    """The score statistics beside a reward model. InputError where there are none, or damaged ones."""
+    path = Path(directory) / STATISTICS
+    if not path.is_file():
+        raise InputError(f"{path}: not there; train_rm.py writes it beside the reward model (or use --score_norm none)")
+    try:
+        statistics = ScoreStatistics(**read_json(path))
+        whole = statistics.is_whole()
+    except (InputError, TypeError, OverflowError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path}: damaged; train the reward model again (or use --score_norm none)")
+    return statistics

@@ -9,12 +9,12 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .checkpoint import FOLDER, damage, list_checkpoints, mend, run_of
 from ..common.config import convert_setting
 from ..common.errors import InputError
 from ..common.files import METRICS, RUN, is_empty, path_from_record, read_json
 from ..common.log import say
-from .training import PATHS, other_format
+from .checkpoint import FOLDER, damage, list_checkpoints, mend, run_of
+from .records import PATHS, other_format
 
 # On --resume these may differ from the run's own: they change what is printed or kept, or how long the run is;
 FREE = {"save_every", "keep_last", "steps", "epochs", "log_every", "show", "show_every", "max_ref_kl", "on_ref_kl"}

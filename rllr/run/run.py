@@ -21,23 +21,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import transformers
 
-from .checkpoint import (
-    STATE, WEIGHTY, GlobalStreams, checkpoint_path, damage, list_checkpoints, read_checkpoint, restore_part, state_of, step_of,
-    write_checkpoint,
-)  # fmt: skip
-from ..common.errors import InputError, RunError, Stopped
+from ..common.errors import InputError, RunError, Stopped, out_of_memory
 from ..common.files import METRICS, RUN, disk_faults, open_run_directory, write_json
 from ..common.log import MetricsLog, say
+from .checkpoint import (
+    STATE,
+    WEIGHTY,
+    GlobalStreams,
+    checkpoint_path,
+    damage,
+    list_checkpoints,
+    read_checkpoint,
+    restore_part,
+    state_of,
+    step_of,
+    write_checkpoint,
+)  # fmt: skip
+from .machine import machine
+from .records import settings_for_record
 from .resume import RUN_FORMAT
-from .training import settings_for_record
-
-
-def machine():
-    """What a run's bits hang on beside its settings."""
-    device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"
-    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def reads_of(task, splits):
@@ -213,12 +216,6 @@ def require_finite_weights(model, what, hint=lambda: ""):
     for name, weight in state_of(model).items():
         if not torch.isfinite(weight).all():
             raise RunError(f"{what} is not finite ({name}); it is not saved. {hint()}".strip())
-
-
-def out_of_memory(error):
-    """Whether an exception says so: on a CPU torch raises a plain RuntimeError."""
-    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or on_cpu
 
 
 def _first_words(error):

@@ -1,0 +1,38 @@
+"""Texts from files and flags: what no file system takes, and YAML or JSON mappings."""
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from .errors import InputError, brief
+
+
+def check_text(text: str, where: str) -> str:
+    """The text itself. InputError for what no file system and no tokenizer takes: NUL, and half of a character (a JSON escape
+    can spell it)."""
+    if "\0" in text or re.search(r"[\ud800-\udfff]", text):
+        raise InputError(f"{where}: holds a NUL character or a lone surrogate; remove it (got {brief(text)})")
+    return text
+
+
+def read_mapping(path: Path) -> dict:
+    """A YAML or JSON file that holds one mapping. Raises InputError with file, line and fix."""
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    try:
+        mapping = json.loads(content) if path.suffix.lower() == ".json" else yaml.safe_load(content)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(mapping, dict):
+        raise InputError(f"{path}: must hold a mapping of field names to values, got {type(mapping).__name__}")
+    return mapping

@@ -1,0 +1,51 @@
+"""Which writer it is to be, and what each needs."""
+
+from ..common.errors import InputError
+from .writers import DemoWriter, EvidenceWriter, GivenWriter
+
+WRITERS = ("given", "evidence", "demo", "model")
+
+
+def make_writer(name, examples, task, *, config=None, device="cpu", directory=".", log=print, also=()):
+    """The writer of that name over the labelled rows. InputError for an unknown name.
+
+    `also`: further rows it may be asked about, which must not count as evidence. For `model`, config.rationale_model names the causal LM; its rationales are cached in <directory>/rationales.jsonl.
+    """
+    if name == "model":
+        from ..data.encoding import Encoder
+        from ..model.loading import load_policy, load_tokenizer
+        from .model_writer import ModelWriter
+
+        source = getattr(config, "rationale_model", None)
+        if not source:
+            raise InputError("--rationales model needs --rationale_model, the causal LM that writes them")
+        model = load_policy(source, device=device)
+        encoder = Encoder(load_tokenizer(source), model)
+        return ModelWriter([*examples, *also], task, model, encoder, f"{directory}/rationales.jsonl", log=log)
+    classes = {"given": GivenWriter, "evidence": EvidenceWriter, "demo": DemoWriter}
+    if name not in classes:
+        raise InputError(f"--rationales {name!r}: choose from {', '.join(WRITERS)}")
+    writer = EvidenceWriter(examples, task, log) if name == "evidence" else classes[name](examples, task)
+    if isinstance(writer, GivenWriter):
+        writer.check(also)
+    return writer
+
+
+def check_writer(name, examples, task, rationale_model=None):
+    """InputError where a writer lacks what it needs. Called before a run writes anything; a language model is not loaded."""
+    if name != "model":
+        make_writer(name, examples, task, log=lambda line: None)
+    elif not rationale_model:
+        raise InputError("--rationales model needs --rationale_model, the causal LM that writes them")
+
+
+def default_writer(task, examples):
+    """demo for the demo data, given where the rows carry rationales, else evidence."""
+    if task.name == "demo":
+        return "demo"
+    return "given" if examples and all(example.rationale or example.rationales for example in examples) else "evidence"
+
+
+def default_label_pairs(writer_name):
+    """How label-sensitive pairs draw rationales unless --label_pairs says: see `rllr.pairs`."""
+    return {"evidence": "independent", "demo": "drawn"}.get(writer_name, "paper")
