@@ -41,7 +41,9 @@ from rllr.run.resume import RunConfig, take_up
 from rllr.run.run import Run, digest, reads_of, require_finite_weights
 from rllr.update import PromptStream, analyse, check_sampler_gap, improve, kl_within_bound, samples_of
 
-MOST_SKIPPED = 10  # rollouts in a row whose update --on_ref_kl skip may leave out: the policy does not come back by itself
+MOST_SKIPPED = (
+    10  # rollouts in a row whose update --on_ref_kl skip may leave out: the policy does not come back by itself
+)
 
 
 @dataclass
@@ -54,7 +56,9 @@ class Config(RunConfig, LoRAConfig, DataConfig):
     score_norm: str = "stored"  # stored statistics, running ones, or none (raw scores, as in the paper)
     score_clip: float = 5.0  # bound of a standardised score
     missing_eos_penalty: float = 1.0  # taken off an answer that the length limit cut, after capping it at the SFT mean
-    missing_label_penalty: float = 1.0  # the same for an answer without a readable label (not with gold and own functions)
+    missing_label_penalty: float = (
+        1.0  # the same for an answer without a readable label (not with gold and own functions)
+    )
     output_dir: str | None = None  # where the run goes (runs/<task>/ppo-<reward>)
     save_every: int = 20  # rollouts between checkpoints; 0: none but when asked to stop
     steps: int | None = None  # rollouts (demo 120; else one pass over the prompts)
@@ -64,17 +68,27 @@ class Config(RunConfig, LoRAConfig, DataConfig):
     micro_batch_size: int = 0  # answers per forward; 0: the whole minibatch. Does not change the gradient
     tokens_per_batch: int = 0  # padded tokens per forward; 0: no limit. Does not change the gradient either
     gradient_checkpointing: bool = False  # compute layers again in backward instead of keeping their activations
-    learning_rate: float | None = None  # of the policy (tiny 2e-4, others 1e-6; adapters x 10, tiny ones x 3), linear decay
-    value_learning_rate: float | None = None  # of the value model (tiny 5e-4, others 5e-6; adapters x 10, tiny ones x 3)
-    warmup: float = 0.0  # share of the updates in which the policy's learning rate rises; the value model learns meanwhile
+    learning_rate: float | None = (
+        None  # of the policy (tiny 2e-4, others 1e-6; adapters x 10, tiny ones x 3), linear decay
+    )
+    value_learning_rate: float | None = (
+        None  # of the value model (tiny 5e-4, others 5e-6; adapters x 10, tiny ones x 3)
+    )
+    warmup: float = (
+        0.0  # share of the updates in which the policy's learning rate rises; the value model learns meanwhile
+    )
     value_init: str | None = None  # directory the value model starts from (the reward model; SFT backbone, zero head)
     kl_coef: float = 0.1  # beta: weight of the per-token KL to the SFT policy in the reward
     kl_kind: str = "k1"  # estimator of that KL: k1 or k3
     kl_control: str = "fixed"  # fixed, or adaptive
     kl_target: float = 6.0  # adaptive: nats per sequence; too loose for short answers (healthy tiny runs end near 1)
     kl_horizon: float = 10_000  # adaptive: sequences
-    max_update_kl: float | None = None  # skip the rest of a rollout's minibatches once new against old policy exceeds it
-    max_ref_kl: float | None = 100.0  # bound of a rollout's mean KL to the SFT policy, in nats per answer; none: no bound
+    max_update_kl: float | None = (
+        None  # skip the rest of a rollout's minibatches once new against old policy exceeds it
+    )
+    max_ref_kl: float | None = (
+        100.0  # bound of a rollout's mean KL to the SFT policy, in nats per answer; none: no bound
+    )
     on_ref_kl: str = "stop"  # beyond that bound: stop the run, or skip the rollout's update (ten in a row stop it, too)
     gamma: float = 1.0  # discount
     lam: float = 0.95  # lambda of GAE
@@ -110,12 +124,16 @@ class Config(RunConfig, LoRAConfig, DataConfig):
         check_divisible(self, "rollout_prompts", "minibatches")
         check_lora(self)
         if self.reward not in ("label", "rationale", "mixed", "gold") and ":" not in self.reward:
-            raise InputError(f"--reward {brief(self.reward)}: choose label, rationale, mixed, gold, or give module:function")
+            raise InputError(
+                f"--reward {brief(self.reward)}: choose label, rationale, mixed, gold, or give module:function"
+            )
         if self.threshold is not None and self.reward != "mixed":
             raise InputError("--threshold caps the label reward in --reward mixed; it means nothing otherwise")
         for part in ("label", "rationale"):
             if getattr(self, f"{part}_rm") and self.reward not in (part, "mixed"):
-                raise InputError(f"--{part}_rm is not used by --reward {brief(self.reward)}; did you mean --reward mixed?")
+                raise InputError(
+                    f"--{part}_rm is not used by --reward {brief(self.reward)}; did you mean --reward mixed?"
+                )
         if self.reward == "mixed":
             self.threshold = self.threshold or "1.0"
             if not is_threshold(self.threshold):
@@ -151,7 +169,15 @@ def main(argv=None):
     config.freeze_embeddings = tiny if config.freeze_embeddings is None else config.freeze_embeddings
     name_judges(config, task)
     directory = config.output_dir or default_directory(config)
-    inputs = [config.policy, config.label_rm, config.rationale_rm, config.value_init, config.task, config.train_file, config.eval_file]
+    inputs = [
+        config.policy,
+        config.label_rm,
+        config.rationale_rm,
+        config.value_init,
+        config.task,
+        config.train_file,
+        config.eval_file,
+    ]
     if not taken_up:
         check_run_directory(directory, config.overwrite, inputs)
     device, autocast = set_up(config.precision, config.seed, config.deterministic)
@@ -272,7 +298,9 @@ def main(argv=None):
                     judged = {name: reward_fn(samples) for name, reward_fn in judges.items()}  # [B] each
                     threshold = judges["label"].threshold(config.threshold) if mode == "mixed" else None
                     # The label-sensitive reward enters here, in this one line:
-                    scores = label_sensitive_reward(judged.get("label"), judged.get("rationale"), threshold, mode)  # [B]
+                    scores = label_sensitive_reward(
+                        judged.get("label"), judged.get("rationale"), threshold, mode
+                    )  # [B]
                     cap, unit = eos_cap(config, judges, mode, threshold)
                     unlabelled = torch.tensor([label is None for label in samples.labels], device=device)
                     penalties = config.missing_eos_penalty * unit, config.missing_label_penalty * unit
@@ -301,7 +329,19 @@ def main(argv=None):
                 elif at.skipped == MOST_SKIPPED:
                     raise RunError(f"{at.skipped} rollouts in a row beyond --max_ref_kl {config.max_ref_kl}.")
             line = step_metrics(
-                step, config, rollout, batch, samples, judges, judged, scores, rewards, raw_advantages, stats, threshold, kl.value
+                step,
+                config,
+                rollout,
+                batch,
+                samples,
+                judges,
+                judged,
+                scores,
+                rewards,
+                raw_advantages,
+                stats,
+                threshold,
+                kl.value,
             )
             kl.update(line["analyse/kl_sequence"].item(), len(examples))
             if step % config.eval_every == 0 and step < config.steps:

@@ -58,7 +58,9 @@ class Config(RunConfig, LoRAConfig, DataConfig):
     output_dir: str | None = None  # where the reward model goes (runs/<task>/rm-<pairs>)
     rationales: str | None = None  # who writes them: given, evidence, demo, model (as the policy's)
     rationale_model: str | None = None  # the causal LM that writes them, for --rationales model
-    label_pairs: str | None = None  # independent, paper or drawn: see rllr/pairs.py (evidence independent, demo drawn, else paper)
+    label_pairs: str | None = (
+        None  # independent, paper or drawn: see rllr/pairs.py (evidence independent, demo drawn, else paper)
+    )
     negatives: str = "one"  # one wrong label per pair, drawn uniformly, or all of them
     pairs_per_row: int = 4  # pairs drawn of each row (label pairs; drawings that coincide count once)
     loss: str = "eos"  # eos: score at the last response token; span: mean from the first token that differs
@@ -269,7 +271,9 @@ def main(argv=None):
                     model.train()
                     batch_loss, learning_rate = 0.0, scheduler.get_last_lr()[0]
                     with run.step(at.step + 1):
-                        lengths = [2 * (len(prompt) + max(len(chosen), len(rejected))) for prompt, chosen, rejected, _ in batch]
+                        lengths = [
+                            2 * (len(prompt) + max(len(chosen), len(rejected))) for prompt, chosen, rejected, _ in batch
+                        ]
                         for micro_batch in split_rows(batch, lengths, config.micro_batch_size, config.tokens_per_batch):
                             with autocast():
                                 loss = rm_loss(model, micro_batch, len(batch), encoder, config)
@@ -286,7 +290,10 @@ def main(argv=None):
                     if at.step % check_every == 0 or at.step == steps:
                         model.eval()
                         chosen, rejected = score_pairs(model, held_rows, encoder, config, autocast)
-                        held_loss, held_accuracy = pairwise_loss(chosen, rejected).item(), pairwise_accuracy(chosen, rejected).item()
+                        held_loss, held_accuracy = (
+                            pairwise_loss(chosen, rejected).item(),
+                            pairwise_accuracy(chosen, rejected).item(),
+                        )
                         metrics.write(
                             {"step": at.step, "eval/loss": held_loss, "eval/accuracy": held_accuracy},
                             f"step {at.step}/{steps}  loss {batch_loss:.3f}  held-out loss {held_loss:.3f}  "
@@ -332,7 +339,15 @@ def main(argv=None):
         )
         on = {"base": {"path": config.policy, "fingerprint": policy_fingerprint}} if config.lora_rank else {}
         record = make_record(
-            f"rm-{kind}", task, config, directory, tiny=tiny, report=report, policy_fingerprint=policy_fingerprint, rows=splits.digests(), **on
+            f"rm-{kind}",
+            task,
+            config,
+            directory,
+            tiny=tiny,
+            report=report,
+            policy_fingerprint=policy_fingerprint,
+            rows=splits.digests(),
+            **on,
         )
         with disk_faults(str(directory / RECORD)):
             write_json(directory / RECORD, record)

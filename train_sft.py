@@ -200,7 +200,9 @@ def main(argv=None):
                 progress.update()
 
             model.eval()
-            answers = answer_rows(model, encoder, task, evaluation, config.max_new_tokens, config.eval_batch_size, autocast)
+            answers = answer_rows(
+                model, encoder, task, evaluation, config.max_new_tokens, config.eval_batch_size, autocast
+            )
             scores = score_answers(task, evaluation, answers)
             metrics.write(
                 {"step": at.step, "epoch": at.epoch, **{f"eval/{name}": value for name, value in scores.items()}},
@@ -208,7 +210,9 @@ def main(argv=None):
             )
             show_samples(task, evaluation, answers, config.show)
             tell_parse_failures(scores["parse_failures"], say)
-            if at.best is None or rank(task, scores) >= rank(task, at.best):  # of equals the later one, which has learnt more
+            if at.best is None or rank(task, scores) >= rank(
+                task, at.best
+            ):  # of equals the later one, which has learnt more
                 at.best = scores | {"epoch": at.epoch + 1}
                 settings = kept | {"eval": at.best}
                 settings["fingerprint"] = fingerprint(model.merged_state() if config.lora_rank else model)

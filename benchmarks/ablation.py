@@ -11,8 +11,18 @@ from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import torch
-
-from common import draw_lengths, draw_prompts, forced_rollout, gemm_rate, make_model, measure, median, ratios, set_up, write_result
+from common import (
+    draw_lengths,
+    draw_prompts,
+    forced_rollout,
+    gemm_rate,
+    make_model,
+    measure,
+    median,
+    ratios,
+    set_up,
+    write_result,
+)
 
 CAP = 64
 

@@ -122,9 +122,7 @@ def median(times, which=0):
 
 def ratios(times, base):
     """Median over the repeats of the ratio to the base within each turn."""
-    return {
-        name: statistics.median(b[0] / t[0] for b, t in zip(times[base], values)) for name, values in times.items()
-    }
+    return {name: statistics.median(b[0] / t[0] for b, t in zip(times[base], values)) for name, values in times.items()}
 
 
 def peak_memory_mb():

@@ -1,7 +1,7 @@
 """Which of transformers' causal LM families rllr can sample from exactly: a tiny random model of each goes through the trial.
 
-    python benchmarks/families.py                    # a minute or two; writes benchmarks/results/families.md
-    python benchmarks/families.py llama gpt_neo      # these alone, printed
+python benchmarks/families.py                    # a minute or two; writes benchmarks/results/families.md
+python benchmarks/families.py llama gpt_neo      # these alone, printed
 """
 
 import inspect
@@ -10,10 +10,10 @@ from collections import defaultdict
 
 import torch
 import transformers
+from common import ROOT, machine
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from common import ROOT, machine
 from rllr.common.errors import InputError
 from rllr.engine.attention import can_pack
 from rllr.model.backbone import backbone_of
@@ -44,8 +44,12 @@ VARIANTS = [  # tried in turn until one can be built and run
 
 def settings(config_class, wanted):
     """Those of the wanted settings that a configuration has."""
-    known = set(inspect.signature(config_class.__init__).parameters) | set(getattr(config_class, "__dataclass_fields__", {}))
-    return {name: value for name, value in wanted.items() if name in known | set(getattr(config_class, "attribute_map", {}))}
+    known = set(inspect.signature(config_class.__init__).parameters) | set(
+        getattr(config_class, "__dataclass_fields__", {})
+    )
+    return {
+        name: value for name, value in wanted.items() if name in known | set(getattr(config_class, "attribute_map", {}))
+    }
 
 
 def build(family):
@@ -106,7 +110,12 @@ def main():
         print(f"{family:28} {kind:14} {reason[:160]}", flush=True)
     if sys.argv[1:]:
         return
-    lines = ["# Families", "", f"{len(families)} causal LM families of transformers, tiny random models, prompts of 40 and 6 tokens, answers of 8.", ""]
+    lines = [
+        "# Families",
+        "",
+        f"{len(families)} causal LM families of transformers, tiny random models, prompts of 40 and 6 tokens, answers of 8.",
+        "",
+    ]
     for (kind, reason), names in sorted(found.items()):
         lines += [f"**{kind}{f' ({reason})' if reason else ''}: {len(names)}.** {', '.join(sorted(names))}", ""]
     text = "\n".join([*lines, "    python benchmarks/families.py", "", machine(), ""])

@@ -31,7 +31,12 @@ def main():
     args = parser.parse_args()
     root, failures, rows, began = Path(tempfile.mkdtemp(prefix="rllr-fuzz-")), [], {}, time.monotonic()
     for name in args.targets:
-        fuzzer, rng, count, started = Fuzzer(name, root), random.Random(f"{args.seed}/{name}"), Counter(), time.monotonic()
+        fuzzer, rng, count, started = (
+            Fuzzer(name, root),
+            random.Random(f"{args.seed}/{name}"),
+            Counter(),
+            time.monotonic(),
+        )
         for seed in fuzzer.seeds:
             assert fuzzer(seed) == "result", f"{name}: the seed itself is refused"
         for _ in range(-(-args.inputs // len(args.targets))):
@@ -44,7 +49,11 @@ def main():
                 if count["failed"] == PATIENCE:
                     break
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        rows[name] = {**{k: count[k] for k in ("result", "refused", "failed")}, "seconds": round(time.monotonic() - started, 1), "peak MB": round(memory)}
+        rows[name] = {
+            **{k: count[k] for k in ("result", "refused", "failed")},
+            "seconds": round(time.monotonic() - started, 1),
+            "peak MB": round(memory),
+        }
         print(name, rows[name], flush=True)
     total = sum(row["result"] + row["refused"] + row["failed"] for row in rows.values())
     columns = ("result", "refused", "failed", "seconds", "peak MB")
@@ -56,7 +65,12 @@ def main():
         "|---" * (len(columns) + 1) + "|",
         *(f"| {name} | " + " | ".join(str(row[column]) for column in columns) + " |" for name, row in rows.items()),
     ]
-    write_result("fuzz", "Mutated inputs", lines, {"seed": args.seed, "inputs": total, "failures": failures[:20], "targets": rows})
+    write_result(
+        "fuzz",
+        "Mutated inputs",
+        lines,
+        {"seed": args.seed, "inputs": total, "failures": failures[:20], "targets": rows},
+    )
     sys.exit(bool(failures))
 
 

@@ -15,11 +15,15 @@ import sys
 import time
 
 import torch
-
 from common import SHAPES, body_and_head, draw_prompts, forced_rollout, make_model, net_peak_mb, set_up, write_result
 
 DEFAULT = {"shape": "S", "prompts": 64, "answer": 32, "batch": 16}
-AXES = {"prompts": [64, 128, 256, 512], "answer": [16, 32, 64, 128, 256], "batch": [4, 16, 64], "shape": ["S", "M", "L"]}
+AXES = {
+    "prompts": [64, 128, 256, 512],
+    "answer": [16, 32, 64, 128, 256],
+    "batch": [4, 16, 64],
+    "shape": ["S", "M", "L"],
+}
 PHASES = ("rollout", "score", "update")
 
 

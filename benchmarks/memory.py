@@ -14,7 +14,6 @@ import time
 from types import SimpleNamespace
 
 import torch
-
 from common import draw_lengths, draw_prompts, forget_peak, make_model, status_mb, write_result
 
 MODES = ("four models", "shared base, LoRA 16")
@@ -32,7 +31,12 @@ def make_roles(mode, shape):
     base = make_model(shape).requires_grad_(False)
     settings = SimpleNamespace(lora_rank=16, lora_alpha=32, lora_targets=None)
     policy, value, reward = (new_role(base, name, settings) for name in ("policy", "value", "label_rm"))
-    return policy, RolePolicy(base, None), ValueModel.from_policy(value), RewardModel.from_policy(reward).requires_grad_(False)
+    return (
+        policy,
+        RolePolicy(base, None),
+        ValueModel.from_policy(value),
+        RewardModel.from_policy(reward).requires_grad_(False),
+    )
 
 
 def one(mode, shape, sequences):
@@ -51,7 +55,12 @@ def one(mode, shape, sequences):
     for _ in range(2):
         start = time.process_time()
         with torch.no_grad():
-            old, _, _, _ = token_logprobs(policy, *packed), token_logprobs(reference, *packed), value(*packed), reward(*packed)
+            old, _, _, _ = (
+                token_logprobs(policy, *packed),
+                token_logprobs(reference, *packed),
+                value(*packed),
+                reward(*packed),
+            )
         (token_logprobs(policy, *packed) - old).exp().sum().backward()
         value(*packed).square().sum().backward()
         for optimizer in optimizers:
@@ -71,15 +80,22 @@ def main():
     if args.one:
         print(json.dumps(one(args.one, args.shape, args.sequences[0])))
         return
-    rows, lines = {}, ["| sequences | | net peak, MB | weights, MB | CPU s per step | times smaller |", "|---|---|---|---|---|---|"]
+    rows, lines = (
+        {},
+        ["| sequences | | net peak, MB | weights, MB | CPU s per step | times smaller |", "|---|---|---|---|---|---|"],
+    )
     for count in args.sequences:
         for mode in MODES:
             command = [sys.executable, __file__, "--shape", args.shape, "--sequences", str(count), "--one", mode]
             row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             rows[f"{mode}, {count}"] = row
             smaller = rows[f"{MODES[0]}, {count}"]["peak_mb"] / row["peak_mb"]
-            lines.append(f"| {count} | {mode} | {row['peak_mb']:.0f} | {row['weights_mb']:.0f} | {row['seconds']:.2f} | {smaller:.2f} |")
-    write_result("memory", f"{args.shape}, one update of policy and value model", lines, {"shape": args.shape, "rows": rows})
+            lines.append(
+                f"| {count} | {mode} | {row['peak_mb']:.0f} | {row['weights_mb']:.0f} | {row['seconds']:.2f} | {smaller:.2f} |"
+            )
+    write_result(
+        "memory", f"{args.shape}, one update of policy and value model", lines, {"shape": args.shape, "rows": rows}
+    )
 
 
 if __name__ == "__main__":

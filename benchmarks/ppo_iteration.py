@@ -18,7 +18,6 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
-
 from common import EOS, draw_lengths, draw_prompts, force, forced_rollout, make_model, net_peak_mb, set_up, write_result
 
 BATCH, MINIBATCHES = 64, 4
@@ -74,13 +73,20 @@ def trl_iterations(shape, prompts, max_new_tokens, lengths, repeats):
     """CPU seconds of each of TRL's iterations but the first, and the number of real optimiser steps per iteration."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
-    from transformers import AutoModelForSequenceClassification, LogitsProcessor, PreTrainedTokenizerFast, TrainerCallback
+    from transformers import (
+        AutoModelForSequenceClassification,
+        LogitsProcessor,
+        PreTrainedTokenizerFast,
+        TrainerCallback,
+    )
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     policy, reference = make_model(shape), make_model(shape)
     vocab = policy.config.vocab_size
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{EOS}", pad_token="w0", padding_side="left")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token=f"w{EOS}", pad_token="w0", padding_side="left"
+    )
     heads = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -155,15 +161,26 @@ def main():
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
     args = parser.parse_args()
     set_up(args.threads)
-    for workload, cap, lengths in (("48 tokens each", 48, [48] * BATCH), ("real EOS, at most 64", 64, draw_lengths(BATCH))):
+    for workload, cap, lengths in (
+        ("48 tokens each", 48, [48] * BATCH),
+        ("real EOS, at most 64", 64, draw_lengths(BATCH)),
+    ):
         prompts = draw_prompts(BATCH, 8000)
         if args.memory:
             with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-                peaks = {e: pool.apply(peak_mb, (e, args.shape, args.threads, prompts, cap, lengths)) for e in ("TRL", "rllr")}
+                peaks = {
+                    e: pool.apply(peak_mb, (e, args.shape, args.threads, prompts, cap, lengths))
+                    for e in ("TRL", "rllr")
+                }
             lines = ["64 answers, 4 optimiser steps; peak of two iterations above the libraries, four models and two optimisers included.", "",
                      "| | MB |", "|---|---|", *(f"| {engine} | {peak:.0f} |" for engine, peak in peaks.items()),
                      f"| times less | {peaks['TRL'] / peaks['rllr']:.2f} |"]  # fmt: skip
-            write_result("ppo_iteration", f"{args.shape}, {workload}, memory", lines, {"shape": args.shape, "workload": workload, "peaks_mb": peaks})
+            write_result(
+                "ppo_iteration",
+                f"{args.shape}, {workload}, memory",
+                lines,
+                {"shape": args.shape, "workload": workload, "peaks_mb": peaks},
+            )
             continue
         trl, real_steps = trl_iterations(args.shape, prompts, cap, lengths, args.repeats)
         run = our_iteration(args.shape, prompts, lengths)
@@ -182,7 +199,14 @@ def main():
             f"| rllr | {statistics.median(totals):.2f} ({phases}) |",
             f"| times faster | {ratio:.2f} |",
         ]
-        record = {"shape": args.shape, "workload": workload, "trl": trl, "trl_optimizer_steps": real_steps, "ours": ours, "ratio": ratio}
+        record = {
+            "shape": args.shape,
+            "workload": workload,
+            "trl": trl,
+            "trl_optimizer_steps": real_steps,
+            "ours": ours,
+            "ratio": ratio,
+        }
         write_result("ppo_iteration", f"{args.shape}, {workload}", lines, record)
 
 

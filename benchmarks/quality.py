@@ -138,7 +138,7 @@ def evaluate(args, directory, report):
     models = [str(directory / place) for place in METHODS.values() if (directory / place).is_dir()]
     command = ["-m", "rllr.evaluate", "--models", *models]
     command += ["--task", args.task] + (["--eval_file", str(report)] if report else ["--part", "test"])
-    stage(directory / "evaluation", [part for part in command])
+    stage(directory / "evaluation", list(command))
 
 
 def write_table(args, runs):

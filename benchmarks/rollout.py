@@ -10,8 +10,6 @@ identical work and only useful tokens count. Log-probabilities of ours are check
 import argparse
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor
-
 from common import (
     EOS,
     body_and_head,
@@ -28,6 +26,7 @@ from common import (
     set_up,
     write_result,
 )
+from transformers import GenerationConfig, LogitsProcessor
 
 SLOTS, CAP = 64, 64
 
@@ -64,7 +63,9 @@ def hf_continuous_batching(model, prompts, lengths):
 
     config = GenerationConfig(max_new_tokens=CAP, do_sample=True, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
     pages = SLOTS * -(-(max(map(len, prompts)) + CAP) // 32)
-    paging = ContinuousBatchingConfig(page_size=32, num_blocks=pages, max_batch_tokens=1024, max_requests_per_batch=SLOTS)
+    paging = ContinuousBatchingConfig(
+        page_size=32, num_blocks=pages, max_batch_tokens=1024, max_requests_per_batch=SLOTS
+    )
     manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=paging)
     manager.start()
     try:

@@ -9,8 +9,18 @@ layer kept for the value head. Same weights, same sequences; the numbers must ag
 import argparse
 
 import torch
-
-from common import body_and_head, draw_lengths, draw_prompts, gemm_rate, make_model, measure, median, ratios, set_up, write_result
+from common import (
+    body_and_head,
+    draw_lengths,
+    draw_prompts,
+    gemm_rate,
+    make_model,
+    measure,
+    median,
+    ratios,
+    set_up,
+    write_result,
+)
 
 SEQUENCES = 64
 

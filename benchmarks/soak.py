@@ -66,7 +66,12 @@ def main():
     parser.add_argument("--kills", type=int, default=200, help="in all")
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which runs are killed")
     args = parser.parse_args()
-    toy, root, rng, began = toy_runs(), Path(tempfile.mkdtemp(prefix="rllr-soak-")), random.Random(args.seed), time.monotonic()
+    toy, root, rng, began = (
+        toy_runs(),
+        Path(tempfile.mkdtemp(prefix="rllr-soak-")),
+        random.Random(args.seed),
+        time.monotonic(),
+    )
     whole, rows, failures = {}, {name: Counter() for name in STAGES}, []
     try:
         while sum(row["kills"] for row in rows.values()) < args.kills:
@@ -83,7 +88,12 @@ def main():
         "|---" * (len(columns) + 1) + "|",
         *(f"| {name} | " + " | ".join(str(row[column]) for column in columns) + " |" for name, row in rows.items()),
     ]
-    write_result("soak", "SIGKILL at random moments", lines, {"seed": args.seed, "failures": failures} | {n: dict(r) for n, r in rows.items()})
+    write_result(
+        "soak",
+        "SIGKILL at random moments",
+        lines,
+        {"seed": args.seed, "failures": failures} | {n: dict(r) for n, r in rows.items()},
+    )
     sys.exit(bool(failures))
 
 

@@ -12,7 +12,6 @@ import subprocess
 import sys
 
 import torch
-
 from common import draw_lengths, draw_prompts, make_model, measure, median, net_peak_mb, ratios, set_up, write_result
 
 BATCHES = 4  # steps per measurement, so that one lucky draw of lengths does not decide
@@ -124,8 +123,16 @@ def main():
     ]
     for name, ratio in ratios(times, base).items():
         peak = memory[name]["peak_mb"]
-        lines.append(f"| {name} | {median(times[name]):.3f} | {ratio:.2f} | {peak:.0f} | {memory[base]['peak_mb'] / peak:.2f} |")
-    record = {"shape": args.shape, "sequences": args.sequences, "times": times, "ratios": ratios(times, base), "memory": memory}
+        lines.append(
+            f"| {name} | {median(times[name]):.3f} | {ratio:.2f} | {peak:.0f} | {memory[base]['peak_mb'] / peak:.2f} |"
+        )
+    record = {
+        "shape": args.shape,
+        "sequences": args.sequences,
+        "times": times,
+        "ratios": ratios(times, base),
+        "memory": memory,
+    }
     write_result("update", f"{args.shape}, {args.sequences} sequences", lines, record)
 
 

@@ -186,5 +186,3 @@ def load_function(spec):
     except (OSError, TypeError):
         checked.source = None  # built in, or from no file: nothing to compare when a run is gone on with
     return checked
-
-

@@ -1,6 +1,6 @@
 """Merge an adapter into its base: a plain Hugging Face model directory, with the record and statistics beside it.
 
-    python -m rllr.merge --adapter runs/sst2/ppo-label/last --output_dir merged
+python -m rllr.merge --adapter runs/sst2/ppo-label/last --output_dir merged
 """
 
 import shutil

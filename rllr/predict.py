@@ -61,7 +61,11 @@ def answer_line(example, answer, task):
     row = {"id": example.id, "text": example.text} | ({"text_b": example.text_b} if task.is_pair else {})
     if answer is None:
         return row | {"label": None, "rationale": None, "answer": None, "reason": "empty text"}
-    row |= {"label": answer.label, "rationale": split_answer(task, answer.text)[0] if answer.label else None, "answer": answer.text}
+    row |= {
+        "label": answer.label,
+        "rationale": split_answer(task, answer.text)[0] if answer.label else None,
+        "answer": answer.text,
+    }
     if answer.label is None:
         row |= {"reason": "cut at --max_new_tokens" if answer.truncated else "no readable label"}
     return row

@@ -68,7 +68,9 @@ def generate(
             f"max_new_tokens must be at least 1 and temperature above 0, got {max_new_tokens}, {temperature}"
         )
     if answers_per_prompt < 1 or batch_size < 1:
-        raise ValueError(f"answers_per_prompt and batch_size must be at least 1, got {answers_per_prompt}, {batch_size}")
+        raise ValueError(
+            f"answers_per_prompt and batch_size must be at least 1, got {answers_per_prompt}, {batch_size}"
+        )
     device = model.device
     stop_ids = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), device=device)
     length = max(map(len, prompts)) + max_new_tokens
@@ -140,5 +142,3 @@ def slots_within(cache_bytes, model, length):
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     per_token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
     return max(1, int(cache_bytes // (per_token * length * next(model.parameters()).element_size())))
-
-

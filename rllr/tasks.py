@@ -74,7 +74,11 @@ class Task:
     answer_format: str = "rationale"
 
     def __post_init__(self):
-        if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w .+-]{0,79}", self.name) or self.name.endswith((" ", ".")):
+        if (
+            not isinstance(self.name, str)
+            or not re.fullmatch(r"\w[\w .+-]{0,79}", self.name)
+            or self.name.endswith((" ", "."))
+        ):
             raise InputError(  # it names directories: runs/<task>/...
                 f"task {self.name!r:.90}: field 'name' must be letters, digits, spaces, and . _ + - inside, at most 80 of them"
             )
@@ -104,7 +108,9 @@ class Task:
                 if not re.fullmatch(r"-?[0-9]+", label):
                     raise InputError(f"{where}: Pearson and Spearman need integer labels, got {brief(label)}")
         if self.answer_format not in ANSWER_FORMATS:
-            raise InputError(f"{where}: answer_format {brief(self.answer_format)}; choose from {', '.join(ANSWER_FORMATS)}")
+            raise InputError(
+                f"{where}: answer_format {brief(self.answer_format)}; choose from {', '.join(ANSWER_FORMATS)}"
+            )
 
     @property
     def is_pair(self) -> bool:
@@ -217,7 +223,9 @@ def load_task(name_or_path: str, answer_format: str | None = None) -> Task:
 
 def _refuse_reread_words(path: Path, labels: list):
     """InputError for a label that YAML takes for another number than is written: 010 is octal, 1_000 a thousand."""
-    document = yaml.compose(path.read_text(encoding="utf-8-sig"), yaml.SafeLoader)  # every scalar with the text it is written as
+    document = yaml.compose(
+        path.read_text(encoding="utf-8-sig"), yaml.SafeLoader
+    )  # every scalar with the text it is written as
     written = next(node for key, node in document.value if key.value == "labels").value
     for value, word in zip(labels, (node.value for node in written)):
         if type(value) in (int, float) and str(value) != word:
@@ -241,7 +249,9 @@ def _task_from_file(path: Path) -> Task:
             if not isinstance(mapping[key], list) or any(
                 isinstance(v, (list, dict, bool, type(None))) for v in mapping[key]
             ):
-                raise InputError(f"{path}: field {brief(key)} must be a list of words (quote yes, no, on and off in YAML)")
+                raise InputError(
+                    f"{path}: field {brief(key)} must be a list of words (quote yes, no, on and off in YAML)"
+                )
             mapping[key] = tuple(str(value) for value in mapping[key])
     for key in ("name", "prompt", "metric", "answer_format"):
         if key in mapping and not isinstance(mapping[key], str):

@@ -166,7 +166,16 @@ def improve(policy, value_model, policy_optimizer, value_optimizer, batch, plan,
     for minibatch in (minibatch for epoch in plan for minibatch in epoch):
         token_count = batch.mask[minibatch].sum()
         parts = [
-            _losses(policy, value_model, batch, rows, token_count, config, autocast, [ids[row] for row in rows] if ids else ())
+            _losses(
+                policy,
+                value_model,
+                batch,
+                rows,
+                token_count,
+                config,
+                autocast,
+                [ids[row] for row in rows] if ids else (),
+            )
             for rows in batch.micro_batches(minibatch, config)
         ]
         stats = {name: _combine(name, [part[name] for part in parts]) for name in parts[0]}
@@ -238,5 +247,3 @@ def check_first_ratio(stats, precision):
     if mean > RATIO_WARN[precision][0] or largest > RATIO_WARN[precision][1]:
         say(f"warning: the first minibatch's ratio is off 1 by {mean:.2g} (mean), {largest:.2g} (max)")
     return mean
-
-

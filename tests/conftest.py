@@ -11,9 +11,8 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from hypothesis import HealthCheck, Phase, settings  # noqa: E402
-
 from families import FAMILIES, tiny_model, toy_tokenizer  # noqa: E402
+from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

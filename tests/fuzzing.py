@@ -35,15 +35,38 @@ from rllr.update import PromptStream
 SECONDS = 20  # an input that takes longer hangs
 
 ROWS = [
-    {"id": "a", "text": "a fine film", "label": "positive", "rationale": "fine", "rationales": {"negative": "film"}, "score": 1.5},
-    {"id": 7, "text": "dull, \"overlong\"\nand sad", "label": "NEGATIVE ", "rationales": "{\"negative\": \"dull\"}"},
+    {
+        "id": "a",
+        "text": "a fine film",
+        "label": "positive",
+        "rationale": "fine",
+        "rationales": {"negative": "film"},
+        "score": 1.5,
+    },
+    {"id": 7, "text": 'dull, "overlong"\nand sad', "label": "NEGATIVE ", "rationales": '{"negative": "dull"}'},
     {"text": "שלום \u202e e\u0301 😀 naïve", "label": "positive"},
 ]
-PAIRS = [{"prompt": "p", "chosen": "a\nLabel: x", "rejected": "b\nLabel: y", "kind": "mine"}, {"prompt": "q", "chosen": "c", "rejected": "d"}]
-TASK = {"name": "own", "labels": ["good", "bad"], "prompt": "{text} {instruction}", "metric": "accuracy", "metrics": ["accuracy", "macro_f1"]}
+PAIRS = [
+    {"prompt": "p", "chosen": "a\nLabel: x", "rejected": "b\nLabel: y", "kind": "mine"},
+    {"prompt": "q", "chosen": "c", "rejected": "d"},
+]
+TASK = {
+    "name": "own",
+    "labels": ["good", "bad"],
+    "prompt": "{text} {instruction}",
+    "metric": "accuracy",
+    "metrics": ["accuracy", "macro_f1"],
+}
 RECORD = {"format": RECORD_FORMAT, "stage": "sft", "task": TASK | {"ordinal": False, "answer_format": "rationale"}, "data": {"task": "own", "labelled": 40},
           "config": {"rationales": "given"}, "tiny": True, "base": {"path": "x", "fingerprint": "ab"}}  # fmt: skip
-ADAPTER = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "base", "target_modules": ["q_proj"], "bias": "none"}
+ADAPTER = {
+    "peft_type": "LORA",
+    "r": 4,
+    "lora_alpha": 8,
+    "base_model_name_or_path": "base",
+    "target_modules": ["q_proj"],
+    "bias": "none",
+}
 SETTINGS = "policy: runs/x\nsteps: 20\nkl_coef: 0.05\nfreeze_embeddings: false\nreward: mixed\nthreshold: q0.9\nmax_ref_kl: none\n"
 
 
@@ -53,7 +76,9 @@ def jsonl(rows):
 
 def csv_of(rows, delimiter):
     buffer = io.StringIO()
-    csv.writer(buffer, delimiter=delimiter).writerows([("text", "label"), *((row["text"], row["label"]) for row in rows)])
+    csv.writer(buffer, delimiter=delimiter).writerows(
+        [("text", "label"), *((row["text"], row["label"]) for row in rows)]
+    )
     return buffer.getvalue().encode()
 
 
@@ -62,7 +87,9 @@ def parquet():
     import pyarrow.parquet
 
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a fine film", "dull"], "label": ["positive", "negative"]}), buffer)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a fine film", "dull"], "label": ["positive", "negative"]}), buffer
+    )
     return buffer.getvalue()
 
 
@@ -89,14 +116,35 @@ class Checkpoint:
 
     def seed(self, root):
         folder = root / "seed"
-        settings = {"steps": 3, "policy": "runs/x", "seed": 0, "learning_rate": 1e-3, "reward": "gold", "threshold": None, "save_every": 20}
-        run = {"format": RUN_FORMAT, "given": ["policy"], "stage": "ppo", "config": settings, "reads": {"--policy": "ab"}, "machine": {"device": "cpu", "threads": 1}, "steps": 9}
+        settings = {
+            "steps": 3,
+            "policy": "runs/x",
+            "seed": 0,
+            "learning_rate": 1e-3,
+            "reward": "gold",
+            "threshold": None,
+            "save_every": 20,
+        }
+        run = {
+            "format": RUN_FORMAT,
+            "given": ["policy"],
+            "stage": "ppo",
+            "config": settings,
+            "reads": {"--policy": "ab"},
+            "machine": {"device": "cpu", "threads": 1},
+            "steps": 9,
+        }
         parts = self.parts() | {"streams": GlobalStreams()}
         state = {name: state_of(part) for name, part in parts.items()}
-        state |= {"at": {"step": 3, "best": 0.5, "before": {"accuracy": 0.4}, "skipped": 0}, "metrics": {"bytes": 12, "seconds": 1.5}}
+        state |= {
+            "at": {"step": 3, "best": 0.5, "before": {"accuracy": 0.4}, "skipped": 0},
+            "metrics": {"bytes": 12, "seconds": 1.5},
+        }
         path = write_checkpoint(folder, 3, {"step": 3, "run": run, "parts": state}, 2)
         (folder / "run.json").write_text(json.dumps(run))
-        self.files = {name: (path / name).read_bytes() for name in (TENSORS, STATE, MANIFEST)} | {"run.json": (folder / "run.json").read_bytes()}
+        self.files = {name: (path / name).read_bytes() for name in (TENSORS, STATE, MANIFEST)} | {
+            "run.json": (folder / "run.json").read_bytes()
+        }
         return [self.files[self.name]]
 
     def __call__(self, path, content):
@@ -132,7 +180,9 @@ def usable(result):
     for part in parts:
         fields = vars(part) if hasattr(part, "__dict__") else part if isinstance(part, dict) else {}
         for value in fields.values():
-            for text in value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]:
+            for text in (
+                value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
+            ):
                 assert not isinstance(text, str) or text.encode() is not None
     return result
 
@@ -155,7 +205,9 @@ def config_of(script):
 
 
 def examples(labels, task="sst2", **options):
-    return lambda path: usable(load_examples(str(path), load_task(task), labels=labels, log=lambda line: None, **options))
+    return lambda path: usable(
+        load_examples(str(path), load_task(task), labels=labels, log=lambda line: None, **options)
+    )
 
 
 TARGETS = {  # name -> (reader of a path, file name, seeds)
@@ -228,6 +280,7 @@ def spoil(rng, seeds):
 @contextmanager
 def alarm(seconds):
     """TimeoutError in the main thread if the block takes longer."""
+
     def ring(number, frame):
         raise TimeoutError(f"hangs: more than {seconds} s")
 
@@ -251,7 +304,7 @@ class Fuzzer:
             self.seeds = self.read.seed(self.path.parent)
 
     def __call__(self, content):
-        """"result" or "refused"; AssertionError for what is neither."""
+        """ "result" or "refused"; AssertionError for what is neither."""
         wants_content = isinstance(self.read, Checkpoint) or self.read is answer
         if not wants_content:
             self.path.write_bytes(content)
@@ -261,8 +314,14 @@ class Fuzzer:
             return "result"
         except InputError as error:
             message = str(error)
-            named = str(self.path.parent) in message or message.startswith(("task ", "--"))  # the file, the task, or the flag
-            assert named and len(message) < 5000, f"{self.name}: {message[:300]!r} does not name the file, or is too long"
+            named = str(self.path.parent) in message or message.startswith(
+                ("task ", "--")
+            )  # the file, the task, or the flag
+            assert named and len(message) < 5000, (
+                f"{self.name}: {message[:300]!r} does not name the file, or is too long"
+            )
             return "refused"
         except Exception as error:
-            raise AssertionError(f"{self.name}: {type(error).__name__}: {str(error)[:300]}\n{content[:2000]!r}") from error
+            raise AssertionError(
+                f"{self.name}: {type(error).__name__}: {str(error)[:300]}\n{content[:2000]!r}"
+            ) from error

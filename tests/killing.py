@@ -39,7 +39,11 @@ def kill_at(process, directory, moment, lines, patience=120.0):
             return False
         now = _lines(directory)
         fewest = min(fewest, now)
-        if now > fewest and now - fewest >= lines and (moment == "running" or any(Path(directory).glob("checkpoints/.*.part"))):
+        if (
+            now > fewest
+            and now - fewest >= lines
+            and (moment == "running" or any(Path(directory).glob("checkpoints/.*.part")))
+        ):
             process.send_signal(signal.SIGKILL)
             process.wait()
             return True
@@ -73,7 +77,10 @@ def run_until_done(script, flags, directory, log, rng, kills, longest):
 
 def differences(first, second):
     """What differs between two runs' directories: names of tensors and metric lines, [] for runs equal to the bit."""
-    found, tensors = [], [{str(p.relative_to(d)): p for p in sorted(Path(d).rglob("*.safetensors"))} for d in (first, second)]
+    found, tensors = (
+        [],
+        [{str(p.relative_to(d)): p for p in sorted(Path(d).rglob("*.safetensors"))} for d in (first, second)],
+    )
     if tensors[0].keys() != tensors[1].keys():
         found.append(f"files {sorted(tensors[0].keys() ^ tensors[1].keys())}")
     for name in tensors[0].keys() & tensors[1].keys():

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from toy_runs import ANSWER, read_metrics, run
 
 import train_ppo
 import train_rm
 import train_sft
-from toy_runs import ANSWER, read_metrics, run
 
 LORA = ["--lora_rank", 2]
 
@@ -63,7 +63,9 @@ def kill_at(monkeypatch, module, name, call):
 
 def contents(directory):
     """{path: tensors} of every model in a run's directory, its checkpoints too."""
-    return {str(path.relative_to(directory)): load_file(path) for path in sorted(Path(directory).rglob("*.safetensors"))}
+    return {
+        str(path.relative_to(directory)): load_file(path) for path in sorted(Path(directory).rglob("*.safetensors"))
+    }
 
 
 def assert_same_run(first, second):
@@ -75,7 +77,10 @@ def assert_same_run(first, second):
         different = [name for name in ours[path] if not torch.equal(ours[path][name], theirs[path][name])]
         assert not different, f"{path}: {different[:5]}"
     timeless = [
-        [{k: v for k, v in line.items() if not k.startswith(("time/", "seconds", "act/tokens_per_second"))} for line in read_metrics(d)]
+        [
+            {k: v for k, v in line.items() if not k.startswith(("time/", "seconds", "act/tokens_per_second"))}
+            for line in read_metrics(d)
+        ]
         for d in (first, second)
     ]
     assert timeless[0] == timeless[1] and len(timeless[0]) > 5

@@ -58,11 +58,18 @@ def floor(name):
 
 
 def test_every_module_has_a_floor():
-    assert {room(name) for name in MODULES} - {"lora"} == set().union(*FLOORS)  # lora.py only tells a command's new name
+    assert {room(name) for name in MODULES} - {"lora"} == set().union(
+        *FLOORS
+    )  # lora.py only tells a command's new name
 
 
 def test_no_import_runs_back_up():
-    back = [(name, other) for name, others in GRAPH.items() for other in others if name != "rllr.lora" and floor(other) > floor(name)]
+    back = [
+        (name, other)
+        for name, others in GRAPH.items()
+        for other in others
+        if name != "rllr.lora" and floor(other) > floor(name)
+    ]
     assert not back
 
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from families import toy_tokenizer
+from toy_runs import TRAIN_ROWS, run, write_rows
 
 import train_ppo
 import train_rm
 import train_sft
-from families import toy_tokenizer
 from rllr import evaluate, predict, tiny
 from rllr.rationales import __main__ as rationales
-from toy_runs import TRAIN_ROWS, run, write_rows
 
 ROOT = Path(__file__).parent.parent
 MAINS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo, "tiny": tiny, "evaluate": evaluate, "predict": predict,
@@ -474,6 +474,7 @@ def test_rows_with_an_empty_text_are_dropped_and_named(toy, tmp_path):
 @pytest.mark.parametrize("script", ["sft", "rm", "ppo"])
 def test_no_write_permission(toy, tmp_path, monkeypatch, capsys, method, script):
     """The tests may run as root, whom no permission stops; so the refusal is put on."""
+
     def refuse(self, *arguments, **named):
         raise PermissionError(13, "Permission denied", str(self))
 
@@ -527,7 +528,11 @@ def test_what_a_reward_function_returns_is_checked(toy, tmp_path, monkeypatch, c
         run(train_ppo.main, *(GOLD + f" --reward bad_rewards:{function}").format(toy=toy, out=tmp_path / "out").split())
     message = capsys.readouterr().err  # found in the first step, so the run stops: exit code 1, its state saved
     assert stop.value.code == 1 and message.count("\n") == 1
-    assert f"error: step 1: --reward bad_rewards:{function}" in message and fragment in message and "step-000000" in message
+    assert (
+        f"error: step 1: --reward bad_rewards:{function}" in message
+        and fragment in message
+        and "step-000000" in message
+    )
 
 
 def test_policy_whose_answers_never_end_is_named(toy, tmp_path, capsys):

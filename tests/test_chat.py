@@ -4,25 +4,28 @@ import json
 from datetime import datetime
 
 import pytest
+from families import tiny_model, toy_tokenizer
 from test_encoding import CHATML, chat_tokenizer, encoder_of
 from tokenizers import normalizers, pre_tokenizers
+from toy_runs import ANSWER, run
 
 import train_ppo
 import train_rm
 import train_sft
-from families import tiny_model, toy_tokenizer
 from rllr.common.errors import InputError
 from rllr.data.chat import ChatTemplate
 from rllr.data.encoding import Encoder
 from rllr.tasks import Example, Task
-from toy_runs import ANSWER, run
 
 PLAIN = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 PARTS = (
     "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}\n"
     "{% endfor %}"
 )
-DATED = "{% if strftime_now is defined %}{% set today = strftime_now('%d %b %Y, %H:%M 100%% %-d %?') %}{% endif %}\n  Today: {{ today }}\n" + PLAIN
+DATED = (
+    "{% if strftime_now is defined %}{% set today = strftime_now('%d %b %Y, %H:%M 100%% %-d %?') %}{% endif %}\n  Today: {{ today }}\n"
+    + PLAIN
+)
 CLOCK = "2024-03-05T07:08:09"
 TASK = Task("t", ("good", "bad"), "{text}?")
 
@@ -62,7 +65,9 @@ def test_trimming_outer_space_is_no_loss():
     ("{{ messages[7]['content'] + 1 }}", ""), ("{{ 1 / 0 }}", "division by zero"),
 ])  # fmt: skip
 def test_a_template_that_fails_is_one_sentence(text, reason):
-    with pytest.raises(InputError, match="its chat template fails on a user's message: .*; mend chat_template in the") as error:
+    with pytest.raises(
+        InputError, match="its chat template fails on a user's message: .*; mend chat_template in the"
+    ) as error:
         template_of(text)
     assert reason in str(error.value)
 
@@ -81,7 +86,9 @@ def test_a_template_that_takes_one_turn_only():
 ])  # fmt: skip
 def test_thinking_that_a_template_opens_is_closed(opening, closed):
     """Else the answer, label and all, would be taught inside the block."""
-    template = template_of("{{ messages[0].content }}{% if add_generation_prompt %}" + opening.replace("\n", "{{ '\n' }}") + "{% endif %}")
+    template = template_of(
+        "{{ messages[0].content }}{% if add_generation_prompt %}" + opening.replace("\n", "{{ '\n' }}") + "{% endif %}"
+    )
     assert template.render("Q") == "Q" + closed
     assert len(template.notes) == (opening != closed)
 
@@ -108,7 +115,9 @@ def test_what_stands_before_a_template_changes_nothing():
     """White space at its beginning, and the trimming of blocks, as without the frozen clock."""
     for start in ("", "\n", "  ", "  {% if true %}x{% endif %}\n", "\n\n  y"):
         text = start + "{# strftime_now #}" + PLAIN
-        plain = toy_tokenizer(chat_template=text).apply_chat_template([{"role": "user", "content": "Q"}], tokenize=False, add_generation_prompt=True)
+        plain = toy_tokenizer(chat_template=text).apply_chat_template(
+            [{"role": "user", "content": "Q"}], tokenize=False, add_generation_prompt=True
+        )
         assert template_of(text).render("Q") == plain
 
 
@@ -140,7 +149,19 @@ def test_all_stages_and_a_resumed_run_see_the_first_moment(toy, tmp_path, monkey
 
     monkeypatch.setattr("rllr.data.chat.datetime", Clock)
     model = dated_policy(toy, tmp_path / "dated")
-    sft = ["--model", model, "--output_dir", tmp_path / "sft", "--save_every", 4, "--epochs", 1, "--batch_size", 8, *ANSWER]
+    sft = [
+        "--model",
+        model,
+        "--output_dir",
+        tmp_path / "sft",
+        "--save_every",
+        4,
+        "--epochs",
+        1,
+        "--batch_size",
+        8,
+        *ANSWER,
+    ]
     output = run(train_sft.main, *toy.data, *sft)
     clock = json.loads((tmp_path / "sft" / "rllr.json").read_text())["clock"]
     assert clock.startswith("2024-01-01T10:20:0") and f"every later stage it is {clock}" in output
@@ -148,7 +169,15 @@ def test_all_stages_and_a_resumed_run_see_the_first_moment(toy, tmp_path, monkey
     assert f"'{clock[11:].replace(':', '')}the" in shown
     assert "resumed from" in run(train_sft.main, *toy.data, *sft, "--resume")
     rm = run(train_rm.main, "--policy", tmp_path / "sft", "--epochs", 1, "--output_dir", tmp_path / "rm", *ANSWER)
-    flags = ["--policy", tmp_path / "sft", "--label_rm", tmp_path / "rm", "--output_dir", tmp_path / "ppo", *toy.ppo_flags]
+    flags = [
+        "--policy",
+        tmp_path / "sft",
+        "--label_rm",
+        tmp_path / "rm",
+        "--output_dir",
+        tmp_path / "ppo",
+        *toy.ppo_flags,
+    ]
     ppo = run(train_ppo.main, *flags)
     for output in (rm, ppo):
         assert f"'{clock[11:].replace(':', '')}the" in output
@@ -183,7 +212,10 @@ def test_a_tokenizer_that_drops_line_breaks():
     tokenizer = toy_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\n", " ")
     encoder = encoder_of(tokenizer)
-    with pytest.raises(InputError, match=r"turns the answer 'a reason\\nLabel: good' into 'a reason Label: good', from which the label 'good'"):
+    with pytest.raises(
+        InputError,
+        match=r"turns the answer 'a reason\\nLabel: good' into 'a reason Label: good', from which the label 'good'",
+    ):
         encoder.check(TASK, Example("a", "x"))
     encoder.check(Task("t", ("good", "bad"), "{text}?", answer_format="label"), Example("a", "x"))  # needs none
 
@@ -215,7 +247,9 @@ def test_ids_without_a_row_in_the_embedding():
     tokenizer = toy_tokenizer()
     tokenizer.add_tokens(["<new>"])
     encoder = encoder_of(tokenizer, vocabulary=259)
-    with pytest.raises(InputError, match=r"writes '<new>' as id 259, but the model's embedding has 259 rows.*resize_token_embeddings"):
+    with pytest.raises(
+        InputError, match=r"writes '<new>' as id 259, but the model's embedding has 259 rows.*resize_token_embeddings"
+    ):
         encoder.prompt_ids("a <new> word")
     with pytest.raises(InputError, match="'<new>' as id 259"):
         encoder.answer_ids("<new>")

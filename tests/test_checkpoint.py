@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stopping import cut, flip
 
 from rllr.common.errors import InputError
 from rllr.common.files import new_directory
@@ -22,7 +23,6 @@ from rllr.run.checkpoint import (
     split_tensors,
     write_checkpoint,
 )  # fmt: skip
-from stopping import cut, flip
 
 # ---- metrics
 
@@ -84,7 +84,15 @@ def test_a_state_comes_back(tmp_path):
 
 
 def test_states_that_look_like_our_own_marks():
-    for wanted in ({"__tensor__": "x"}, {"__pairs__": [[1, 2]]}, {"__tensor__": torch.ones(1)}, {"pairs": 1}, {1: 2}, {}, []):
+    for wanted in (
+        {"__tensor__": "x"},
+        {"__pairs__": [[1, 2]]},
+        {"__tensor__": torch.ones(1)},
+        {"pairs": 1},
+        {1: 2},
+        {},
+        [],
+    ):
         tensors = {}
         plain = json.loads(json.dumps(split_tensors(wanted, tensors)))
         assert str(join_tensors(plain, tensors)) == str(wanted)
@@ -96,7 +104,9 @@ def test_the_last_ones_are_kept(tmp_path):
     for step in (1, 2, 3, 4):
         write_checkpoint(tmp_path, step, state(step), keep_last=3)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000004", "step-000003", "step-000002"]
-    write_checkpoint(tmp_path, 3, state(3), keep_last=3)  # gone on with from an earlier step: what came after is another run's
+    write_checkpoint(
+        tmp_path, 3, state(3), keep_last=3
+    )  # gone on with from an earlier step: what came after is another run's
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000003", "step-000002"]
 
 
@@ -135,7 +145,10 @@ def test_a_checkpoint_that_was_moved_aside_gets_its_name_back(tmp_path):
     mend(tmp_path)
     assert list_checkpoints(tmp_path) == [path] and damage(path) is None
     path.rename(path.with_name(".step-000003.old"))
-    with pytest.raises(KeyboardInterrupt), new_directory(path):  # and writing it again does not remove the only copy first
+    with (
+        pytest.raises(KeyboardInterrupt),
+        new_directory(path),
+    ):  # and writing it again does not remove the only copy first
         raise KeyboardInterrupt
     mend(tmp_path)
     assert damage(path) is None

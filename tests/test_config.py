@@ -223,10 +223,10 @@ def test_command_leaves_results_and_bugs_alone():
 
 @pytest.mark.parametrize("text", ["a\\u0000b", "\\ud800", "x\\udfffy"])
 def test_texts_that_no_file_system_takes(tmp_path, text):
-    (tmp_path / "c.json").write_text('{"policy": "%s"}' % text)
+    (tmp_path / "c.json").write_text(f'{{"policy": "{text}"}}')
     with pytest.raises(InputError, match="c.json: policy: holds a NUL character or a lone surrogate"):
         parse_config(train_ppo.Config, ["--config", str(tmp_path / "c.json")])
-    (tmp_path / "t.json").write_text('{"labels": ["a", "b"], "prompt": "{text}%s"}' % text)
+    (tmp_path / "t.json").write_text(f'{{"labels": ["a", "b"], "prompt": "{{text}}{text}"}}')
     with pytest.raises(InputError, match="prompt or labels: holds a NUL character or a lone surrogate"):
         load_task(str(tmp_path / "t.json"))
 

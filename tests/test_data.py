@@ -13,7 +13,15 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from rllr.common.errors import InputError
-from rllr.data.rows import Source, load_examples, load_hub_examples, load_pairs, parse_mapping_flag, select_labelled, split_holdout
+from rllr.data.rows import (
+    Source,
+    load_examples,
+    load_hub_examples,
+    load_pairs,
+    parse_mapping_flag,
+    select_labelled,
+    split_holdout,
+)
 from rllr.tasks import TASKS, Example
 
 SST2, STSB, MRPC, AGNEWS = TASKS["sst2"], TASKS["stsb"], TASKS["mrpc"], TASKS["agnews"]
@@ -77,8 +85,13 @@ def test_each_format_round_trips(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_each_format_carries_pairs_scores_and_rationales(tmp_path, suffix):
     rationales = {"4": "nearly the same", "1": "little in common"}
-    row = {"text": "A man runs.", "text_b": "A man is running.", "score": 3.8, "rationale": "same act",
-           "rationales": json.dumps(rationales) if suffix == ".csv" else rationales}
+    row = {
+        "text": "A man runs.",
+        "text_b": "A man is running.",
+        "score": 3.8,
+        "rationale": "same act",
+        "rationales": json.dumps(rationales) if suffix == ".csv" else rationales,
+    }
     (example,) = read(write_as(suffix, tmp_path, [row]), STSB)
     assert example == Example(example.id, row["text"], row["text_b"], "4", 3.8, "same act", rationales)
 
@@ -118,7 +131,7 @@ def test_a_text_may_hold_unicode_line_breaks(tmp_path):
 
 def test_tsv_reads_stray_quotes_as_characters(tmp_path):
     # As GLUE's files have them. Read as CSV, the two quotes would swallow a row without any error.
-    lines = ['text\tlabel', '"dull start\tnegative', 'fine\tpositive', 'dull end"\tnegative']
+    lines = ["text\tlabel", '"dull start\tnegative', "fine\tpositive", 'dull end"\tnegative']
     assert [e.text for e in read(write(tmp_path / "a.tsv", "\n".join(lines)))] == ['"dull start', "fine", 'dull end"']
     assert [e.text for e in read(write(tmp_path / "b.tsv", "\n".join(lines[:3])))] == ['"dull start', "fine"]
 
@@ -179,7 +192,10 @@ def test_the_authors_format(tmp_path):
     ]
     examples = read(write(tmp_path / "sft.json", json.dumps(rows, indent=1)))
     assert [(e.text, e.label, e.rationale) for e in examples] == [
-        ("dull", "negative", "slow\nno plot"), ("great", "positive", None), ("fine", "positive", None)]
+        ("dull", "negative", "slow\nno plot"),
+        ("great", "positive", None),
+        ("fine", "positive", None),
+    ]
     assert examples[1].place == "sft.json:7"  # the line, in a file with one field a line
 
 
@@ -192,7 +208,9 @@ def test_the_authors_format_with_an_output_that_gives_no_label(tmp_path):
 
 
 def test_demo_data_by_name(monkeypatch):
-    monkeypatch.setattr("rllr.data.demo.demo_examples", lambda split: [Example(split, "x", label="positive")])  # 1 s a call
+    monkeypatch.setattr(
+        "rllr.data.demo.demo_examples", lambda split: [Example(split, "x", label="positive")]
+    )  # 1 s a call
     assert [read(name, TASKS["demo"])[0].id for name in ("demo", "demo:dev", "demo:test")] == ["train", "dev", "test"]
     assert "demo:train, demo:dev and demo:test" in error(read, "demo:devel", TASKS["demo"])
     assert "not those of task agnews" in error(read, "demo:dev", AGNEWS)
@@ -206,8 +224,10 @@ def test_dropped_rows_are_counted_and_named(tmp_path):
     path = write(tmp_path / "a.jsonl", [ROWS[0], empty, {"text": "x"}, {"text": "y", "label": None}, *[empty] * 5])
     log = []
     assert len(read(path, log=log.append)) == 1
-    assert log == [f"{path}: 9 rows read, 6 dropped (empty text): line 2, line 5, line 6, line 7, line 8, ..., "
-                   "2 dropped (no label): line 3, line 4"]
+    assert log == [
+        f"{path}: 9 rows read, 6 dropped (empty text): line 2, line 5, line 6, line 7, line 8, ..., "
+        "2 dropped (no label): line 3, line 4"
+    ]
 
 
 @pytest.mark.parametrize("row", [
@@ -230,12 +250,16 @@ def test_no_row_left_is_an_error(tmp_path):
     path = write(tmp_path / "a.csv", "text,label\n,positive\nfine,\n")
     message = error(read, path)
     assert message == (
-        f"{path}: no usable row: 2 rows read, 1 dropped (empty text): line 2, 1 dropped (no label): line 3")
+        f"{path}: no usable row: 2 rows read, 1 dropped (empty text): line 2, 1 dropped (no label): line 3"
+    )
 
 
 def test_repeated_ids_are_made_unique(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"id": name, "text": "x", "label": "positive"} for name in "aaba"] +
-                 [{"id": "a#2", "text": "x", "label": "positive"}])
+    path = write(
+        tmp_path / "a.jsonl",
+        [{"id": name, "text": "x", "label": "positive"} for name in "aaba"]
+        + [{"id": "a#2", "text": "x", "label": "positive"}],
+    )
     log = []
     assert [e.id for e in read(path, log=log.append)] == ["a", "a#2", "b", "a#3", "a#2#2"]
     assert "3 repeated ids made unique with #2, #3, ...: line 2, line 4, line 5" in log[0]
@@ -270,8 +294,18 @@ def test_a_missing_file_a_directory_and_an_unknown_type(tmp_path):
     assert "cannot be read" in error(read, "a\0b.jsonl")
 
 
-@pytest.mark.parametrize("name, content", [("a.jsonl", ""), ("a.jsonl", " \n\n"), ("a.json", ""), ("a.json", "[]"),
-                                           ("a.csv", ""), ("a.csv", "text,label\n"), ("a.tsv", "")])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.jsonl", ""),
+        ("a.jsonl", " \n\n"),
+        ("a.json", ""),
+        ("a.json", "[]"),
+        ("a.csv", ""),
+        ("a.csv", "text,label\n"),
+        ("a.tsv", ""),
+    ],
+)
 def test_a_file_without_rows(tmp_path, name, content):
     path = write(tmp_path / name, content)
     assert error(read, path) == f"{path}: holds no rows"
@@ -280,23 +314,31 @@ def test_a_file_without_rows(tmp_path, name, content):
 GOOD = '{"text": "x", "label": "positive"}\n'
 
 
-@pytest.mark.parametrize("name, content, line, problem", [
-    ("a.jsonl", GOOD + '{"text": "x"', 2, "not valid JSON: Expecting ',' delimiter"),
-    ("a.jsonl", GOOD + GOOD.strip() + GOOD, 2, "not valid JSON: Extra data"),
-    ("a.jsonl", "[\n" + GOOD + "]", 1, "a JSON array belongs in a .json file"),
-    ("a.jsonl", GOOD + "[1]\n", 2, "must be a JSON object of fields, got list"),
-    ("a.jsonl", GOOD + "\n\n3\n", 4, "must be a JSON object of fields, got int"),
-    ("a.jsonl", "[" * 100_000, 1, "JSON"),
-    ("a.jsonl", '{"text": ' + "9" * 5000 + "}", 1, "JSON that cannot be read"),
-    ("a.json", '[\n{"text": "x"},\n{"text": }\n]', 3, "not valid JSON: Expecting value"),
-    ("a.json", "[\n" + GOOD + ",\n\n3\n]", 5, "must be a JSON object of fields, got int"),
-    ("a.json", "\n[" + GOOD + ", 3]", 3, "must be a JSON object of fields, got int"),
-    ("a.json", GOOD + "oops", 2, "not valid JSON"),
-    ("a.csv", "text,label\nx,positive\na, b,negative\n", 3, "has 3 fields where the header has 2; put quotes around"),
-    ("a.csv", 'text,label\n"x\ny",positive\n"z,negative\nv,positive\n', 4, "quotes do not pair up"),
-    ("a.csv", "text,text\nx,y\n", 1, "the header names a column twice: 'text', 'text'"),
-    ("a.tsv", 'text\tlabel\nx\ty\tpositive\n', 2, "has 3 fields where the header has 2"),
-])
+@pytest.mark.parametrize(
+    "name, content, line, problem",
+    [
+        ("a.jsonl", GOOD + '{"text": "x"', 2, "not valid JSON: Expecting ',' delimiter"),
+        ("a.jsonl", GOOD + GOOD.strip() + GOOD, 2, "not valid JSON: Extra data"),
+        ("a.jsonl", "[\n" + GOOD + "]", 1, "a JSON array belongs in a .json file"),
+        ("a.jsonl", GOOD + "[1]\n", 2, "must be a JSON object of fields, got list"),
+        ("a.jsonl", GOOD + "\n\n3\n", 4, "must be a JSON object of fields, got int"),
+        ("a.jsonl", "[" * 100_000, 1, "JSON"),
+        ("a.jsonl", '{"text": ' + "9" * 5000 + "}", 1, "JSON that cannot be read"),
+        ("a.json", '[\n{"text": "x"},\n{"text": }\n]', 3, "not valid JSON: Expecting value"),
+        ("a.json", "[\n" + GOOD + ",\n\n3\n]", 5, "must be a JSON object of fields, got int"),
+        ("a.json", "\n[" + GOOD + ", 3]", 3, "must be a JSON object of fields, got int"),
+        ("a.json", GOOD + "oops", 2, "not valid JSON"),
+        (
+            "a.csv",
+            "text,label\nx,positive\na, b,negative\n",
+            3,
+            "has 3 fields where the header has 2; put quotes around",
+        ),
+        ("a.csv", 'text,label\n"x\ny",positive\n"z,negative\nv,positive\n', 4, "quotes do not pair up"),
+        ("a.csv", "text,text\nx,y\n", 1, "the header names a column twice: 'text', 'text'"),
+        ("a.tsv", "text\tlabel\nx\ty\tpositive\n", 2, "has 3 fields where the header has 2"),
+    ],
+)
 def test_broken_files_name_the_line(tmp_path, name, content, line, problem):
     path = write(tmp_path / name, content)
     message = error(read, path)
@@ -315,23 +357,35 @@ def test_bytes_that_are_no_text(tmp_path):
     assert f"{path}: not a readable Parquet file: " in error(read, path)
 
 
-@pytest.mark.parametrize("row, problem", [
-    ({"text": ["x"], "label": "positive"}, "field 'text' must be text, got list ['x']"),
-    ({"text": 3, "label": "positive"}, "field 'text' must be text, got int 3"),
-    ({"text": "x", "label": "good"}, "field 'label' is 'good', not a label of task sst2: negative, positive; map"),
-    ({"text": "x", "label": ["positive"]}, "field 'label' must be a word or a number, got list ['positive']"),
-    ({"text": "x", "label": True}, "field 'label' is 'true', not a label"),
-    ({"text": "x", "label": 1}, "field 'label' is '1', not a label of task sst2: negative, positive"),
-    ({"label": "positive"}, "field 'text' is missing; the columns are 'label'"),
-    ({"text": "x \ud800", "label": "positive"}, "field 'text' has a lone surrogate"),
-    ({"text": "x", "label": "positive", "id": "\udc00"}, "field 'id' has a lone surrogate"),
-    ({"text": "x", "label": "positive", "id": [1]}, "field 'id' must be one value, got list [1]; --columns id= leaves"),
-    ({"text": "x", "label": "positive", "rationale": {}}, "field 'rationale' must be text, got dict {}"),
-    ({"text": "x", "label": None, "rationales": ["r"]}, "field 'rationales' must map labels to texts, got list ['r']"),
-    ({"text": "x", "label": None, "rationales": "{r"}, "field 'rationales' is not valid JSON: Expecting property name"),
-    ({"text": "x", "label": None, "rationales": {"good": "r"}}, "field 'rationales' is 'good', not a label"),
-    ({"text": "x", "label": None, "rationales": {"positive": 3}}, "field 'rationales' (column 'positive') must be"),
-])
+@pytest.mark.parametrize(
+    "row, problem",
+    [
+        ({"text": ["x"], "label": "positive"}, "field 'text' must be text, got list ['x']"),
+        ({"text": 3, "label": "positive"}, "field 'text' must be text, got int 3"),
+        ({"text": "x", "label": "good"}, "field 'label' is 'good', not a label of task sst2: negative, positive; map"),
+        ({"text": "x", "label": ["positive"]}, "field 'label' must be a word or a number, got list ['positive']"),
+        ({"text": "x", "label": True}, "field 'label' is 'true', not a label"),
+        ({"text": "x", "label": 1}, "field 'label' is '1', not a label of task sst2: negative, positive"),
+        ({"label": "positive"}, "field 'text' is missing; the columns are 'label'"),
+        ({"text": "x \ud800", "label": "positive"}, "field 'text' has a lone surrogate"),
+        ({"text": "x", "label": "positive", "id": "\udc00"}, "field 'id' has a lone surrogate"),
+        (
+            {"text": "x", "label": "positive", "id": [1]},
+            "field 'id' must be one value, got list [1]; --columns id= leaves",
+        ),
+        ({"text": "x", "label": "positive", "rationale": {}}, "field 'rationale' must be text, got dict {}"),
+        (
+            {"text": "x", "label": None, "rationales": ["r"]},
+            "field 'rationales' must map labels to texts, got list ['r']",
+        ),
+        (
+            {"text": "x", "label": None, "rationales": "{r"},
+            "field 'rationales' is not valid JSON: Expecting property name",
+        ),
+        ({"text": "x", "label": None, "rationales": {"good": "r"}}, "field 'rationales' is 'good', not a label"),
+        ({"text": "x", "label": None, "rationales": {"positive": 3}}, "field 'rationales' (column 'positive') must be"),
+    ],
+)
 def test_bad_values_name_line_and_field(tmp_path, row, problem):
     path = write(tmp_path / "a.jsonl", [ROWS[0], row])
     assert error(read, path).startswith(f"{path}:2: {problem}")
@@ -351,10 +405,12 @@ def test_missing_columns_name_those_present_and_the_flag(tmp_path):
     path = write(tmp_path / "a.csv", "sentence,gold\nx,positive\n")
     assert error(read, path) == (
         f"{path}: no column for the field 'text' of task sst2; the columns are 'sentence', 'gold'; "
-        "say which it is with --columns text=<column>")
+        "say which it is with --columns text=<column>"
+    )
     assert "--columns label=<column>" in error(read, path, columns="text=sentence")
     assert error(read, path, columns="text=Sentence") == (
-        f"{path}: no column 'Sentence' (--columns text=Sentence); the columns are 'sentence', 'gold'")
+        f"{path}: no column 'Sentence' (--columns text=Sentence); the columns are 'sentence', 'gold'"
+    )
 
 
 def test_scores_are_no_labels_of_a_task_without_a_scale(tmp_path):
@@ -419,7 +475,9 @@ def test_hub_class_names_become_labels(hub):
     hub([{"sentence": "dull", "label": 0}, {"sentence": "great", "label": 1}], ["negative", "positive"])
     examples = load_hub_examples("glue", SST2, config="sst2", split="dev", columns={"text": "sentence"}, log=print)
     assert [(e.place, e.text, e.label) for e in examples] == [
-        ("glue/sst2/dev:1", "dull", "negative"), ("glue/sst2/dev:2", "great", "positive")]
+        ("glue/sst2/dev:1", "dull", "negative"),
+        ("glue/sst2/dev:2", "great", "positive"),
+    ]
     assert hub.calls == [(("glue", "sst2"), {"split": "dev"})]
 
 
@@ -435,7 +493,8 @@ def test_hub_names_that_do_not_fit_need_a_label_map(hub):
     message = error(load_hub_examples, "ag_news", AGNEWS)
     assert message.startswith(
         "ag_news/train: row 2: field 'label' is 'Sci/Tech' (the data set's labels: World, Sports, Business, Sci/Tech), "
-        "not a label of task agnews: business, sports, technology, world; map it with --label_map")
+        "not a label of task agnews: business, sports, technology, world; map it with --label_map"
+    )
     for label_map in ("Sci/Tech=technology", {3: "technology"}):
         examples = read(Source(dataset="ag_news"), AGNEWS, label_map=label_map)
         assert [e.label for e in examples] == ["world", "technology"]
@@ -470,7 +529,8 @@ def test_an_unreachable_data_set(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     assert error(load_hub_examples, "glue", SST2, config="sst2") == (
-        "--dataset glue --dataset_config sst2, split 'train': cannot be loaded: no network")
+        "--dataset glue --dataset_config sst2, split 'train': cannot be loaded: no network"
+    )
 
 
 # ---- preference pairs
@@ -482,26 +542,35 @@ def test_pairs_round_trip(tmp_path):
     rows = [pair | {"kind": "label"}, pair, pair | {"rejected": " c"}, pair | {"chosen": ""}]
     path = write(tmp_path / "a.jsonl", rows)
     assert load_pairs(path, log=log.append) == [pair | {"kind": "label"}, pair | {"kind": "file"}]
-    assert log == [f"{path}: 4 rows read, 1 dropped (chosen equals rejected): line 3, "
-                   "1 dropped (empty prompt, chosen or rejected): line 4"]
+    assert log == [
+        f"{path}: 4 rows read, 1 dropped (chosen equals rejected): line 3, "
+        "1 dropped (empty prompt, chosen or rejected): line 4"
+    ]
 
 
 def test_pairs_in_the_authors_ranking_format(tmp_path):
-    rows = [{"instruction": "Which?", "input": "dull", "output": ["good", "bad"]},
-            {"instruction": "q", "output": ["a", "b"]}]
+    rows = [
+        {"instruction": "Which?", "input": "dull", "output": ["good", "bad"]},
+        {"instruction": "q", "output": ["a", "b"]},
+    ]
     pairs = load_pairs(write(tmp_path / "a.json", json.dumps(rows)), log=print)
-    assert pairs == [{"prompt": "Which?\ndull", "chosen": "good", "rejected": "bad", "kind": "file"},
-                     {"prompt": "q", "chosen": "a", "rejected": "b", "kind": "file"}]
+    assert pairs == [
+        {"prompt": "Which?\ndull", "chosen": "good", "rejected": "bad", "kind": "file"},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "kind": "file"},
+    ]
 
 
-@pytest.mark.parametrize("row, problem", [
-    ({"prompt": "p", "chosen": ["c"], "rejected": "r"}, ":1: field 'chosen' must be text, got list"),
-    ({"prompt": "p", "chosen": "c"}, ": no column 'rejected'; a pair has prompt, chosen and rejected"),
-    ({"instruction": "p", "output": "ab"}, ":1: field 'output' must be the list [chosen, rejected], got 'ab'"),
-    ({"instruction": "p", "output": ["c"]}, ":1: field 'output' must be the list [chosen, rejected], got ['c']"),
-    ({"instruction": "p", "output": ["c", 3]}, ":1: field 'rejected' must be text, got int 3"),
-    ({"prompt": "p", "chosen": "c", "rejected": "c"}, ": no usable row: 1 rows read, 1 dropped (chosen equals"),
-])
+@pytest.mark.parametrize(
+    "row, problem",
+    [
+        ({"prompt": "p", "chosen": ["c"], "rejected": "r"}, ":1: field 'chosen' must be text, got list"),
+        ({"prompt": "p", "chosen": "c"}, ": no column 'rejected'; a pair has prompt, chosen and rejected"),
+        ({"instruction": "p", "output": "ab"}, ":1: field 'output' must be the list [chosen, rejected], got 'ab'"),
+        ({"instruction": "p", "output": ["c"]}, ":1: field 'output' must be the list [chosen, rejected], got ['c']"),
+        ({"instruction": "p", "output": ["c", 3]}, ":1: field 'rejected' must be text, got int 3"),
+        ({"prompt": "p", "chosen": "c", "rejected": "c"}, ": no usable row: 1 rows read, 1 dropped (chosen equals"),
+    ],
+)
 def test_bad_pairs(tmp_path, row, problem):
     path = write(tmp_path / "a.jsonl", [row])
     assert error(load_pairs, path).startswith(f"{path}{problem}")
@@ -553,9 +622,11 @@ def test_labelled_and_held_out_rows_are_drawn_by_class():
 
     for seed in range(3):
         chosen = [counts(select_labelled(examples, n, seed)[0]) for n in (3, 100, 200)]
-        assert chosen == [[1, 1, 1], [89, 10, 1], [179, 19, 2]] or all(
-            abs(got - share) <= 1 for (got, share) in zip(sum(chosen[1:], []), [90, 9, 1, 180, 18, 2])
-        ) and chosen[0] == [1, 1, 1]
+        assert (
+            chosen == [[1, 1, 1], [89, 10, 1], [179, 19, 2]]
+            or all(abs(got - share) <= 1 for (got, share) in zip(sum(chosen[1:], []), [90, 9, 1, 180, 18, 2]))
+            and chosen[0] == [1, 1, 1]
+        )
         assert counts(split_holdout(examples, 0.1, seed)[1]) in ([45, 5, 0], [45, 4, 1], [44, 5, 1], [46, 4, 0])
     alone = examples[:98] + [Example("only", "", label="c")]
     assert all(e.id != "only" for seed in range(9) for e in split_holdout(alone, 0.2, seed)[1])

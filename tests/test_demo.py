@@ -188,7 +188,9 @@ def test_verbs_agree_with_a_singular_noun():
 
 def test_the_same_in_another_process():
     """Hash randomisation must not reach the data."""
-    code = "from rllr.data.demo import demo_examples; print([r.text for s in ('dev', 'test') for r in demo_examples(s)])"
+    code = (
+        "from rllr.data.demo import demo_examples; print([r.text for s in ('dev', 'test') for r in demo_examples(s)])"
+    )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert other.stdout.strip() == str([row.text for split in ("dev", "test") for row in demo_examples(split)])
 

@@ -6,10 +6,10 @@ The toy tokenizer gives each byte an id of its own, so every expected id is writ
 import dataclasses
 
 import pytest
+from families import tiny_model, toy_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from families import tiny_model, toy_tokenizer
 from rllr.common.errors import InputError
 from rllr.data.encoding import Encoder
 from rllr.tasks import TASKS, Example, Task
@@ -225,7 +225,9 @@ def test_the_longer_text_of_a_pair_is_cut():
     fitted = encoder_of(toy_tokenizer()).fit(examples, PAIR, reserve=16, log=lines.append)
     lengths = {e.id: (len(e.text), len(e.text_b)) for e in fitted}
     assert lengths == {"first": (30, 10), "second": (10, 30), "both": (10, 30), "whole": (20, 20), "equal": (14, 26)}
-    assert lines == ["4 of 5 texts were cut to fit the context of 64 tokens (its max_position_embeddings of 64): first, second, both, ..."]
+    assert lines == [
+        "4 of 5 texts were cut to fit the context of 64 tokens (its max_position_embeddings of 64): first, second, both, ..."
+    ]
 
 
 def checked_fit(encoder, task, examples, reserve):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from families import FAMILIES, tiny_model
 from torch import nn
 
 import rllr.engine.linear
 import rllr.model.backbone
 import rllr.model.loading
-from families import FAMILIES, tiny_model
 from rllr.common.errors import InputError
 from rllr.engine.attention import can_pack, packed_forward
 from rllr.engine.linear import OneDnnLinear, PackedLinear, _has_layout_for, fast_linears, packed_linears
@@ -143,7 +143,10 @@ def test_packed_rows_have_the_numbers_and_gradients_of_padded_ones(monkeypatch, 
     prompts, responses = [[5, 6, 7], [9], [11, 12, 13, 14, 15]], [[8, 2], [10, 11, 12, 13, 2], [2]]
     batch = pack_sequences(prompts, responses)
     hidden = packed_forward(
-        model.base_model, torch.tensor([sum((p + r for p, r in zip(prompts, responses)), [])]), [5, 6, 6], use_cache=False
+        model.base_model,
+        torch.tensor([sum((p + r for p, r in zip(prompts, responses)), [])]),
+        [5, 6, 6],
+        use_cache=False,
     )
     alone = [model.base_model(input_ids=torch.tensor([p + r])).last_hidden_state[0] for p, r in zip(prompts, responses)]
     torch.testing.assert_close(hidden[0], torch.cat(alone), rtol=0, atol=1e-10)
@@ -153,7 +156,9 @@ def test_packed_rows_have_the_numbers_and_gradients_of_padded_ones(monkeypatch, 
         model.zero_grad()
         logprobs = token_logprobs(model, *batch, 0.7)
         (logprobs * torch.arange(15).view(3, 5)).sum().backward()
-        results.append((logprobs.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+        results.append(
+            (logprobs.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        )
     torch.testing.assert_close(*[r[0] for r in results], rtol=0, atol=1e-10)
     torch.testing.assert_close(*[r[1] for r in results], rtol=0, atol=1e-8)
     assert results[0][1].abs().max() > 0.1
@@ -196,7 +201,9 @@ def test_checkpointed_layers_are_computed_again_in_backward(family):
     assert len(calls) == len(norms)
 
 
-@pytest.mark.parametrize("family, window", [(family, None) for family in FAMILIES if family != "bloom"] + [("mistral", 4)])
+@pytest.mark.parametrize(
+    "family, window", [(family, None) for family in FAMILIES if family != "bloom"] + [("mistral", 4)]
+)
 def test_checkpointed_layers_of_packed_rows(monkeypatch, family, window):
     """Texts of unequal length on a CPU: the layer that backward computes again attends within each row, too, and within its window.
     Gradients of all weights as without checkpointing."""

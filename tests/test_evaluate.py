@@ -11,8 +11,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-
 from families import tiny_model, toy_tokenizer
+
 from rllr import evaluate, predict
 from rllr.answers import Answer, answer_rows
 from rllr.data.encoding import Encoder
@@ -255,7 +255,7 @@ def trained(directory, task, said, record=True):
     rows = [(encoder.prompt_ids(task.render_prompt(text)), encoder.answer_ids(said[text])) for text in TEXTS]
     tokens = sum(len(answer) for _, answer in rows)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for step in range(400):
+    for _step in range(400):
         loss = sft_loss(model, rows, tokens, encoder)
         if loss < 0.02:
             break
@@ -264,7 +264,9 @@ def trained(directory, task, said, record=True):
         optimizer.step()
     else:
         raise AssertionError("did not learn")
-    save_policy(model, encoder, directory, make_record("sft", task, DataConfig(task="sst2"), directory) if record else {})
+    save_policy(
+        model, encoder, directory, make_record("sft", task, DataConfig(task="sst2"), directory) if record else {}
+    )
     return str(directory)
 
 
@@ -333,7 +335,9 @@ def test_evaluate_compares_two_models(models, data, tmp_path, capsys):
 def test_what_evaluate_refuses(models, data, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(models["right"], other)
-    (other / "rllr.json").write_text(json.dumps(make_record("sft", load_task("mr", "label"), DataConfig(task="mr"), other)))
+    (other / "rllr.json").write_text(
+        json.dumps(make_record("sft", load_task("mr", "label"), DataConfig(task="mr"), other))
+    )
     (tmp_path / "file").write_text("")
     right = ["--models", models["right"], "--eval_file", data]
     for argv, words in (
@@ -358,7 +362,14 @@ def test_predict_from_a_file_to_a_file(models, tmp_path, capsys):
     assert rows[1] == {
         "id": "no 1", "text": "bad", "label": "negative", "rationale": "bad", "answer": "bad\nLabel: negative"
     }  # fmt: skip
-    assert rows[3] == {"id": "no 3", "text": "poor", "label": None, "rationale": None, "answer": "none", "reason": "no readable label"}
+    assert rows[3] == {
+        "id": "no 3",
+        "text": "poor",
+        "label": None,
+        "rationale": None,
+        "answer": "none",
+        "reason": "no readable label",
+    }
     streams = capsys.readouterr()
     assert "4 rows, 1 of them without a label" in streams.err and streams.out == ""
     assert run(predict, *command) == 2 and "exists; give another name or --overwrite" in capsys.readouterr().err
@@ -370,7 +381,12 @@ def test_predict_from_standard_input_to_standard_output(models, monkeypatch, cap
     assert run(predict, "--model", models["right"]) == 0
     streams = capsys.readouterr()
     rows = [json.loads(line) for line in streams.out.splitlines()]  # and nothing else on standard output
-    assert [(row["text"], row["label"]) for row in rows] == [("good", "positive"), ("", None), ("bad", "negative"), ("fine", "positive")]
+    assert [(row["text"], row["label"]) for row in rows] == [
+        ("good", "positive"),
+        ("", None),
+        ("bad", "negative"),
+        ("fine", "positive"),
+    ]
     assert rows[2]["id"] == "mine" and rows[0]["rationale"] == "" and rows[1]["reason"] == "empty text"
     assert "4 rows, 1 of them without a label (label null, with the reason)" in streams.err
 
@@ -386,7 +402,10 @@ def test_predict_reads_a_byte_order_mark_as_none(models, monkeypatch, capsys, fl
     assert json.loads(capsys.readouterr().out)["label"] is None
 
 
-@pytest.mark.parametrize("line, problem", [('{"text": 3}', "field 'text' must be text, got int 3"), ("{text", "begins with { but is not valid")])
+@pytest.mark.parametrize(
+    "line, problem",
+    [('{"text": 3}', "field 'text' must be text, got int 3"), ("{text", "begins with { but is not valid")],
+)
 def test_predict_names_the_line_of_standard_input(models, monkeypatch, capsys, line, problem):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"good\n\n{line}\n"))
     assert run(predict, "--model", models["right"]) == 2
@@ -401,7 +420,10 @@ def test_predict_prints_json_on_any_console(models, monkeypatch, encoding):
     monkeypatch.setattr(sys, "stdout", console)
     assert run(predict, "--model", models["right"]) == 0
     console.flush()
-    assert [json.loads(line)["text"] for line in console.buffer.getvalue().decode(encoding).splitlines()] == ["bad", "π😀"]
+    assert [json.loads(line)["text"] for line in console.buffer.getvalue().decode(encoding).splitlines()] == [
+        "bad",
+        "π😀",
+    ]
 
 
 def test_what_predict_refuses(models, tmp_path, monkeypatch, capsys):

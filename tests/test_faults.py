@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from stopping import Killed, assert_same_run, kill_at, poisoned, refused, small_disk, stage_of
+from toy_runs import ANSWER, read_metrics, run
 
 import rllr.common.files
 import rllr.run.checkpoint
@@ -24,12 +26,7 @@ import train_rm
 import train_sft
 from rllr.common.errors import RunError
 from rllr.model.loading import load_policy
-from rllr.run.checkpoint import (
-    damage,
-    list_checkpoints,
-)  # fmt: skip
-from stopping import Killed, assert_same_run, kill_at, poisoned, refused, small_disk, stage_of
-from toy_runs import ANSWER, read_metrics, run
+from rllr.run.checkpoint import damage, list_checkpoints  # fmt: skip
 
 # ---- faults: the state before them is saved, the message names tensor, step and prompts
 
@@ -39,7 +36,10 @@ def test_a_loss_that_is_no_number(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_sft, "sft_loss", poisoned(train_sft.sft_loss, 12, lambda loss: loss * math.nan))
     error = refused(capsys, "sft", *flags, code=1)
     path = tmp_path / "run" / "checkpoints" / "step-000006"
-    assert "error: step 7: the SFT loss is nan (prompts train.jsonl:" in error and f"The state before it is in {path}." in error
+    assert (
+        "error: step 7: the SFT loss is nan (prompts train.jsonl:" in error
+        and f"The state before it is in {path}." in error
+    )
     monkeypatch.undo()
     output = run(main, "--resume", tmp_path / "run")
     assert f"resumed from {path}" in output
@@ -78,7 +78,11 @@ def test_a_reward_that_is_no_number(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rllr.ppo_models, "gold_reward", poisoned(rllr.ppo_models.gold_reward, 3, nan_in_row(5)))
     error = refused(capsys, "ppo", *flags, code=1)
     found = list_checkpoints(tmp_path / "run")[0]
-    assert "error: step 3: the label score is nan (prompt train.jsonl:" in error and f"in {found}." in error and found.name == "step-000002"
+    assert (
+        "error: step 3: the label score is nan (prompt train.jsonl:" in error
+        and f"in {found}." in error
+        and found.name == "step-000002"
+    )
     assert (tmp_path / "run" / "last" / "model.safetensors").is_file()
 
 
@@ -95,7 +99,9 @@ def test_weights_that_explode(toy, tmp_path, monkeypatch, capsys, what, words):
         models[0] = models.get(0, 0) + 1
         if models[0] == 3:
             with torch.no_grad():
-                target = policy.base_model.layers[0].self_attn.q_proj.weight if what == "policy" else value_model.head.bias
+                target = (
+                    policy.base_model.layers[0].self_attn.q_proj.weight if what == "policy" else value_model.head.bias
+                )
                 target.fill_(math.inf)
         return stats
 
@@ -121,7 +127,10 @@ def test_a_checkpoint_of_unsound_weights_is_not_written(toy, tmp_path, monkeypat
 
     monkeypatch.setattr(train_ppo, "improve", exploding)
     error = refused(capsys, "ppo", *flags, "--save_every", 1, code=1)
-    assert "a weight of the value_model after step 1 is not finite (head.bias); it is not saved. There is no checkpoint yet." in error
+    assert (
+        "a weight of the value_model after step 1 is not finite (head.bias); it is not saved. There is no checkpoint yet."
+        in error
+    )
 
 
 def test_a_fault_within_an_optimisers_step(toy, tmp_path, monkeypatch, capsys):
@@ -142,7 +151,11 @@ def test_a_fault_within_an_optimisers_step(toy, tmp_path, monkeypatch, capsys):
         patch.setattr(module, "adam", failing)
         error = refused(capsys, "ppo", *flags, code=1)
     newest = list_checkpoints(tmp_path / "run")[0]
-    assert f"The newest checkpoint is {newest}." in error and "The state before it" not in error and int(newest.name[-2:]) % 4 == 0
+    assert (
+        f"The newest checkpoint is {newest}." in error
+        and "The state before it" not in error
+        and int(newest.name[-2:]) % 4 == 0
+    )
     run(main, "--resume", tmp_path / "run")
     (tmp_path / "run" / "failed_batch.safetensors").unlink(missing_ok=True)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
@@ -155,10 +168,22 @@ def test_an_own_reward_that_fails(toy, tmp_path, monkeypatch, capsys):
         ("fails", "raise KeyError('price')", "--reward fails:score raised KeyError: 'price' ("), ("short", "return [1.0]", "must return 8 numbers"),
     ):  # fmt: skip
         (tmp_path / f"{name}.py").write_text("calls = []\n" + body.format(failure))
-        flags = ["--policy", toy.sft, *toy.ppo_flags, "--steps", 5, "--reward", f"{name}:score", "--output_dir", tmp_path / name / "run"]
+        flags = [
+            "--policy",
+            toy.sft,
+            *toy.ppo_flags,
+            "--steps",
+            5,
+            "--reward",
+            f"{name}:score",
+            "--output_dir",
+            tmp_path / name / "run",
+        ]
         error = refused(capsys, "ppo", *flags, code=1)
         assert f"error: step 3: --reward {name}:score" in error and words in error and "step-000002" in error
-        assert "its reward is code of yours; give --reward" in refused(capsys, "ppo", "--resume", tmp_path / name / "run")
+        assert "its reward is code of yours; give --reward" in refused(
+            capsys, "ppo", "--resume", tmp_path / name / "run"
+        )
         run(train_ppo.main, "--resume", tmp_path / name / "run", "--reward", f"{name}:score")
     (tmp_path / "fails.py").write_text("calls = []\n" + body.format("pass"))
     monkeypatch.delitem(sys.modules, "fails")
@@ -183,8 +208,14 @@ def test_out_of_memory(toy, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(train_ppo, "answer_rows", poisoned(train_ppo.answer_rows, 2, harm))
         outside = refused(capsys, "ppo", *flags, "--overwrite", "--save_every", 1, "--eval_every", 3, code=1)
-    assert "2 GiB); go on with --resume and a smaller --eval_batch_size. The newest checkpoint is" in outside and "step-000002" in outside
-    assert "step 3: out of memory (CUDA out of memory. Tried to allocate 2 GiB); go on with --resume and a smaller" in error
+    assert (
+        "2 GiB); go on with --resume and a smaller --eval_batch_size. The newest checkpoint is" in outside
+        and "step-000002" in outside
+    )
+    assert (
+        "step 3: out of memory (CUDA out of memory. Tried to allocate 2 GiB); go on with --resume and a smaller"
+        in error
+    )
     assert "step-000002" in error
     assert "resumed from" in run(main, "--resume", tmp_path / "run", "--micro_batch_size", 1)
     with pytest.raises(RuntimeError) as no_room:
@@ -198,20 +229,43 @@ def test_out_of_memory(toy, tmp_path, monkeypatch, capsys):
 def test_answers_of_one_token_and_a_batch_without_an_end(toy, tmp_path):
     toy.ppo(tmp_path / "ppo", "--reward", "label", "--label_rm", toy.label_rm, "--max_new_tokens", 1, steps=3)
     lines = read_metrics(tmp_path / "ppo", "judge/score")
-    assert [line["act/truncated"] for line in lines] == [1, 1, 1] and [line["act/response_len"] for line in lines] == [1, 1, 1]
-    assert all(value is not None for line in lines for name, value in line.items()) and lines[0]["judge/score"] <= -1  # cap, penalty
+    assert [line["act/truncated"] for line in lines] == [1, 1, 1] and [line["act/response_len"] for line in lines] == [
+        1,
+        1,
+        1,
+    ]
+    assert (
+        all(value is not None for line in lines for name, value in line.items()) and lines[0]["judge/score"] <= -1
+    )  # cap, penalty
 
 
 def test_advantages_that_are_all_the_same(toy, tmp_path, monkeypatch):
     """One score for everything, no KL, a zero value model: no advantage, so the policy stays where it is, to the bit."""
     (tmp_path / "my_flat_reward.py").write_text("def flat(samples):\n    return [1.0] * len(samples.answers)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    flags = ["--reward", "my_flat_reward:flat", "--kl_coef", 0, "--lam", 1, "--missing_eos_penalty", 0, "--learning_rate", 1e-2]
+    flags = [
+        "--reward",
+        "my_flat_reward:flat",
+        "--kl_coef",
+        0,
+        "--lam",
+        1,
+        "--missing_eos_penalty",
+        0,
+        "--learning_rate",
+        1e-2,
+    ]
     toy.ppo(tmp_path / "ppo", *flags, steps=1)
     (line,) = read_metrics(tmp_path / "ppo", "judge/score")
-    assert line["credit/advantage_std"] < 1e-6 and line["improve/grad_norm_policy"] < 1e-4 and line["improve/value_loss"] > 0.1
+    assert (
+        line["credit/advantage_std"] < 1e-6
+        and line["improve/grad_norm_policy"] < 1e-4
+        and line["improve/value_loss"] > 0.1
+    )
     before, after = load_policy(toy.sft).state_dict(), load_policy(tmp_path / "ppo" / "last").state_dict()
-    assert max((before[name] - after[name]).abs().max() for name in before) < 2e-2  # Adam makes steps of its own size of rounding
+    assert (
+        max((before[name] - after[name]).abs().max() for name in before) < 2e-2
+    )  # Adam makes steps of its own size of rounding
     assert all(torch.isfinite(tensor).all() for tensor in after.values())
 
 
@@ -227,12 +281,15 @@ def test_a_row_of_nothing_but_padding(monkeypatch):
     from rllr.run.optimizer import make_optimizer
     from rllr.update import Batch, improve
 
-    monkeypatch.setattr(rllr.update, "check_first_ratio", lambda *arguments: 0.0)  # these log-probabilities are off on purpose
+    monkeypatch.setattr(
+        rllr.update, "check_first_ratio", lambda *arguments: 0.0
+    )  # these log-probabilities are off on purpose
     weights = []
     for empty in (False, True):
         policy, value_model, config = policy_model(), ValueModel.from_policy(policy_model()), ppo_config()
         batch = scored_batch(policy, value_model, random_rows(8, 1), config)
         if empty:  # row 8: the prompt of row 0 alone
+
             def more(tensor, value):
                 return torch.cat([tensor, torch.full_like(tensor[:1], value)])
 
@@ -244,7 +301,10 @@ def test_a_row_of_nothing_but_padding(monkeypatch):
         rewards = shape_rewards(scores, batch.logprobs, batch.ref_logprobs - 0.1, batch.mask, 0.1)
         advantages, batch.returns = gae(rewards, batch.values, batch.mask, 1.0, 0.95)
         batch.advantages = masked_whiten(advantages, batch.mask)
-        batch.logprobs, batch.values = batch.logprobs.masked_fill(~batch.mask, 0), batch.values.masked_fill(~batch.mask, 0)
+        batch.logprobs, batch.values = (
+            batch.logprobs.masked_fill(~batch.mask, 0),
+            batch.values.masked_fill(~batch.mask, 0),
+        )
         plan = [[[0, 5, 2, 7] + [8] * empty, [1, 3, 4, 6]]]
         optimizers = [make_optimizer(model, 1e-3, 10) for model in (policy, value_model)]
         improve(policy, value_model, *optimizers, batch, plan, config, nullcontext)
@@ -259,7 +319,11 @@ def test_the_policy_may_not_leave_its_reference_too_far(toy, tmp_path, capsys):
     main, flags = stage_of(toy, "ppo/gold", tmp_path / "stop")
     flags += ["--learning_rate", 3e-2, "--max_ref_kl", 0.5]
     error = refused(capsys, "ppo", *flags, code=1)
-    assert "the policy has left the SFT policy: " in error and "more than --max_ref_kl 0.5" in error and "The state before it is in" in error
+    assert (
+        "the policy has left the SFT policy: " in error
+        and "more than --max_ref_kl 0.5" in error
+        and "The state before it is in" in error
+    )
     lines = read_metrics(tmp_path / "stop", "judge/score")
     assert all(line["analyse/kl_sequence"] <= 0.5 for line in lines) and len(lines) < 10
 
@@ -294,7 +358,11 @@ def test_a_reference_that_changes(toy, tmp_path, monkeypatch, capsys):
 
     def leaking(config, device):
         policy, reference, frozen, found = plain(config, device)
-        monkeypatch.setattr(train_ppo, "improve", poisoned(train_ppo.improve, 2, lambda stats: frozen.lm_head.weight.data.add_(1e-3) is None or stats))
+        monkeypatch.setattr(
+            train_ppo,
+            "improve",
+            poisoned(train_ppo.improve, 2, lambda stats: frozen.lm_head.weight.data.add_(1e-3) is None or stats),
+        )
         return policy, reference, frozen, found
 
     monkeypatch.setattr(train_ppo, "load_policy_and_reference", leaking)
@@ -309,7 +377,11 @@ def test_a_disk_that_fills_up(toy, tmp_path, capsys):
     with small_disk(tmp_path / "disk", 3) as disk:
         main, flags = stage_of(toy, "ppo/gold", disk / "run")
         error = refused(capsys, "ppo", *flags, "--save_every", 1, "--keep_last", 50, code=1)
-        assert "cannot be written: " in error and "No space left on device" in error and "Make room and go on with --resume" in error
+        assert (
+            "cannot be written: " in error
+            and "No space left on device" in error
+            and "Make room and go on with --resume" in error
+        )
         assert "Traceback" not in error and damage(list_checkpoints(disk / "run")[0]) is None
         assert not list((disk / "run").rglob("*.part"))
         subprocess.run(["mount", "-o", "remount,size=40m", str(disk)], check=True)
@@ -368,13 +440,19 @@ def test_what_tokenizers_say_of_a_full_disk(toy):
 
 
 def test_overwrite_spares_the_data_too(toy, tmp_path, capsys):
-    for stage, source in (("sft", ["--model", toy.base]), ("rm", ["--policy", toy.sft]), ("ppo", ["--policy", toy.sft, "--reward", "gold"])):
+    for stage, source in (
+        ("sft", ["--model", toy.base]),
+        ("rm", ["--policy", toy.sft]),
+        ("ppo", ["--policy", toy.sft, "--reward", "gold"]),
+    ):
         directory = tmp_path / stage
         directory.mkdir()
         data = shutil.copy(toy.train, directory / "train.jsonl")
         (directory / "run.json").write_text("{}")
         flags = ["--task", toy.task, "--train_file", data, "--eval_file", toy.dev, *source, *ANSWER]
-        assert f"--overwrite would delete {data}" in refused(capsys, stage, *flags, "--output_dir", directory, "--overwrite")
+        assert f"--overwrite would delete {data}" in refused(
+            capsys, stage, *flags, "--output_dir", directory, "--overwrite"
+        )
         assert Path(data).is_file()
 
 

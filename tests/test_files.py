@@ -41,7 +41,9 @@ def test_a_run_is_replaced_only_with_overwrite(tmp_path, ours):
     (tmp_path / ours).write_text("{}")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "model.safetensors").write_text("weights")
-    with pytest.raises(InputError, match=f"^--output_dir {tmp_path}: already holds a run; give another, --resume or --overwrite"):
+    with pytest.raises(
+        InputError, match=f"^--output_dir {tmp_path}: already holds a run; give another, --resume or --overwrite"
+    ):
         open_run_directory(tmp_path, overwrite=False)
     assert (tmp_path / "sub" / "model.safetensors").exists()
     assert list(open_run_directory(tmp_path, overwrite=True).iterdir()) == []
@@ -134,7 +136,9 @@ def test_tensors_come_back_and_damage_is_named(tmp_path):
     assert sha256_of(tmp_path / "x.safetensors") == hashlib.sha256(content[:-3]).hexdigest()
 
 
-@pytest.mark.parametrize("content, words", [(b"{", "not valid JSON"), (b"\xff{}", "not valid JSON"), (b"[" * 100_000, "not valid JSON")])
+@pytest.mark.parametrize(
+    "content, words", [(b"{", "not valid JSON"), (b"\xff{}", "not valid JSON"), (b"[" * 100_000, "not valid JSON")]
+)
 def test_json_that_is_none(tmp_path, content, words):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(InputError, match=f"^{tmp_path}/x.json: {words}"):
@@ -190,8 +194,12 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     """fsync of the content, then the rename, then fsync of the directory that holds the name."""
     events, replace, rename = [], os.replace, os.rename
     monkeypatch.setattr(rllr.common.files, "force_to_disk", lambda path: events.append(("sync", Path(path).name)))
-    monkeypatch.setattr(rllr.common.files.os, "replace", lambda a, b: (events.append(("name", Path(b).name)), replace(a, b)))
-    monkeypatch.setattr(rllr.common.files.os, "rename", lambda a, b: (events.append(("name", Path(b).name)), rename(a, b)))
+    monkeypatch.setattr(
+        rllr.common.files.os, "replace", lambda a, b: (events.append(("name", Path(b).name)), replace(a, b))
+    )
+    monkeypatch.setattr(
+        rllr.common.files.os, "rename", lambda a, b: (events.append(("name", Path(b).name)), rename(a, b))
+    )
     write_json(tmp_path / "a.json", 1)
     assert events == [("sync", "a.json.part"), ("name", "a.json"), ("sync", tmp_path.name)]
     events.clear()
@@ -201,6 +209,9 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
 
 
 def test_what_the_disk_refuses_is_a_run_error_that_says_what_is_safe():
-    with pytest.raises(RunError, match="^model x cannot be written: No space left on device. Make room and go on with --resume. Older: y.$"):
+    with pytest.raises(
+        RunError,
+        match="^model x cannot be written: No space left on device. Make room and go on with --resume. Older: y.$",
+    ):
         with disk_faults("model x", "Older: y."):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -6,10 +6,10 @@ import random
 import tracemalloc
 
 import pytest
+from fuzzing import ROWS, TARGETS, Fuzzer, alarm, jsonl, spoil
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuzzing import ROWS, TARGETS, Fuzzer, alarm, jsonl, spoil
 from rllr.common.errors import InputError
 from rllr.data.encoding import Encoder
 from rllr.data.rows import load_examples
@@ -46,8 +46,19 @@ def test_any_bytes(fuzzers, name, content):
     fuzzers[name](content)
 
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.sampled_from(["positive", "x", "tensor", "a/../b"])
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=12)
+    | st.sampled_from(["positive", "x", "tensor", "a/../b"])
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
 JSON_TARGETS = [name for name in TARGETS if "json" in name or name == "pairs" or name == "rationale cache"]
 
 
@@ -68,7 +79,10 @@ def test_any_value_in_any_field(fuzzers, name, value, data):
     fuzzers[name]("\n".join([json.dumps(row), *lines[1:]]).encode())
 
 
-@given(text=st.text(max_size=200), before=st.sampled_from(["", "because\n", "\u202e", "e\u0301\n", "\x00", "\ufeff", "Label: sports\n"]))
+@given(
+    text=st.text(max_size=200),
+    before=st.sampled_from(["", "because\n", "\u202e", "e\u0301\n", "\x00", "\ufeff", "Label: sports\n"]),
+)
 def test_parse_answer_knows_labels_only(text, before):
     assert parse_answer(load_task("agnews"), before + text) in (None, *load_task("agnews").labels)
 
@@ -81,10 +95,26 @@ def examples_of(tmp_path, content, name="rows.jsonl", task=SST2, **options):
     return load_examples(str(tmp_path / name), task, log=lambda line: None, **options)
 
 
-@pytest.mark.parametrize("text", ["שלום \u202eabc\u202c", "e\u0301" * 5, "👩‍👩‍👧‍👦🏳️‍🌈", "a\x00b", "\ufeffa", "a\u2028b\u2029c\x85d", "ｆｕｌｌ", "\x1b[31mred"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "שלום \u202eabc\u202c",
+        "e\u0301" * 5,
+        "👩‍👩‍👧‍👦🏳️‍🌈",
+        "a\x00b",
+        "\ufeffa",
+        "a\u2028b\u2029c\x85d",
+        "ｆｕｌｌ",
+        "\x1b[31mred",
+    ],
+)
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
 def test_texts_come_through_as_they_are(tmp_path, text, name):
-    content = f'text,label\r\n"{text}",positive\r\n' if name.endswith("csv") else json.dumps({"text": text, "label": "positive"}, ensure_ascii=False)
+    content = (
+        f'text,label\r\n"{text}",positive\r\n'
+        if name.endswith("csv")
+        else json.dumps({"text": text, "label": "positive"}, ensure_ascii=False)
+    )
     assert examples_of(tmp_path, content.encode(), name)[0].text == text
 
 
@@ -104,22 +134,34 @@ def test_compressed_by_mistake(tmp_path):
 
 def test_line_ends_and_byte_order_marks(tmp_path):
     plain = [example.text for example in examples_of(tmp_path, jsonl(ROWS))]
-    for content in (jsonl(ROWS).replace(b"\n", b"\r\n"), b"\xef\xbb\xbf" + jsonl(ROWS), jsonl(ROWS).replace(b"\n", b"\r"), jsonl(ROWS).rstrip(),
-                    jsonl(ROWS).decode().encode("utf-16")):
+    for content in (
+        jsonl(ROWS).replace(b"\n", b"\r\n"),
+        b"\xef\xbb\xbf" + jsonl(ROWS),
+        jsonl(ROWS).replace(b"\n", b"\r"),
+        jsonl(ROWS).rstrip(),
+        jsonl(ROWS).decode().encode("utf-16"),
+    ):
         assert [example.text for example in examples_of(tmp_path, content)] == plain
     with pytest.raises(InputError, match="rows.jsonl:1: not valid JSON|not UTF-8 text"):
         examples_of(tmp_path, jsonl(ROWS).decode().encode("utf-16-le"))
 
 
 def test_ids_that_come_again_and_labels_in_other_spelling(tmp_path):
-    rows = [{"id": "a", "text": str(i), "label": label} for i, label in enumerate(["positive", " Positive", "POSITIVE\n", "pOsItIvE\t"])]
+    rows = [
+        {"id": "a", "text": str(i), "label": label}
+        for i, label in enumerate(["positive", " Positive", "POSITIVE\n", "pOsItIvE\t"])
+    ]
     found = examples_of(tmp_path, jsonl(rows))
-    assert [example.id for example in found] == ["a", "a#2", "a#3", "a#4"] and {example.label for example in found} == {"positive"}
+    assert [example.id for example in found] == ["a", "a#2", "a#3", "a#4"] and {example.label for example in found} == {
+        "positive"
+    }
     with pytest.raises(InputError, match="two labels that differ only in case or space"):
         Task("t", ("yes", "YES "), "{text}")
 
 
-@pytest.mark.parametrize("text", ["a" * 10_000_000, "the soup was " * 800_000, "😀" * 2_500_000], ids=["one word", "words", "emoji"])
+@pytest.mark.parametrize(
+    "text", ["a" * 10_000_000, "the soup was " * 800_000, "😀" * 2_500_000], ids=["one word", "words", "emoji"]
+)
 def test_a_line_of_ten_megabytes(toy, tmp_path, text):
     """Read, cut to the context and encoded in bounded time and memory; the text's beginning is what is left."""
     encoder, task = Encoder(load_tokenizer(toy.sft), load_policy(toy.sft)), load_task(str(toy.task))
@@ -135,7 +177,9 @@ def test_a_line_of_ten_megabytes(toy, tmp_path, text):
 
 def test_a_mapping_that_is_vast_when_written_out(tmp_path):
     """Nine levels of ten references each in 300 bytes of YAML: a message that showed it would take a gigabyte."""
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"] + [
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)
+    ]
     (tmp_path / "t.yaml").write_text("\n".join([*lines, "labels: *a9", "prompt: *a9"]))
     with alarm(20), pytest.raises(InputError, match="unknown field 'a0'"):
         load_task(str(tmp_path / "t.yaml"))

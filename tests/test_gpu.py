@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers
+from families import tiny_model
 from test_graphs import MORE
 from test_rollout import naive_greedy
 
 import rllr.rollout
-from families import tiny_model
 from rllr.logprobs import token_logprobs
 from rllr.rollout import generate
 
@@ -24,7 +24,9 @@ def sample(model, prompts=MORE, seed=0, **arguments):
 def decoders(monkeypatch):
     """The decoders that were made."""
     made, plain = [], rllr.rollout.Decoder
-    monkeypatch.setattr(rllr.rollout, "Decoder", lambda *args, **kwargs: made.append(plain(*args, **kwargs)) or made[-1])
+    monkeypatch.setattr(
+        rllr.rollout, "Decoder", lambda *args, **kwargs: made.append(plain(*args, **kwargs)) or made[-1]
+    )
     return made
 
 

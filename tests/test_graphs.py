@@ -7,11 +7,11 @@ operations that a real one cannot contain. tests/test_gpu.py records for real.
 import pytest
 import torch
 import transformers
+from families import VOCAB, tiny_model
 from test_rollout import PROMPTS, naive_greedy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rllr.rollout
-from families import VOCAB, tiny_model
 from rllr.engine.decoder import Decoder
 from rllr.engine.graphs import StepGraphs, shape_for
 from rllr.engine.sampling import Sampler

@@ -8,8 +8,8 @@ import types
 import numpy as np
 import pytest
 import torch
-
 from families import tiny_model, toy_tokenizer
+
 from rllr.common.errors import InputError
 from rllr.judge import STATISTICS, RewardModelScorer, Samples, ScoreStatistics, gold_reward, load_function, score_rows
 from rllr.layout import pack_sequences

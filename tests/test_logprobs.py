@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from families import FAMILIES, VOCAB, tiny_model
 
 import rllr.logprobs
-from families import FAMILIES, VOCAB, tiny_model
 from rllr.layout import pack_sequences
 from rllr.logprobs import token_logprobs, token_logprobs_and_entropy
 

@@ -9,15 +9,16 @@ from functools import partial
 import peft
 import pytest
 import torch
+from families import VOCAB, tiny_model
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
+from toy_runs import ANSWER, read_metrics, run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 import train_ppo
 import train_rm
 import train_sft
-from families import VOCAB, tiny_model
 from rllr import evaluate, merge, predict
 from rllr import ppo_models as roles
 from rllr.common.errors import InputError
@@ -39,7 +40,6 @@ from rllr.model.peft_format import load_adapter, save_adapter
 from rllr.model.roles import RoleBackbone, RolePolicy, load_scalar_role
 from rllr.rollout import generate
 from rllr.run.records import read_record
-from toy_runs import ANSWER, read_metrics, run
 
 TARGETS = {"bloom": ["query_key_value"], "gpt2": ["c_attn"]}
 IDS = torch.arange(3, 27).view(2, 12) % VOCAB
@@ -657,13 +657,19 @@ def test_a_changed_base_is_refused(toy, rm, tmp_path, capsys):
         RewardModel.from_pretrained(tmp_path / "rm")
     config["base_model_name_or_path"] = str(tmp_path / "gone")
     (tmp_path / "rm" / "adapter_config.json").write_text(json.dumps(config))
-    assert fingerprint(RewardModel.from_pretrained(tmp_path / "rm")) == fingerprint(RewardModel.from_pretrained(rm))  # by our record
+    assert fingerprint(RewardModel.from_pretrained(tmp_path / "rm")) == fingerprint(
+        RewardModel.from_pretrained(rm)
+    )  # by our record
     record = json.loads((tmp_path / "rm" / "rllr.json").read_text())
     record["base"]["path"] = "../gone"
     (tmp_path / "rm" / "rllr.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match="base_model_name_or_path: .*gone: no such model directory; has it moved.*--base DIR"):
+    with pytest.raises(
+        InputError, match="base_model_name_or_path: .*gone: no such model directory; has it moved.*--base DIR"
+    ):
         RewardModel.from_pretrained(tmp_path / "rm")
-    assert fingerprint(RewardModel.from_pretrained(tmp_path / "rm", base=toy.sft)) == fingerprint(RewardModel.from_pretrained(rm))
+    assert fingerprint(RewardModel.from_pretrained(tmp_path / "rm", base=toy.sft)) == fingerprint(
+        RewardModel.from_pretrained(rm)
+    )
     with pytest.raises(InputError, match="--base .*nowhere/at/all: no such model directory"):
         RewardModel.from_pretrained(tmp_path / "rm", base="nowhere/at/all")
     with pytest.raises(InputError, match="trained on other weights"):
@@ -706,9 +712,13 @@ def test_evaluate_and_predict_find_a_moved_base(toy, ppo, tmp_path, monkeypatch,
     record["base"]["path"] = "./gone"
     (adapter / "rllr.json").write_text(json.dumps(record))
     assert "--base DIR" in refused(capsys, evaluate.main, "--models", adapter, "--eval_file", toy.dev)
-    assert "accuracy" in run(evaluate.main, "--models", adapter, "--eval_file", toy.dev, "--base", base, "--max_new_tokens", 12)
+    assert "accuracy" in run(
+        evaluate.main, "--models", adapter, "--eval_file", toy.dev, "--base", base, "--max_new_tokens", 12
+    )
     monkeypatch.setattr("sys.stdin", io.StringIO("the soup was fresh\n"))
-    assert '"text": "the soup was fresh"' in run(predict.main, "--model", adapter, "--base", base, "--max_new_tokens", 12)
+    assert '"text": "the soup was fresh"' in run(
+        predict.main, "--model", adapter, "--base", base, "--max_new_tokens", 12
+    )
     run(merge.main, "--adapter", adapter, "--base", base, "--output_dir", tmp_path / "merged")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 

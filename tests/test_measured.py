@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from families import toy_tokenizer
 from test_encoding import encoder_of
+from toy_runs import ANSWER, TRAIN_ROWS, read_metrics, run, write_rows
 
 import train_ppo
 import train_rm
 import train_sft
-from families import toy_tokenizer
 from rllr import evaluate, merge, predict, tiny
 from rllr.common.config import parse_config
 from rllr.common.errors import InputError, any_console
@@ -23,7 +24,6 @@ from rllr.rationales.words import words_of
 from rllr.rationales.writers import EvidenceWriter
 from rllr.run.records import read_record
 from rllr.tasks import TASKS, Example, Task
-from toy_runs import ANSWER, TRAIN_ROWS, read_metrics, run, write_rows
 
 TASK = Task("t", ("good", "bad"), "{text}?")
 ROOT = Path(__file__).parent.parent
@@ -62,21 +62,36 @@ def test_a_longer_answer_to_a_short_text_cuts_nothing():
 
 
 def test_an_answer_that_does_not_fit_alone_is_refused():
-    with pytest.raises(InputError, match="^row a: the prompt template takes 2 tokens and the answer 63, more than the model's context of 64"):
+    with pytest.raises(
+        InputError,
+        match="^row a: the prompt template takes 2 tokens and the answer 63, more than the model's context of 64",
+    ):
         rows_of("r" * 50)
 
 
 def test_the_three_cases_in_a_run(toy, tmp_path, capsys):
     """The base has 64 positions: a long rationale is told, one that cannot fit is refused before anything is written."""
     rows = [dict(row, rationales={row["label"]: "so " * (1 + i % 2) * 5}) for i, row in enumerate(TRAIN_ROWS)]
-    data = ["--task", toy.task, "--train_file", write_rows(tmp_path / "rows.jsonl", rows), "--model", toy.base, "--epochs", 1]
+    data = [
+        "--task",
+        toy.task,
+        "--train_file",
+        write_rows(tmp_path / "rows.jsonl", rows),
+        "--model",
+        toy.base,
+        "--epochs",
+        1,
+    ]
     output = run(train_sft.main, *data, *ANSWER, "--output_dir", tmp_path / "out")
     assert "answers are longer than --max_new_tokens 12: rows.jsonl:" in output
     rows[7]["rationales"][rows[7]["label"]] = "so " * 70
     data[3] = write_rows(tmp_path / "rows2.jsonl", rows)
     with pytest.raises(SystemExit):
         run(train_sft.main, *data, *ANSWER, "--output_dir", tmp_path / "none")
-    assert "error: row rows2.jsonl:8: the prompt template takes " in capsys.readouterr().err and not (tmp_path / "none").exists()
+    assert (
+        "error: row rows2.jsonl:8: the prompt template takes " in capsys.readouterr().err
+        and not (tmp_path / "none").exists()
+    )
 
 
 # ---- ties ------------------------------------------------------------------------------------------------------------
@@ -96,7 +111,11 @@ def test_rank():
 def scripted(monkeypatch, module, results):
     """Evaluations that come out as told: (accuracy, parse failures)."""
     told = iter(results)
-    monkeypatch.setattr(module, "score_answers", lambda *given: dict(zip(("accuracy", "parse_failures", "macro_f1"), (*next(told), 0.0))))
+    monkeypatch.setattr(
+        module,
+        "score_answers",
+        lambda *given: dict(zip(("accuracy", "parse_failures", "macro_f1"), (*next(told), 0.0))),
+    )
 
 
 @pytest.mark.parametrize("results, best", [
@@ -126,7 +145,9 @@ def test_an_answer_without_a_label_earns_nothing(toy, tmp_path, monkeypatch, rew
     monkeypatch.setattr("rllr.update.parse_answer", lambda task, answer: None)
     models = {"label": ["--label_rm", toy.label_rm], "rationale": ["--rationale_rm", toy.rationale_rm], "gold": []}
     models["mixed"] = models["label"] + models["rationale"]
-    output = toy.ppo(tmp_path / "ppo", "--reward", reward, *models[reward], "--missing_label_penalty", 1.5, "--log_every", 1, steps=1)
+    output = toy.ppo(
+        tmp_path / "ppo", "--reward", reward, *models[reward], "--missing_label_penalty", 1.5, "--log_every", 1, steps=1
+    )
     (line,) = read_metrics(tmp_path / "ppo", "judge/score")
     assert line["act/parse_failures"] == 1.0
     assert (line["judge/score"] <= -1.5) == (reward != "gold") and (reward != "gold" or line["judge/score"] >= -1.0)
@@ -134,29 +155,67 @@ def test_an_answer_without_a_label_earns_nothing(toy, tmp_path, monkeypatch, rew
 
 
 def test_sft_and_reward_model_warn_when_most_answers_have_no_label(toy, tmp_path):
-    output = run(train_sft.main, *toy.data, "--model", toy.base, "--epochs", 1, "--learning_rate", 1e-6, "--output_dir", tmp_path / "sft", *ANSWER)
+    output = run(
+        train_sft.main,
+        *toy.data,
+        "--model",
+        toy.base,
+        "--epochs",
+        1,
+        "--learning_rate",
+        1e-6,
+        "--output_dir",
+        tmp_path / "sft",
+        *ANSWER,
+    )
     assert "warning: 100 % of the answers on dev have no readable label" in output
-    assert "no readable label" not in toy.outputs["rm-label"] and "no readable label" not in toy.outputs["sft"].splitlines()[-1]
-    output = run(train_rm.main, "--policy", toy.base, *toy.data, "--epochs", 1, "--temperature", 3, "--max_new_tokens", 30, "--output_dir", tmp_path / "rm")
+    assert (
+        "no readable label" not in toy.outputs["rm-label"]
+        and "no readable label" not in toy.outputs["sft"].splitlines()[-1]
+    )
+    output = run(
+        train_rm.main,
+        "--policy",
+        toy.base,
+        *toy.data,
+        "--epochs",
+        1,
+        "--temperature",
+        3,
+        "--max_new_tokens",
+        30,
+        "--output_dir",
+        tmp_path / "rm",
+    )
     assert "of the answers sampled by the policy have no readable label" in output
 
 
 # ---- before any model is loaded --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("main, flags", [(train_sft.main, ["--model", "no/model/here"]), (train_rm.main, []), (train_ppo.main, ["--reward", "gold"])])
+@pytest.mark.parametrize(
+    "main, flags",
+    [(train_sft.main, ["--model", "no/model/here"]), (train_rm.main, []), (train_ppo.main, ["--reward", "gold"])],
+)
 def test_a_used_directory_is_refused_before_a_model_is_loaded(toy, tmp_path, monkeypatch, capsys, main, flags):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").write_text("{}")
     for name in ("load_policy", "load_policy_and_reference"):
-        monkeypatch.setattr(sys.modules[main.__module__], name, lambda *given, **named: pytest.fail("a model was loaded"), raising=False)
+        monkeypatch.setattr(
+            sys.modules[main.__module__], name, lambda *given, **named: pytest.fail("a model was loaded"), raising=False
+        )
     start = toy.data if main is train_sft.main else ["--policy", toy.sft]
     with pytest.raises(SystemExit) as stop:
         run(main, *start, *flags, "--output_dir", tmp_path / "out")
-    assert stop.value.code == 2 and "already holds a run; give another, --resume or --overwrite" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and "already holds a run; give another, --resume or --overwrite" in capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("reward, part", [("rationale", "label"), ("gold", "label"), ("gold", "rationale"), ("label", "rationale"), ("os:getcwd", "label")])
+@pytest.mark.parametrize(
+    "reward, part",
+    [("rationale", "label"), ("gold", "label"), ("gold", "rationale"), ("label", "rationale"), ("os:getcwd", "label")],
+)
 def test_a_reward_model_that_is_not_used_is_refused(toy, tmp_path, capsys, reward, part):
     with pytest.raises(SystemExit):
         toy.ppo(tmp_path / "out", "--reward", reward, f"--{part}_rm", toy.label_rm)
@@ -166,7 +225,16 @@ def test_a_reward_model_that_is_not_used_is_refused(toy, tmp_path, capsys, rewar
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 
-CONFIGS = [train_sft.Config, train_rm.Config, train_ppo.Config, evaluate.Config, predict.Config, rationales.Config, tiny.Config, merge.Config]
+CONFIGS = [
+    train_sft.Config,
+    train_rm.Config,
+    train_ppo.Config,
+    evaluate.Config,
+    predict.Config,
+    rationales.Config,
+    tiny.Config,
+    merge.Config,
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__module__)
@@ -175,13 +243,21 @@ def test_every_flag_has_its_help(config, capsys):
         parse_config(config, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(config):
-        found = text[text.index(f"--{field.name} ") :] if f"--{field.name} " in text else text[text.index(f"--{field.name},") :]
+        found = (
+            text[text.index(f"--{field.name} ") :]
+            if f"--{field.name} " in text
+            else text[text.index(f"--{field.name},") :]
+        )
         words = found.partition("(default:")[0].removeprefix(f"--{field.name}").split()
         assert sum(word[0].islower() or word[0].isdigit() for word in words) >= 2, (field.name, words)
 
 
 def test_a_value_may_begin_with_a_dash():
-    for flags in (["--label_map", "-1="], ["--label_map=-1="], ["--columns", "text=a", "--label_map", "-1=,-2=positive"]):
+    for flags in (
+        ["--label_map", "-1="],
+        ["--label_map=-1="],
+        ["--columns", "text=a", "--label_map", "-1=,-2=positive"],
+    ):
         assert parse_config(train_sft.Config, flags).label_map.startswith("-1=")
     assert parse_config(train_ppo.Config, ["--kl_coef", "-1"]).kl_coef == -1.0
     for flags in (["--label_map", "--overwrite"], ["-x"], ["--overwrite", "-1="]):
@@ -193,7 +269,11 @@ def test_a_value_may_begin_with_a_dash():
 def test_python_without_asserts_checks_input_all_the_same(tmp_path):
     """python -O removes assert statements; --threshold q7 must be refused there, too."""
     done = subprocess.run(
-        [sys.executable, "-O", ROOT / "train_ppo.py", "--reward", "mixed", "--threshold", "q7"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-O", ROOT / "train_ppo.py", "--reward", "mixed", "--threshold", "q7"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 2 and done.stderr == "error: --threshold 'q7': give a number, or a quantile like q0.9\n"
 
@@ -214,10 +294,24 @@ def test_a_console_that_lacks_a_character_gets_an_escape(toy, tmp_path, monkeypa
     rows = [dict(row, text="π" + row["text"]) for row in TRAIN_ROWS]
     console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", console)
-    data = ["--task", toy.task, "--train_file", write_rows(tmp_path / "rows.jsonl", rows), "--model", toy.base, "--epochs", 1, "--show", 2]
+    data = [
+        "--task",
+        toy.task,
+        "--train_file",
+        write_rows(tmp_path / "rows.jsonl", rows),
+        "--model",
+        toy.base,
+        "--epochs",
+        1,
+        "--show",
+        2,
+    ]
     train_sft.main([str(flag) for flag in [*data, *ANSWER, "--output_dir", tmp_path / "out"]])
     console.flush()
-    assert r"\u03c0the" in console.buffer.getvalue().decode(encoding) and (tmp_path / "out" / "model.safetensors").is_file()
+    assert (
+        r"\u03c0the" in console.buffer.getvalue().decode(encoding)
+        and (tmp_path / "out" / "model.safetensors").is_file()
+    )
 
 
 def test_streams_that_cannot_be_told_are_left_alone(monkeypatch):
@@ -233,7 +327,9 @@ def test_the_settings_line_is_short():
     from rllr.common.log import show_config
 
     with redirect_stdout(out):
-        show_config(train_ppo.Config(policy="p" * 30, steps=7, kl_coef=0.2, gamma=1.0, output_dir="o" * 60), "train_ppo")
+        show_config(
+            train_ppo.Config(policy="p" * 30, steps=7, kl_coef=0.2, gamma=1.0, output_dir="o" * 60), "train_ppo"
+        )
     lines = out.getvalue().splitlines()
     assert lines[0].startswith("train_ppo: policy=ppp") and all(len(line) <= 120 for line in lines)
     assert "steps=7" in out.getvalue() and "kl_coef=0.2" in out.getvalue() and "gamma" not in out.getvalue()
@@ -255,9 +351,15 @@ def test_words_of_every_script(text, words):
 
 
 def test_evidence_in_hindi_and_chinese():
-    hindi = [Example(f"h{i}", text, label=label) for i, (text, label) in enumerate([("फिल्म अच्छी", "good"), ("फिल्म बेकार", "bad")] * 3)]
+    hindi = [
+        Example(f"h{i}", text, label=label)
+        for i, (text, label) in enumerate([("फिल्म अच्छी", "good"), ("फिल्म बेकार", "bad")] * 3)
+    ]
     assert EvidenceWriter(hindi, TASK).write(Example("n", "कहानी अच्छी"), "good").startswith("the words अच्छी and ")
-    chinese = [Example(f"c{i}", text, label=label) for i, (text, label) in enumerate([("味道很好", "good"), ("质量太差", "bad")] * 3)]
+    chinese = [
+        Example(f"c{i}", text, label=label)
+        for i, (text, label) in enumerate([("味道很好", "good"), ("质量太差", "bad")] * 3)
+    ]
     assert "太差" in EvidenceWriter(chinese, TASK).write(Example("n", "服务太差"), "bad")
 
 

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import EOS, FAMILIES, VOCAB, tiny_model, toy_tokenizer
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from families import EOS, FAMILIES, VOCAB, tiny_model, toy_tokenizer
 from rllr.common.errors import InputError
 from rllr.data.encoding import stop_token_ids
 from rllr.engine.limits import length_limit
@@ -340,10 +340,7 @@ def test_set_dropout_and_back(model, batch):
     [
         ("gpt2", {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}),
         ("llama", {"attention_dropout": 0.1}),
-        pytest.param(
-            "bloom",
-            {"hidden_dropout": 0.1},
-        ),
+        pytest.param("bloom", {"hidden_dropout": 0.1}),
     ],
 )
 def test_dropout_of_the_config_is_switched_off(family, config, batch):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from families import tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from families import tiny_model
 from rllr.layout import pack_sequences
 from rllr.logprobs import token_logprobs, token_logprobs_and_entropy
 from rllr.model.heads import RewardModel
@@ -26,7 +26,9 @@ def batch(rng):
 def test_whitening(batch, shift_mean):
     values, mask = batch
     theirs = trl_ppo.masked_whiten(values, mask, shift_mean=shift_mean)
-    torch.testing.assert_close(masked_whiten(values, mask, shift_mean)[mask], theirs[mask], rtol=1e-6, atol=1e-7)  # their n / (n - 1) is float32
+    torch.testing.assert_close(
+        masked_whiten(values, mask, shift_mean)[mask], theirs[mask], rtol=1e-6, atol=1e-7
+    )  # their n / (n - 1) is float32
 
 
 def test_masked_mean(batch):

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import tiny_model
 
 import rllr.rationales.model_writer
-from families import tiny_model
 from rllr.common.errors import InputError
 from rllr.data.demo import quote_of, word_rationale
 from rllr.data.encoding import Encoder
+from rllr.rationales.__main__ import main
 from rllr.rationales.factory import default_label_pairs, default_writer, make_writer
 from rllr.rationales.model_writer import ModelWriter, read_cache
-from rllr.rationales.__main__ import main
 from rllr.rationales.writers import DemoWriter, EvidenceWriter, GivenWriter
 from rllr.tasks import TASKS, Example, Task
 
@@ -349,7 +349,11 @@ def test_a_changed_text_is_not_answered_from_the_cache(tmp_path, asked, monkeypa
     cache, seen = tmp_path / "rationales.jsonl", []
     ModelWriter([Example("a", "Good film", label=POS)], SST2, cache_file=cache, **asked)
     real = rllr.rationales.model_writer.generate
-    monkeypatch.setattr(rllr.rationales.model_writer, "generate", lambda model, prompts, **rest: seen.append(len(prompts)) or real(model, prompts, **rest))
+    monkeypatch.setattr(
+        rllr.rationales.model_writer,
+        "generate",
+        lambda model, prompts, **rest: seen.append(len(prompts)) or real(model, prompts, **rest),
+    )
     ModelWriter([Example("a", "bad film", label=POS)], SST2, cache_file=cache, **asked)
     assert sum(seen) == 2
 
@@ -399,7 +403,6 @@ def test_half_a_line_at_the_end_of_a_cache_is_written_again(asked, tmp_path):
     cache.write_bytes(lines[0][:17] + b"\n" + lines[1])
     with pytest.raises(InputError, match="rationales.jsonl:1: not a cached rationale"):
         read_cache(cache)
-
 
 
 @pytest.mark.parametrize(
@@ -463,7 +466,10 @@ def test_the_command_writes_a_data_file(tmp_path, capsys):
     assert rows[5]["rationale"] == "the word fine suggests positive"
     capsys.readouterr()
     assert run(*command) == 2 and f"--output {output}: exists" in capsys.readouterr().err
-    assert run(*command, "--overwrite", "--writer", "given") == 2 and "row a (train.jsonl:1): has no" in capsys.readouterr().err
+    assert (
+        run(*command, "--overwrite", "--writer", "given") == 2
+        and "row a (train.jsonl:1): has no" in capsys.readouterr().err
+    )
     # What was written can be read back as given rationales.
     assert run("--task", "sst2", "--train_file", output, "--output", tmp_path / "2.jsonl", "--writer", "given") == 0
     assert (tmp_path / "2.jsonl").read_text() == output.read_text()

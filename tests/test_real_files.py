@@ -25,14 +25,17 @@ def texts_and_labels(*arguments, **named):
 # ---- CSV -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, content", [
-    ("semicolon.csv", "\ufefftext;label\ndull;negative\ngreat;positive\n"),
-    ("tab.csv", "text\tlabel\ndull\tnegative\ngreat\tpositive\n"),
-    ("pipe.csv", "text|label\ndull|negative\ngreat|positive\n"),
-    ("said.csv", "sep=;\r\ntext;label\r\ndull;negative\r\ngreat;positive\r\n"),
-    ("said2.csv", "sep=,\ntext,label\ndull,negative\ngreat,positive\n"),
-    ("said3.csv", '"sep=\t"\ntext\tlabel\ndull\tnegative\ngreat\tpositive\n'),
-])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("semicolon.csv", "\ufefftext;label\ndull;negative\ngreat;positive\n"),
+        ("tab.csv", "text\tlabel\ndull\tnegative\ngreat\tpositive\n"),
+        ("pipe.csv", "text|label\ndull|negative\ngreat|positive\n"),
+        ("said.csv", "sep=;\r\ntext;label\r\ndull;negative\r\ngreat;positive\r\n"),
+        ("said2.csv", "sep=,\ntext,label\ndull,negative\ngreat,positive\n"),
+        ("said3.csv", '"sep=\t"\ntext\tlabel\ndull\tnegative\ngreat\tpositive\n'),
+    ],
+)
 def test_delimiters_are_recognised(tmp_path, name, content):
     assert texts_and_labels(write(tmp_path / name, content)) == TWO
 
@@ -51,7 +54,9 @@ def test_delimiter_and_encoding_by_flag(tmp_path):
     for delimiter in ("tab", "\\t", "\t"):
         tabs = write(tmp_path / "b.csv", "text,\tlabel\ndull\tnegative\n")
         assert texts_and_labels(Source(path=str(tabs), delimiter=delimiter, columns={"text": "text,"})) == TWO[:1]
-    assert error(read, Source(path=str(path), delimiter="<>", encoding="cp1252")).startswith("--delimiter '<>': give one character")
+    assert error(read, Source(path=str(path), delimiter="<>", encoding="cp1252")).startswith(
+        "--delimiter '<>': give one character"
+    )
     assert error(read, Source(path=str(path), encoding="klingon")).startswith("--encoding 'klingon': no such encoding")
     assert f"{path}:2: not gb18030 text" in error(read, Source(path=str(path), encoding="gb18030"))
 
@@ -62,7 +67,9 @@ def test_utf16_with_its_mark(tmp_path):
 
 
 def test_bytes_that_have_no_meaning_in_cp1252(tmp_path):
-    assert "it looks like latin-1: give --encoding latin-1" in error(read, write(tmp_path / "a.csv", b"text,label\n\x81,x\n"))
+    assert "it looks like latin-1: give --encoding latin-1" in error(
+        read, write(tmp_path / "a.csv", b"text,label\n\x81,x\n")
+    )
 
 
 def test_a_field_of_any_length(tmp_path):
@@ -87,16 +94,22 @@ def test_a_missing_header_is_told(tmp_path):
     assert "no column for the field 'label'" in error(read, write(tmp_path / "b.csv", "text,positive\nx,1\n"))
 
 
-@pytest.mark.parametrize("content", ['{"text": ["a", "b"], "label": [0, 1]}', '{"text": {"0": "a"}, "label": {"0": 1}}'])
+@pytest.mark.parametrize(
+    "content", ['{"text": ["a", "b"], "label": [0, 1]}', '{"text": {"0": "a"}, "label": {"0": 1}}']
+)
 def test_column_wise_json_is_told(tmp_path, content):
     path = write(tmp_path / "a.json", content)
-    assert error(read, path).startswith(f"{path}: is column-wise JSON, as pandas writes it by default; write a row per line: df.to_json")
+    assert error(read, path).startswith(
+        f"{path}: is column-wise JSON, as pandas writes it by default; write a row per line: df.to_json"
+    )
 
 
 def test_a_git_lfs_pointer_is_told(tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     for name in ("a.jsonl", "a.csv", "a.parquet"):
-        assert "is a git-lfs pointer, not the file itself; fetch it with: git lfs pull" in error(read, write(tmp_path / name, pointer))
+        assert "is a git-lfs pointer, not the file itself; fetch it with: git lfs pull" in error(
+            read, write(tmp_path / name, pointer)
+        )
 
 
 # ---- columns that share a name ---------------------------------------------------------------------------------------
@@ -109,10 +122,14 @@ def test_score_is_read_where_there_is_a_scale(tmp_path):
     assert "field 'score' must be a finite number, got 'high'" in error(read, pair, STSB)
     assert read(pair, STSB, columns="score=")[0].score is None
     for value in ("nan", "inf", "true"):
-        assert "must be a finite number" in error(read, write(tmp_path / "c.csv", f"text,text_b,label,score\nx,y,2,{value}\n"), STSB)
+        assert "must be a finite number" in error(
+            read, write(tmp_path / "c.csv", f"text,text_b,label,score\nx,y,2,{value}\n"), STSB
+        )
 
 
-@pytest.mark.parametrize("field, value", [("rationale", 0), ("rationales", ["one", "two"]), ("rationales", "{"), ("id", ["a"])])
+@pytest.mark.parametrize(
+    "field, value", [("rationale", 0), ("rationales", ["one", "two"]), ("rationales", "{"), ("id", ["a"])]
+)
 def test_a_column_can_be_left_out(tmp_path, field, value):
     path = write(tmp_path / "a.jsonl", [{"text": "dull", "label": "negative", field: value}])
     assert error(read, path).endswith(f"; --columns {field}= leaves this column out")
@@ -146,13 +163,17 @@ def test_a_word_may_be_mapped_to_nothing(tmp_path):
 def test_numbers_of_every_type(tmp_path):
     labels = ["1", "2"]
     task = Task("t", tuple(labels), "{text}")
-    table = pyarrow.table({"text": ["a", "b"], "label": pyarrow.array([decimal.Decimal("1.00"), decimal.Decimal("2.00")])})
+    table = pyarrow.table(
+        {"text": ["a", "b"], "label": pyarrow.array([decimal.Decimal("1.00"), decimal.Decimal("2.00")])}
+    )
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert [e.label for e in read(tmp_path / "a.parquet", task)] == labels
     rows = [{"text": "x", "label": value} for value in (1, 1.0, "1", "1.0", " 1.00 ", "01", "1e0")]
     assert {e.label for e in read(write(tmp_path / "b.jsonl", rows), task)} == {"1"}
     for value in (1.5, "1.5", 11, "1x"):
-        assert "not a label of task t" in error(read, write(tmp_path / "c.jsonl", [{"text": "x", "label": value}]), task)
+        assert "not a label of task t" in error(
+            read, write(tmp_path / "c.jsonl", [{"text": "x", "label": value}]), task
+        )
 
 
 def test_as_written_first_then_as_a_number(tmp_path):
@@ -168,19 +189,38 @@ def test_one_letter_written_in_two_ways(tmp_path):
     task = Task("t", ("caf\u00e9", "the"), "{text}")
     rows = [{"text": "x", "label": "cafe\u0301"}, {"text": "y", "label": "CAFE\u0301"}]
     assert [e.label for e in read(write(tmp_path / "a.jsonl", rows), task)] == ["caf\u00e9"] * 2
-    assert read(write(tmp_path / "b.jsonl", [{"text": "x", "label": "no"}]), task, label_map="no=cafe\u0301")[0].label == "caf\u00e9"
+    assert (
+        read(write(tmp_path / "b.jsonl", [{"text": "x", "label": "no"}]), task, label_map="no=cafe\u0301")[0].label
+        == "caf\u00e9"
+    )
     with pytest.raises(InputError, match="differ only in case or space"):
         Task("t", ("caf\u00e9", "cafe\u0301"), "{text}")
 
 
-@pytest.mark.parametrize("written, meant", [("010", "8"), ("0x1F", "31"), ("1_000", "1000"), ("1.10", "1.1"), ("1e3", None), ("1.0", None), ("2024-01-01", None)])
+@pytest.mark.parametrize(
+    "written, meant",
+    [
+        ("010", "8"),
+        ("0x1F", "31"),
+        ("1_000", "1000"),
+        ("1.10", "1.1"),
+        ("1e3", None),
+        ("1.0", None),
+        ("2024-01-01", None),
+    ],
+)
 def test_yaml_reads_some_words_as_other_numbers(tmp_path, written, meant):
     path = write(tmp_path / "t.yaml", f"labels: [{written}, other]\nprompt: '{{text}}'\n")
     if meant is None:
         assert load_task(str(path)).labels == (written, "other")
     else:
-        assert f"{path}: field 'labels': YAML reads {written} as {meant}; put it in quotes" in error(load_task, str(path))
-    assert load_task(str(write(tmp_path / "u.yaml", f"labels: ['{written}', other]\nprompt: '{{text}}'\n"))).labels[0] == written
+        assert f"{path}: field 'labels': YAML reads {written} as {meant}; put it in quotes" in error(
+            load_task, str(path)
+        )
+    assert (
+        load_task(str(write(tmp_path / "u.yaml", f"labels: ['{written}', other]\nprompt: '{{text}}'\n"))).labels[0]
+        == written
+    )
 
 
 # ---- data sets -------------------------------------------------------------------------------------------------------
@@ -195,7 +235,9 @@ def test_what_save_to_disk_wrote(tmp_path):
     for name, problem in (("one", "without splits"), ("several", "has no split 'validation'; it has 'train', 'test'")):
         with pytest.raises(NoSuchSplit, match=problem):
             load_examples(Source(dataset=str(tmp_path / name), split="validation"), SST2)
-    assert error(read, tmp_path / "one").endswith(f"is a data set that `datasets` saved; give it as --dataset {tmp_path / 'one'}")
+    assert error(read, tmp_path / "one").endswith(
+        f"is a data set that `datasets` saved; give it as --dataset {tmp_path / 'one'}"
+    )
 
 
 def test_a_layout_of_the_hub_without_such_a_split(tmp_path, monkeypatch):
@@ -208,7 +250,12 @@ def test_a_layout_of_the_hub_without_such_a_split(tmp_path, monkeypatch):
 
 def test_examples_are_equal_wherever_they_stand(tmp_path):
     assert Example("a", "x", place="f:1") == Example("a", "x", place="g:2")
-    rows = [json.loads(line) for line in (write(tmp_path / "a.jsonl", [{"id": "r", "text": "x"}])).read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (write(tmp_path / "a.jsonl", [{"id": "r", "text": "x"}])).read_text().splitlines()
+    ]
     (example,) = read(write(tmp_path / "b.jsonl", rows), labels="optional")
     assert example == Example("r", "x") and example.name == "r (b.jsonl:1)" and Example("r", "x").name == "r"
-    assert [e.name for e in read(write(tmp_path / "c.csv", "text\nx\nx\n"), labels="optional")] == ["c.csv:2", "c.csv:3"]
+    assert [e.name for e in read(write(tmp_path / "c.csv", "text\nx\nx\n"), labels="optional")] == [
+        "c.csv:2",
+        "c.csv:3",
+    ]

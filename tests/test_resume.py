@@ -6,6 +6,8 @@ import shutil
 import signal
 
 import pytest
+from stopping import RUNS, Killed, assert_same_run, kill_at, stage_of
+from toy_runs import ANSWER, run
 
 import rllr.run.run
 import rllr.update
@@ -13,8 +15,6 @@ import train_ppo
 import train_rm
 import train_sft
 from rllr.run import checkpoint
-from stopping import RUNS, Killed, assert_same_run, kill_at, stage_of
-from toy_runs import ANSWER, run
 
 
 def die_and_resume(toy, name, directory, monkeypatch, module, function, call):
@@ -62,7 +62,10 @@ def test_stopped_by_a_signal_and_resumed(toy, undisturbed, tmp_path, monkeypatch
     assert stop.value.code == 75 and steps == [1, 2, 3, 4, 5, 6]
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     error = capsys.readouterr().err
-    assert "SIGTERM: finishing this step, then saving" in error and f"stopped after step 6; go on with --resume {tmp_path / 'run'}" in error
+    assert (
+        "SIGTERM: finishing this step, then saving" in error
+        and f"stopped after step 6; go on with --resume {tmp_path / 'run'}" in error
+    )
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path / "run")] == ["step-000006", "step-000004"]
     output = run(main, "--resume", tmp_path / "run")  # no other flag: the settings are the run's own
     assert "step-000006" in output

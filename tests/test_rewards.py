@@ -10,13 +10,7 @@ from hypothesis import strategies as st
 
 import rllr.rewards
 from rllr.ppo import AdaptiveKL, gae
-from rllr.rewards import (
-    incomplete_answer_rule,
-    label_sensitive_reward,
-    pairwise_accuracy,
-    pairwise_loss,
-    shape_rewards,
-)
+from rllr.rewards import incomplete_answer_rule, label_sensitive_reward, pairwise_accuracy, pairwise_loss, shape_rewards
 
 F64 = torch.float64
 CHOSEN = torch.tensor([1.2, -0.3, 0.5, 2.0], dtype=F64)
@@ -80,7 +74,9 @@ def test_reward_errors_name_what_is_missing(arguments, missing):
 
 def test_incomplete_answer_rule():
     """By hand: whole, cut, without a label, both; scores above and below the cap; one penalty, the larger one where both hold."""
-    truncated, unlabelled = (torch.tensor(flags).repeat(2) for flags in ([False, True, False, True], [False, False, True, True]))
+    truncated, unlabelled = (
+        torch.tensor(flags).repeat(2) for flags in ([False, True, False, True], [False, False, True, True])
+    )
     scores = torch.tensor([2.0, 2.0, 2.0, 2.0, -3.0, -3.0, -3.0, -3.0])
     rule = incomplete_answer_rule(scores, truncated, unlabelled, 1.0, 0.5, cap=0.0)
     assert rule.tolist() == [2.0, -1.0, -0.5, -1.0, -3.0, -4.0, -3.5, -4.0]

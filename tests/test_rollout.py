@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import EOS, VOCAB, tiny_model
 
 import rllr.engine.decoder
 import rllr.rollout
-from families import EOS, VOCAB, tiny_model
 from rllr.engine.cache import SlotLayer
 from rllr.engine.limits import check_cache_support
 from rllr.engine.sampling import Sampler
@@ -115,11 +115,7 @@ def test_scripted_model():
     """Stop ids end a row and belong to it; a row without one is cut and flagged; padding takes the pad id."""
     rollout = sample(Scripted(), [[10], [3, 20, 4], [30, 31]], eos_token_id=[6, 13], max_new_tokens=4, pad_token_id=60)
     assert rollout.responses() == [[11, 12, 13], [5, 6], [32, 33, 34, 35]]
-    assert rollout.sequences.tolist() == [
-        [10, 11, 12, 13, 60, 60],
-        [3, 20, 4, 5, 6, 60],
-        [30, 31, 32, 33, 34, 35],
-    ]
+    assert rollout.sequences.tolist() == [[10, 11, 12, 13, 60, 60], [3, 20, 4, 5, 6, 60], [30, 31, 32, 33, 34, 35]]
     assert rollout.truncated.tolist() == [False, False, True]
     assert rollout.prompt_lens.tolist() == [1, 3, 2] and rollout.response_lens.tolist() == [3, 2, 4]
     assert rollout.response_mask.sum(1).tolist() == [3, 2, 4]
@@ -207,7 +203,9 @@ def test_a_memory_limit_lowers_the_number_of_slots(llama):
     assert [slots_within(limit, llama, 10) for limit in (0, 2560, 5119, 5120, 25600)] == [1, 1, 1, 2, 10]
     assert slots_within(2560, llama.bfloat16(), 10) == 2
     seen, llama = [], tiny_model("llama")
-    llama.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True)
+    llama.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
     sample(llama, [[5, 6]] * 6, max_new_tokens=8, cache_bytes=2 * 2560)
     assert max(seen) == 2
 
@@ -215,7 +213,9 @@ def test_a_memory_limit_lowers_the_number_of_slots(llama):
 def test_the_memory_is_free_again_at_once(llama, monkeypatch):
     """Keys and values must not wait for Python's next collection: the update needs the room."""
     seen, plain = [], SlotLayer.lazy_initialization
-    monkeypatch.setattr(SlotLayer, "lazy_initialization", lambda self, *kv: seen.append(weakref.ref(self)) or plain(self, *kv))
+    monkeypatch.setattr(
+        SlotLayer, "lazy_initialization", lambda self, *kv: seen.append(weakref.ref(self)) or plain(self, *kv)
+    )
     gc.disable()
     try:
         rollout = sample(llama)
@@ -334,7 +334,9 @@ def test_recurrent_layers_are_refused(kinds):
         check_cache_support(fake(layer_types=kinds), 4)
 
 
-@pytest.mark.parametrize("kind, refused", [("dynamic", True), ("longrope", True), ("linear", False), ("default", False)])
+@pytest.mark.parametrize(
+    "kind, refused", [("dynamic", True), ("longrope", True), ("linear", False), ("default", False)]
+)
 def test_rotary_embeddings_that_depend_on_the_longest_row_are_refused(kind, refused):
     config = fake(rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 2.0})
     if refused:
@@ -344,7 +346,9 @@ def test_rotary_embeddings_that_depend_on_the_longest_row_are_refused(kind, refu
         check_cache_support(config, 9)
     for inside in ({"original_max_position_embeddings": 9}, {}):  # in the scaling, or beside it, as Phi-3 had it
         scaling = {"rope_type": kind, "factor": 2.0, **inside}
-        check_cache_support(fake(rope_scaling=scaling, original_max_position_embeddings=9, max_position_embeddings=99), 9)
+        check_cache_support(
+            fake(rope_scaling=scaling, original_max_position_embeddings=9, max_position_embeddings=99), 9
+        )
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from stopping import MAINS, Killed, assert_same_run, cut, flip, kill_at, refused, stage_of
+from toy_runs import read_metrics, run
 
 import rllr.common.files
 import rllr.run.checkpoint
@@ -19,17 +21,9 @@ import train_rm
 import train_sft
 from rllr.common.config import parse_config
 from rllr.model.loading import load_policy
-from rllr.run.checkpoint import (
-    STATE,
-    TENSORS,
-    list_checkpoints,
-    read_checkpoint,
-    write_checkpoint,
-)  # fmt: skip
+from rllr.run.checkpoint import STATE, TENSORS, list_checkpoints, read_checkpoint, write_checkpoint  # fmt: skip
 from rllr.run.resume import take_up
 from rllr.run.run import StopRequest
-from stopping import MAINS, Killed, assert_same_run, cut, flip, kill_at, refused, stage_of
-from toy_runs import read_metrics, run
 
 # ---- what --resume accepts and refuses
 
@@ -110,7 +104,9 @@ def test_more_epochs_plan_the_learning_rate_anew(copy_of):
 def test_smaller_micro_batches_go_on_with_a_warning(copy_of):
     """They change no gradient, only rounding; and a run that ran out of memory needs them."""
     output = run(train_ppo.main, "--resume", copy_of("ppo"), "--micro_batch_size", 1)
-    assert "warning: --micro_batch_size 1 (the run began with 2): equal to rounding from here on, not to the bit" in output
+    assert (
+        "warning: --micro_batch_size 1 (the run began with 2): equal to rounding from here on, not to the bit" in output
+    )
 
 
 def edit(path, old, new):
@@ -152,7 +148,9 @@ def test_directories_that_hold_no_run(copy_of, toy, tmp_path, capsys):
     assert "no such run or checkpoint directory" in refused(capsys, "ppo", "--resume", tmp_path / "none")
     assert "is neither a run's directory nor one of its checkpoints" in refused(capsys, "ppo", "--resume", tmp_path)
     assert "holds no run.json" in refused(capsys, "ppo", *policy, "--output_dir", toy.sft.parent, "--resume")
-    assert "is a run of train_ppo.py, not of train_sft.py" in refused(capsys, "sft", "--resume", directory, "--epochs", 3)
+    assert "is a run of train_ppo.py, not of train_sft.py" in refused(
+        capsys, "sft", "--resume", directory, "--epochs", 3
+    )
     assert "belongs to the run in" in refused(capsys, "ppo", "--resume", directory, "--output_dir", tmp_path / "else")
     assert "--overwrite deletes it" in refused(capsys, "ppo", "--resume", directory, "--overwrite")
     assert "already holds a run; give another, --resume or --overwrite" in refused(
@@ -269,7 +267,9 @@ def test_a_checkpoint_that_does_not_fit_is_named(copy_of, capsys):
         changed = read_checkpoint(path)
         harm(changed)
         write_checkpoint(directory, 8, changed, keep_last=2)
-        assert f"checkpoint {path}: its state.json does not fit this run: {words}" in refused(capsys, "sft", "--resume", directory)
+        assert f"checkpoint {path}: its state.json does not fit this run: {words}" in refused(
+            capsys, "sft", "--resume", directory
+        )
         write_checkpoint(directory, 8, whole, keep_last=2)
 
 
@@ -280,13 +280,18 @@ def test_a_runs_record_cannot_switch_code_on(copy_of):
     state["run"]["config"]["trust_remote_code"] = True
     write_checkpoint(directory, 8, state, keep_last=2)
     config = parse_config(train_sft.Config, ["--resume", str(directory)])
-    assert take_up("sft", config, None).recorded["config"]["trust_remote_code"] is True and config.trust_remote_code is False
+    assert (
+        take_up("sft", config, None).recorded["config"]["trust_remote_code"] is True
+        and config.trust_remote_code is False
+    )
     config = parse_config(train_sft.Config, ["--resume", str(directory), "--trust_remote_code"])
     take_up("sft", config, None)
     assert config.trust_remote_code is True
 
 
-@pytest.mark.parametrize("setting, value", [("epochs", "x"), ("task", [1]), ("train_file", 5.5), ("max_new_tokens", None), ("seed", 1e999)])
+@pytest.mark.parametrize(
+    "setting, value", [("epochs", "x"), ("task", [1]), ("train_file", 5.5), ("max_new_tokens", None), ("seed", 1e999)]
+)
 def test_a_record_with_odd_settings(copy_of, capsys, setting, value):
     directory = copy_of("sft")
     state = read_checkpoint(list_checkpoints(directory)[0])
@@ -300,7 +305,10 @@ def test_another_machine_is_named(copy_of, monkeypatch):
     now = rllr.run.run.machine()
     monkeypatch.setattr(rllr.run.run, "machine", lambda: now | {"threads": 64, "device": "NVIDIA H200"})
     output = run(train_ppo.main, "--resume", copy_of("ppo"), "--steps", 9)
-    assert f"warning: threads 64, the run began with {now['threads']}: equal to rounding from here on, not to the bit" in output
+    assert (
+        f"warning: threads 64, the run began with {now['threads']}: equal to rounding from here on, not to the bit"
+        in output
+    )
     assert "warning: device NVIDIA H200, the run began with cpu" in output
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy_runs import ANSWER, run
 
 import train_sft
 from rllr.common.errors import InputError
@@ -18,7 +19,6 @@ from rllr.model.heads import RewardModel
 from rllr.model.loading import allow_remote_code, load_policy, load_tokenizer
 from rllr.run.records import read_record
 from rllr.tasks import Task, load_task
-from toy_runs import ANSWER, run
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "rllr").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
@@ -41,7 +41,9 @@ def dangers(source):
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names if alias.name.split(".")[0] in FORBIDDEN_MODULES]
+            found += [
+                (node.lineno, alias.name) for alias in node.names if alias.name.split(".")[0] in FORBIDDEN_MODULES
+            ]
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in FORBIDDEN_MODULES:
             found.append((node.lineno, node.module))
         if not isinstance(node, ast.Call):
@@ -49,12 +51,19 @@ def dangers(source):
         name, options = dotted(node.func), {keyword.arg: keyword.value for keyword in node.keywords}
         if name in FORBIDDEN_CALLS:
             found.append((node.lineno, name))
-        if name == "torch.load" and not (isinstance(options.get("weights_only"), ast.Constant) and options["weights_only"].value is True):
+        if name == "torch.load" and not (
+            isinstance(options.get("weights_only"), ast.Constant) and options["weights_only"].value is True
+        ):
             found.append((node.lineno, "torch.load without weights_only=True"))
         if isinstance(options.get("shell"), ast.Constant) and options["shell"].value:
             found.append((node.lineno, f"{name}(shell=True)"))
-        if name.endswith(".from_pretrained") and name.startswith("Auto"):  # who loads a model says whether its code may run
-            if not any(keyword.arg is None and dotted(getattr(keyword.value, "func", None)) == "_trust" for keyword in node.keywords):
+        if name.endswith(".from_pretrained") and name.startswith(
+            "Auto"
+        ):  # who loads a model says whether its code may run
+            if not any(
+                keyword.arg is None and dotted(getattr(keyword.value, "func", None)) == "_trust"
+                for keyword in node.keywords
+            ):
                 found.append((node.lineno, f"{name} without _trust()"))
     return found
 
@@ -78,7 +87,9 @@ def test_the_walk_sees(source):
 
 
 def test_the_walk_lets_pass():
-    assert not dangers("model.eval()\nyaml.safe_load(f)\ntorch.load(f, weights_only=True)\nre.compile(x)\nAutoModel.from_pretrained(p, **_trust())")
+    assert not dangers(
+        "model.eval()\nyaml.safe_load(f)\ntorch.load(f, weights_only=True)\nre.compile(x)\nAutoModel.from_pretrained(p, **_trust())"
+    )
 
 
 # ---- models
@@ -101,10 +112,16 @@ class Own(LlamaForCausalLM):
 @pytest.fixture
 def model_with_code(toy, tmp_path):
     """A copy of the toy policy that brings Python code; (directory, the file that the code makes when it runs)."""
-    directory, mark = shutil.copytree(toy.sft, tmp_path / "coded", ignore=shutil.ignore_patterns("checkpoints")), tmp_path / "it-ran"
+    directory, mark = (
+        shutil.copytree(toy.sft, tmp_path / "coded", ignore=shutil.ignore_patterns("checkpoints")),
+        tmp_path / "it-ran",
+    )
     (directory / "own.py").write_text(CODE.format(mark=str(mark)))
     config = json.loads((directory / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own", "AutoModel": "own.Own"}}
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own", "AutoModel": "own.Own"},
+    }
     (directory / "config.json").write_text(json.dumps(config))
     return directory, mark
 
@@ -161,7 +178,9 @@ def test_data_files_are_never_unpickled(tmp_path, monkeypatch, name):
     assert not Path("bomb-went-off").exists()
 
 
-@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [bomb-went-off]", "!!python/name:os.system", "!!python/module:os"])
+@pytest.mark.parametrize(
+    "tag", ["!!python/object/apply:os.mkdir [bomb-went-off]", "!!python/name:os.system", "!!python/module:os"]
+)
 def test_task_files_make_no_code_run(tmp_path, monkeypatch, tag):
     monkeypatch.chdir(tmp_path)
     Path("t.yaml").write_text(f"labels: [a, b]\nprompt: {tag}\n")
@@ -173,7 +192,23 @@ def test_task_files_make_no_code_run(tmp_path, monkeypatch, tag):
 # ---- names
 
 
-NAMES = ["../../etc", "..", ".", "a/b", "/tmp/x", "a\\b", "nul\0", "line\nbreak", "", " a", "a ", ".hidden", "a.", "x" * 81, "tab\tb"]
+NAMES = [
+    "../../etc",
+    "..",
+    ".",
+    "a/b",
+    "/tmp/x",
+    "a\\b",
+    "nul\0",
+    "line\nbreak",
+    "",
+    " a",
+    "a ",
+    ".hidden",
+    "a.",
+    "x" * 81,
+    "tab\tb",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -183,7 +218,9 @@ def test_a_tasks_name_cannot_lead_out_of_the_runs(tmp_path, name):
     (tmp_path / "task.json").write_text(json.dumps({"name": name, "labels": ["a", "b"], "prompt": "{text}"}))
     with pytest.raises(InputError):
         load_task(str(tmp_path / "task.json"))
-    record = {"task": {"name": name, "labels": ["a", "b"], "prompt": "{text}", "metrics": ["accuracy"], "metric": "accuracy"}}
+    record = {
+        "task": {"name": name, "labels": ["a", "b"], "prompt": "{text}", "metrics": ["accuracy"], "metric": "accuracy"}
+    }
     (tmp_path / "rllr.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match="not a record of rllr"):
         read_record(tmp_path)
@@ -196,10 +233,20 @@ def test_ordinary_names_are_fine(name):
 
 def test_a_run_writes_inside_its_output_directory_alone(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before = {path for path in toy.root.rglob("*")}
-    run(train_sft.main, *toy.data, "--model", toy.base, "--epochs", 1, *ANSWER, "--output_dir", tmp_path / "runs" / "own" / "sft")
+    before = set(toy.root.rglob("*"))
+    run(
+        train_sft.main,
+        *toy.data,
+        "--model",
+        toy.base,
+        "--epochs",
+        1,
+        *ANSWER,
+        "--output_dir",
+        tmp_path / "runs" / "own" / "sft",
+    )
     toy.ppo("runs/own/ppo", "--reward", "gold", "--temperature", 0.9, steps=1)
-    assert {path for path in toy.root.rglob("*")} == before
+    assert set(toy.root.rglob("*")) == before
     assert [path.name for path in tmp_path.iterdir()] == ["runs"] and sorted(os.listdir("runs/own")) == ["ppo", "sft"]
 
 

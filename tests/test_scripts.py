@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES, tiny_model, toy_tokenizer
 from safetensors.torch import load_file
+from toy_runs import ANSWER, DEV_ROWS, OTHER, TRAIN_ROWS, read_metrics, run, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import train_ppo
 import train_rm
 import train_sft
-from families import FAMILIES, tiny_model, toy_tokenizer
 from rllr import evaluate, predict, tasks, update
 from rllr.common.errors import RunError
 from rllr.data import splits
@@ -28,7 +29,6 @@ from rllr.rationales import factory as rationales
 from rllr.rewards import pairwise_accuracy
 from rllr.run.optimizer import clip_gradient, make_optimizer, optimizer_step
 from rllr.run.records import read_record
-from toy_runs import ANSWER, DEV_ROWS, OTHER, TRAIN_ROWS, read_metrics, run, write_rows
 
 ROOT = Path(__file__).parent.parent
 
@@ -394,8 +394,17 @@ def test_adaptive_kl_control_moves_the_coefficient(toy, tmp_path):
 
 
 def test_config_file_and_a_flag_over_it(toy, tmp_path):
-    config = {"policy": str(toy.sft), "reward": "gold", "steps": 2, "rollout_prompts": 4, "eval_rows": 4,
-              "max_new_tokens": 12, "kl_coef": 0.3, "freeze_embeddings": False, "output_dir": str(tmp_path / "ppo")}
+    config = {
+        "policy": str(toy.sft),
+        "reward": "gold",
+        "steps": 2,
+        "rollout_prompts": 4,
+        "eval_rows": 4,
+        "max_new_tokens": 12,
+        "kl_coef": 0.3,
+        "freeze_embeddings": False,
+        "output_dir": str(tmp_path / "ppo"),
+    }
     (tmp_path / "ppo.yaml").write_text(json.dumps(config))
     run(train_ppo.main, "--config", tmp_path / "ppo.yaml", "--kl_coef", "0.05")
     lines = read_metrics(tmp_path / "ppo", "judge/score")
@@ -507,7 +516,9 @@ def test_dropout_in_the_policys_config_is_off_in_every_pass(toy, tmp_path):
 def test_a_ratio_that_is_not_one_stops_the_run(toy, tmp_path, monkeypatch, capsys):
     """What a dropout left on, or another temperature, would look like."""
     original = update.token_logprobs
-    monkeypatch.setattr(update, "token_logprobs", lambda *given: original(*given) + (0.02 if torch.is_grad_enabled() else 0.0))
+    monkeypatch.setattr(
+        update, "token_logprobs", lambda *given: original(*given) + (0.02 if torch.is_grad_enabled() else 0.0)
+    )
     with pytest.raises(SystemExit) as stop:
         toy.ppo(tmp_path / "ppo", "--reward", "gold")
     message = capsys.readouterr().err

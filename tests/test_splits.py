@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+from toy_runs import ANSWER, DEV_ROWS, TRAIN_ROWS, read_metrics, run, write_rows
 
 import train_ppo
 import train_rm
@@ -14,7 +15,6 @@ from rllr.common.errors import InputError
 from rllr.common.files import path_for_record, path_from_record
 from rllr.data.splits import DataConfig, Splits, load_splits, rows_digest, tell_splits
 from rllr.tasks import Example, Task
-from toy_runs import ANSWER, DEV_ROWS, TRAIN_ROWS, read_metrics, run, write_rows
 
 TASK = Task("toy", ("good", "bad"), "{text}")
 ROWS = [Example(f"r{i}", f"text {i}", label="good" if i % 2 else "bad") for i in range(40)]
@@ -36,7 +36,19 @@ def here(toy, tmp_path, monkeypatch):
     shutil.copy(toy.task, tmp_path / "toy.yaml")
     monkeypatch.chdir(tmp_path)
     data = ["--task", "toy.yaml", "--train_file", "data/train.jsonl", "--eval_file", "data/dev.jsonl", "--labelled", 40]
-    run(train_sft.main, *data, "--model", toy.base, "--epochs", 2, "--learning_rate", 1e-2, "--output_dir", "runs/sft", *ANSWER)
+    run(
+        train_sft.main,
+        *data,
+        "--model",
+        toy.base,
+        "--epochs",
+        2,
+        "--learning_rate",
+        1e-2,
+        "--output_dir",
+        "runs/sft",
+        *ANSWER,
+    )
     return tmp_path
 
 
@@ -58,15 +70,25 @@ def test_a_reordered_file_changes_no_split(here):
 
 
 def test_rows_that_changed_are_refused_naming_both(here, capsys):
-    changed = [dict(row, label={"good": "bad", "bad": "good"}[row["label"]]) if i == 5 else row for i, row in enumerate(TRAIN_ROWS)]
+    changed = [
+        dict(row, label={"good": "bad", "bad": "good"}[row["label"]]) if i == 5 else row
+        for i, row in enumerate(TRAIN_ROWS)
+    ]
     write_rows("data/train.jsonl", changed)
     message = refused(capsys, train_rm.main, "--policy", "runs/sft", *RM)
     assert "--train_file data/train.jsonl (from runs/sft/rllr.json): its rows are other ones now (digest " in message
-    assert "than those that the policy was trained with (digest " in message and "give the data by flag to use it on purpose" in message
+    assert (
+        "than those that the policy was trained with (digest " in message
+        and "give the data by flag to use it on purpose" in message
+    )
     write_rows("data/train.jsonl", TRAIN_ROWS)
     write_rows("data/dev.jsonl", DEV_ROWS[:-1])
-    assert "--eval_file data/dev.jsonl (from runs/sft/rllr.json)" in refused(capsys, train_ppo.main, "--policy", "runs/sft", "--reward", "gold")
-    assert "--eval_file data/dev.jsonl (from runs/sft/rllr.json)" in refused(capsys, evaluate.main, "--models", "runs/sft")
+    assert "--eval_file data/dev.jsonl (from runs/sft/rllr.json)" in refused(
+        capsys, train_ppo.main, "--policy", "runs/sft", "--reward", "gold"
+    )
+    assert "--eval_file data/dev.jsonl (from runs/sft/rllr.json)" in refused(
+        capsys, evaluate.main, "--models", "runs/sft"
+    )
 
 
 def test_other_data_by_flag_goes_without_the_rows_that_sft_knows(here):
@@ -80,15 +102,26 @@ def test_other_data_by_flag_goes_without_the_rows_that_sft_knows(here):
     flags = ["--train_file", "data/more.jsonl", "--eval_file", "data/dev2.jsonl", "--labelled", 11]
     output = run(train_ppo.main, "--policy", "runs/sft", *flags, "--reward", "gold", "--steps", 1, "--rollout_prompts", 4,
                  "--minibatches", 2, "--output_dir", "runs/ppo", *ANSWER)  # fmt: skip
-    assert "warning: --train_file data/more.jsonl: other rows than those that the policy was trained with, taken because a flag names them" in output
-    assert f"--train_file data/more.jsonl: 40 of {len(new) + len(TRAIN_ROWS)} rows trained or evaluated the policy and are left out" in output
+    assert (
+        "warning: --train_file data/more.jsonl: other rows than those that the policy was trained with, taken because a flag names them"
+        in output
+    )
+    assert (
+        f"--train_file data/more.jsonl: 40 of {len(new) + len(TRAIN_ROWS)} rows trained or evaluated the policy and are left out"
+        in output
+    )
     assert "rows trained the policy and are left out" in output and "of 47 rows trained the policy" in output
-    assert json.loads((here / "runs" / "ppo" / "last" / "rows.json").read_text()) == kept  # handed on for a second round
+    assert (
+        json.loads((here / "runs" / "ppo" / "last" / "rows.json").read_text()) == kept
+    )  # handed on for a second round
 
 
 def test_a_resumed_run_keeps_its_data_by_flag(here):
     """Which settings were given is kept, so that the data of the first command is no surprise to the second."""
-    new = [{"text": f"the dog {i} was tasty", "label": "good", "rationales": {"good": "tasty", "bad": "dog"}} for i in range(30)]
+    new = [
+        {"text": f"the dog {i} was tasty", "label": "good", "rationales": {"good": "tasty", "bad": "dog"}}
+        for i in range(30)
+    ]
     write_rows("data/more.jsonl", new)
     flags = ["--train_file", "data/more.jsonl", "--labelled", 20, *RM, "--output_dir", "runs/rm"]
     assert "other rows than those" in run(train_rm.main, "--policy", "runs/sft", *flags)
@@ -127,7 +160,20 @@ def test_paths_are_kept_from_where_the_record_lies(here, monkeypatch):
     shutil.copytree(here, moved)
     shutil.rmtree(here / "data")
     monkeypatch.chdir(moved)
-    run(train_ppo.main, "--policy", "runs/sft", "--reward", "gold", "--steps", 1, "--rollout_prompts", 4, "--output_dir", "ppo", *ANSWER)
+    run(
+        train_ppo.main,
+        "--policy",
+        "runs/sft",
+        "--reward",
+        "gold",
+        "--steps",
+        1,
+        "--rollout_prompts",
+        4,
+        "--output_dir",
+        "ppo",
+        *ANSWER,
+    )
     assert read_metrics("ppo", "judge/score")
 
 
@@ -141,8 +187,15 @@ def test_paths_for_and_from_a_record(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.jsonl").touch()
-    assert path_for_record("a/x.jsonl", "runs/sft") == "../../a/x.jsonl" and path_for_record("a/x.jsonl", "a") == "./x.jsonl"
-    assert path_from_record("../../a/x.jsonl", "runs/sft") == os.path.join("a", "x.jsonl") == path_from_record("./x.jsonl", "a")
+    assert (
+        path_for_record("a/x.jsonl", "runs/sft") == "../../a/x.jsonl"
+        and path_for_record("a/x.jsonl", "a") == "./x.jsonl"
+    )
+    assert (
+        path_from_record("../../a/x.jsonl", "runs/sft")
+        == os.path.join("a", "x.jsonl")
+        == path_from_record("./x.jsonl", "a")
+    )
     absolute = str(tmp_path / "a" / "x.jsonl")
     for value in (None, "", absolute, "organisation/model", "no/such/file"):
         assert path_for_record(value, "runs/sft") == value == path_from_record(value, "runs/sft")
@@ -159,7 +212,10 @@ def test_an_older_record_or_run_is_refused_in_one_sentence(here, capsys):
         flags = ["--policy", "runs/sft", *RM] if edit == "rllr" else ["--resume", "runs/sft"]
         shutil.rmtree("runs/sft/checkpoints", ignore_errors=True)
         message = refused(capsys, train_rm.main if edit == "rllr" else train_sft.main, *flags)
-        assert f"{path}: has format 1, this version of rllr has format 2, and what a run computes has changed in between (CHANGELOG.md); " in message
+        assert (
+            f"{path}: has format 1, this version of rllr has format 2, and what a run computes has changed in between (CHANGELOG.md); "
+            in message
+        )
         (here / path).write_text(json.dumps(content))
 
 
@@ -183,7 +239,9 @@ def test_texts_in_two_splits():
     """Compared without case and white space, across ids and labels."""
     again = [Example("x", " TEXT  3", label="good"), Example("y", "new", label="bad")]
     log = told(ROWS[:20], ROWS[20:25], evaluation=again)
-    assert log[1].startswith("warning: 1 of 2 evaluation texts are among the training rows as well (x): what is measured on them")
+    assert log[1].startswith(
+        "warning: 1 of 2 evaluation texts are among the training rows as well (x): what is measured on them"
+    )
     log = told(ROWS[:20], again, evaluation=ROWS[30:34])
     assert log[1].startswith("warning: 1 of 2 held-out texts are among the rows to train on as well (x)")
     assert len(told(ROWS[:20], ROWS[20:25], evaluation=ROWS[30:34])) == 1
@@ -200,7 +258,9 @@ def test_one_class_and_a_class_without_a_row():
 def test_the_evaluation_file_is_the_training_file(tmp_path):
     path, log = write_rows(tmp_path / "rows.jsonl", TRAIN_ROWS), []
     load_splits(DataConfig(train_file=path, eval_file=path), TASK, log.append)
-    assert any(f"{len(TRAIN_ROWS)} of {len(TRAIN_ROWS)} evaluation texts are among the training rows" in line for line in log)
+    assert any(
+        f"{len(TRAIN_ROWS)} of {len(TRAIN_ROWS)} evaluation texts are among the training rows" in line for line in log
+    )
 
 
 def test_no_row_has_a_label(tmp_path):
@@ -212,7 +272,9 @@ def test_no_row_has_a_label(tmp_path):
 def test_a_data_set_without_a_validation_split(tmp_path):
     from datasets import Dataset
 
-    Dataset.from_list([{"text": row["text"], "label": row["label"]} for row in TRAIN_ROWS]).save_to_disk(tmp_path / "saved")
+    Dataset.from_list([{"text": row["text"], "label": row["label"]} for row in TRAIN_ROWS]).save_to_disk(
+        tmp_path / "saved"
+    )
     log = []
     splits = load_splits(DataConfig(dataset=str(tmp_path / "saved")), TASK, log.append)
     assert len(splits.eval) == 5 and any("evaluation rows are set aside from the training rows" in line for line in log)
@@ -221,6 +283,10 @@ def test_a_data_set_without_a_validation_split(tmp_path):
 
 
 def test_a_digest_of_rows_is_of_what_they_say():
-    assert rows_digest(ROWS) == rows_digest(ROWS[::-1]) == rows_digest([Example(r.id, r.text, label=r.label, place="elsewhere") for r in ROWS])
+    assert (
+        rows_digest(ROWS)
+        == rows_digest(ROWS[::-1])
+        == rows_digest([Example(r.id, r.text, label=r.label, place="elsewhere") for r in ROWS])
+    )
     other = [*ROWS[:-1], Example(ROWS[-1].id, ROWS[-1].text, label="bad")]
     assert rows_digest(ROWS) != rows_digest(ROWS[:-1]) != rows_digest(other) and rows_digest(other) != rows_digest(ROWS)

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import EOS, tiny_model, toy_tokenizer
 from torch.nn import functional as F
 
 import rllr.common.log
 import rllr.run.machine
 import rllr.update
-from families import EOS, tiny_model, toy_tokenizer
 from rllr.common.errors import InputError, RunError
 from rllr.common.files import RECORD
 from rllr.common.log import Clock
@@ -43,7 +43,9 @@ def test_a_saved_policy_comes_back(tmp_path):
     model, tokenizer = tiny_model("llama", vocab_size=262), toy_tokenizer()
     model.generation_config.eos_token_id = [7, 9]
     encoder = Encoder(tokenizer, model)
-    record = make_record("sft", OWN, DataConfig(task="own.yaml", labelled=7), tmp_path, tiny=True, eval={"accuracy": 0.5})
+    record = make_record(
+        "sft", OWN, DataConfig(task="own.yaml", labelled=7), tmp_path, tiny=True, eval={"accuracy": 0.5}
+    )
     save_policy(model, encoder, tmp_path / "a" / "b", record)
     loaded = load_policy(tmp_path / "a" / "b")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
@@ -78,7 +80,10 @@ def test_resolve_task():
         assert resolve_task(DataConfig(task=name), record, "d") == OWN
     assert resolve_task(DataConfig(answer_format="rationale"), record, "d").answer_format == "rationale"
     assert resolve_task(DataConfig(task="mrpc"), record, "d") == TASKS["mrpc"]
-    assert resolve_task(DataConfig(), {}, "d") == TASKS["demo"] and resolve_task(DataConfig(), {}, "d", "mr") == TASKS["mr"]
+    assert (
+        resolve_task(DataConfig(), {}, "d") == TASKS["demo"]
+        and resolve_task(DataConfig(), {}, "d", "mr") == TASKS["mr"]
+    )
     assert resolve_task(DataConfig(task="sst2", answer_format="label"), {}, "d").answer_format == "label"
     assert resolve_task(DataConfig(), {"task": asdict(OWN)}, "d") == OWN  # a record without data settings
     with pytest.raises(InputError, match="--task 'tasks/other'"):
@@ -99,7 +104,7 @@ def test_inherit_fills_what_is_not_given_and_names_contradictions():
     config = DataConfig(train_file="b.jsonl", labelled=100, eval_file="e.jsonl")
     assert inherit(config, record, "runs/sft") == []  # files are compared by what they hold
     assert config == DataConfig("sst2", "b.jsonl", "e.jsonl", labelled=100, data_seed=0, held_out=0.2)
-    assert config.inherited == {name: "runs/sft/rllr.json" for name in ("task", "data_seed", "held_out")}
+    assert config.inherited == dict.fromkeys(("task", "data_seed", "held_out"), "runs/sft/rllr.json")
     assert inherit(DataConfig(labelled=3), record, "d") == ["--labelled 3 (the policy was trained with 100)"]
     assert inherit(DataConfig(labelled=3), {}, "d") == []
 
@@ -474,17 +479,24 @@ def test_deterministic_algorithms_and_a_fixed_number_of_slots(monkeypatch):
     from rllr.rollout import slots_within
 
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    config = SimpleNamespace(num_attention_heads=4, num_key_value_heads=None, hidden_size=64, head_dim=None, num_hidden_layers=2)
+    config = SimpleNamespace(
+        num_attention_heads=4, num_key_value_heads=None, hidden_size=64, head_dim=None, num_hidden_layers=2
+    )
     model = SimpleNamespace(device=torch.device("cuda"), config=config, parameters=lambda: iter([torch.zeros(1)]))
     per_answer = 2 * 2 * 4 * 16 * 10 * 4  # keys and values, layers, heads, head size, columns, bytes
     try:
         counts = []
         for free in (8, 40):
-            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * per_answer, 80 * per_answer))
+            monkeypatch.setattr(
+                torch.cuda, "mem_get_info", lambda device, free=free: (free * per_answer, 80 * per_answer)
+            )
             counts.append(slots_within(None, model, 10))
             set_up("fp32", 0, deterministic=True)
             counts.append(slots_within(None, model, 10))
-            assert torch.are_deterministic_algorithms_enabled() and rllr.run.machine.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+            assert (
+                torch.are_deterministic_algorithms_enabled()
+                and rllr.run.machine.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+            )
             torch.use_deterministic_algorithms(False)
         assert counts == [4, 20, 20, 20]
     finally:

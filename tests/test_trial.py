@@ -3,22 +3,29 @@
 import pytest
 import torch
 import transformers
+from families import FAMILIES, tiny_model, toy_tokenizer
 from test_encoding import encoder_of
 from test_rollout import naive_greedy
+from toy_runs import ANSWER, run
 
 import rllr.engine.attention
 import rllr.engine.limits
 import rllr.model.trial
 import train_sft
-from families import FAMILIES, tiny_model, toy_tokenizer
 from rllr.common.errors import InputError
 from rllr.data.encoding import Encoder
-from rllr.engine.attention import attention_by, can_pack, packed_attention, packed_forward, remember_packing, slot_attention
+from rllr.engine.attention import (
+    attention_by,
+    can_pack,
+    packed_attention,
+    packed_forward,
+    remember_packing,
+    slot_attention,
+)
 from rllr.engine.limits import length_limits, windows_of
 from rllr.model.backbone import width_of
 from rllr.model.trial import try_model
 from rllr.rollout import generate
-from toy_runs import ANSWER, run
 
 SMALL = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": None,
@@ -76,10 +83,15 @@ def test_a_window_that_no_argument_tells_of(monkeypatch):
     assert generate(model, [[5, 6, 7], [9] * 8], max_new_tokens=8, eos_token_id=2, greedy=True).responses() == [
         naive_greedy(model, prompt, {2}, 8) for prompt in ([5, 6, 7], [9] * 8)
     ]
-    with pytest.raises(InputError, match="neo: GPTNeoForCausalLM cannot be used: prompt and answer take 48 tokens, more than its window size of 16"):
+    with pytest.raises(
+        InputError,
+        match="neo: GPTNeoForCausalLM cannot be used: prompt and answer take 48 tokens, more than its window size of 16",
+    ):
         try_model(model, PROMPTS, 8, "neo")
     monkeypatch.setattr(rllr.engine.limits, "length_limits", lambda config: [])  # a configuration that does not name it
-    with pytest.raises(InputError, match="with rows of 14 to 48 tokens side by side, its distributions are .* nats off"):
+    with pytest.raises(
+        InputError, match="with rows of 14 to 48 tokens side by side, its distributions are .* nats off"
+    ):
         try_model(model, PROMPTS, 8, "neo")
     try_model(model, [[5, 6, 7]], 8, "neo")
 
@@ -195,8 +207,12 @@ def test_a_window_is_masked_in_packed_rows(kind, config):
     model = built(kind, num_key_value_heads=2, max_position_embeddings=128, **config).double()
     rows = [torch.tensor(prompt) for prompt in (PROMPTS[1], PROMPTS[2], PROMPTS[0])]
     with torch.no_grad():
-        packed = packed_forward(model.base_model, torch.cat(rows).unsqueeze(0), [len(row) for row in rows], use_cache=False)[0]
-        alone = torch.cat([model.base_model(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state[0] for row in rows])
+        packed = packed_forward(
+            model.base_model, torch.cat(rows).unsqueeze(0), [len(row) for row in rows], use_cache=False
+        )[0]
+        alone = torch.cat(
+            [model.base_model(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state[0] for row in rows]
+        )
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-8)
     assert can_pack(model.base_model, 40) and set(model.base_model._rllr_can_pack) == {8}
 
@@ -213,7 +229,10 @@ def test_a_window_that_packing_would_drop_is_found(monkeypatch):
     assert windows_of(backbone.config) == {"sliding_window": 20}
 
 
-@pytest.mark.parametrize("name, value", [("softcap", 30.0), ("s_aux", torch.zeros(4)), ("position_bias", 1), ("is_causal", False), ("novelty", 0)])
+@pytest.mark.parametrize(
+    "name, value",
+    [("softcap", 30.0), ("s_aux", torch.zeros(4)), ("position_bias", 1), ("is_causal", False), ("novelty", 0)],
+)
 def test_arguments_that_change_the_arithmetic_are_not_dropped(name, value):
     x, mask = torch.zeros(1, 4, 3, 8), torch.ones(1, 1, 1, 3, dtype=torch.bool)
     with pytest.raises(NotImplementedError, match=name):
@@ -267,6 +286,12 @@ def test_width_of_the_tested_families(family):
 
 def test_width_of_a_decoder_with_projections():
     """OPT-350m: embeddings and final hidden states are half as wide as the layers between them."""
-    model = built(transformers.OPTConfig, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False, max_position_embeddings=128)
+    model = built(
+        transformers.OPTConfig,
+        ffn_dim=48,
+        word_embed_proj_dim=16,
+        do_layer_norm_before=False,
+        max_position_embeddings=128,
+    )
     assert model.config.hidden_size == 32 and width_of(model.base_model) == 16
     try_model(model, PROMPTS, 8, "opt")

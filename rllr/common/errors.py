@@ -1,10 +1,10 @@
 """The errors a person is meant to read, and how a script ends on them.
 
-    exit code   0    done
-                1    the run cannot go on (RunError); what was good is saved
-                2    bad input (InputError); nothing was written
-                75   stopped by Ctrl-C or SIGTERM, state saved: the same command with --resume goes on
-                130  stopped at once by Ctrl-C, a second one or before training began (143: by SIGTERM)
+exit code   0    done
+            1    the run cannot go on (RunError); what was good is saved
+            2    bad input (InputError); nothing was written
+            75   stopped by Ctrl-C or SIGTERM, state saved: the same command with --resume goes on
+            130  stopped at once by Ctrl-C, a second one or before training began (143: by SIGTERM)
 """
 
 import functools
@@ -71,7 +71,9 @@ def brief(value) -> str:
 def brief_list(values, shown=20) -> str:
     """Names in a message: the first twenty."""
     values = list(values)
-    return ", ".join(brief(value) for value in values[:shown]) + (f", ... ({len(values)} in all)" if len(values) > shown else "")
+    return ", ".join(brief(value) for value in values[:shown]) + (
+        f", ... ({len(values)} in all)" if len(values) > shown else ""
+    )
 
 
 def out_of_memory(error):

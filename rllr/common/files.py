@@ -160,7 +160,9 @@ def disk_faults(what, kept=""):
         if not isinstance(error, (OSError, SafetensorError)) and "os error" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
-        raise RunError(f"{what} cannot be written: {reason}. Make room and go on with --resume. {kept}".strip()) from None
+        raise RunError(
+            f"{what} cannot be written: {reason}. Make room and go on with --resume. {kept}".strip()
+        ) from None
 
 
 # ---- paths in records -----------------------------------------------------------------------------------------------------

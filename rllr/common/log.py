@@ -97,5 +97,17 @@ class Clock:
 def show_config(config, title):
     """The settings that differ from their defaults, wrapped; all of them are in the run's record."""
     fields = dataclasses.fields(config)
-    changed = [f"{field.name}={getattr(config, field.name)}" for field in fields if getattr(config, field.name) != field.default]
-    say(textwrap.fill(f"{title}: {', '.join(changed)}", 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+    changed = [
+        f"{field.name}={getattr(config, field.name)}"
+        for field in fields
+        if getattr(config, field.name) != field.default
+    ]
+    say(
+        textwrap.fill(
+            f"{title}: {', '.join(changed)}",
+            120,
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )

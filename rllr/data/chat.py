@@ -35,7 +35,9 @@ class ChatTemplate:
         self._choose_form()
         self.prints_time = "strftime_now" in self.template and self._shows_another_time()
         if self.prints_time:
-            self.notes.append(f"the chat template prints the time: here and in every later stage it is {self.clock.isoformat()}")
+            self.notes.append(
+                f"the chat template prints the time: here and in every later stage it is {self.clock.isoformat()}"
+            )
         self.closing = ""  # what ends a block of thinking that the template opens: an answer does not belong inside it
         opened = OPEN_THINKING.search(self.render(PROBE))
         if opened:
@@ -68,7 +70,9 @@ class ChatTemplate:
 
     def _shows_another_time(self):
         now, clock = self.render(PROBE), self.clock
-        self.clock = clock.replace(year=clock.year - 1, month=1 + clock.month % 12, day=1 + clock.day % 28, hour=(clock.hour + 1) % 24)
+        self.clock = clock.replace(
+            year=clock.year - 1, month=1 + clock.month % 12, day=1 + clock.day % 28, hour=(clock.hour + 1) % 24
+        )
         other, self.clock = self.render(PROBE), clock
         return now != other
 
@@ -83,7 +87,12 @@ class ChatTemplate:
             more = {"rllr_clock": {directive: _at(self.clock, directive) for directive in both}}
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer_follows, enable_thinking=False, chat_template=template, **more
+                messages,
+                tokenize=False,
+                add_generation_prompt=answer_follows,
+                enable_thinking=False,
+                chat_template=template,
+                **more,
             )
         except Exception as error:  # a template is code: Jinja's errors, and whatever its expressions raise
             raise InputError(

@@ -291,7 +291,7 @@ def _opinions(rng: random.Random, split: str, aspects: list[str], polarities: li
         phrases, weights = _ranked_phrases(kind, polarity ^ negated, split)
         for _ in range(20):
             phrase = phrases[bisect(weights, rng.random() * weights[-1])]
-            if all([_split_of(phrase, other) == split for other, _ in chosen]):
+            if all(_split_of(phrase, other) == split for other, _ in chosen):
                 chosen.append((phrase, negated))
                 break
         else:

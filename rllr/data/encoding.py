@@ -18,7 +18,9 @@ from .chat import ChatTemplate, squeeze
 PLAIN_TEMPLATE = "{prompt}\n"
 DEFAULT_CONTEXT = 2048  # for architectures without a limit of their own (Bloom)
 MANY_UNKNOWN = 0.2  # share of a prompt's tokens that the tokenizer does not know, above which a warning is due
-CHARACTERS_SPARE = 4  # times a token's own length: so many characters of a text it may stand for (normalisation drops some)
+CHARACTERS_SPARE = (
+    4  # times a token's own length: so many characters of a text it may stand for (normalisation drops some)
+)
 
 
 class Encoder:
@@ -38,11 +40,16 @@ class Encoder:
         self.end_id = self._end_id()
         if self.end_id not in self.stop_ids:
             self.stop_ids.append(self.end_id)
-        limits = [length_limit(model), (getattr(tokenizer, "model_max_length", None), "the tokenizer's model_max_length")]
+        limits = [
+            length_limit(model),
+            (getattr(tokenizer, "model_max_length", None), "the tokenizer's model_max_length"),
+        ]
         limits = [(tokens, why) for tokens, why in limits if tokens and tokens < 10**9]
         self.context, self.context_reason = min(limits, default=(DEFAULT_CONTEXT, "the default"))
         pad_id = tokenizer.pad_token_id
-        self.pad_id = pad_id if pad_id is not None and pad_id < self.vocabulary_size else None  # None: any id fills padding
+        self.pad_id = (
+            pad_id if pad_id is not None and pad_id < self.vocabulary_size else None
+        )  # None: any id fills padding
         self.empty_prompts = {}  # task: tokens of its prompt without a text
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.special_tokens = [
@@ -124,9 +131,13 @@ class Encoder:
         prompt = self._plain(task.render_prompt(example.text, example.text_b))
         ids = self.prompt_ids(prompt)
         seen = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        own = self.tokenizer.decode(self.tokenizer.encode(prompt, add_special_tokens=False), clean_up_tokenization_spaces=False)
+        own = self.tokenizer.decode(
+            self.tokenizer.encode(prompt, add_special_tokens=False), clean_up_tokenization_spaces=False
+        )
         if squeeze(own) not in squeeze(seen):
-            raise InputError(f"{self.name}: the prompt {own!r:.300} is lost; the model would see {seen!r:.600}; mend its chat_template")
+            raise InputError(
+                f"{self.name}: the prompt {own!r:.300} is lost; the model would see {seen!r:.600}; mend its chat_template"
+            )
         for label in task.labels:
             answer = task.render_answer(label, "a reason")
             back = self.decode(self.answer_ids(answer))
@@ -142,7 +153,9 @@ class Encoder:
             log(f"a prompt as the model sees it ({len(ids)} tokens): {seen!r:.2000}")
             unknown = sum(i == self.tokenizer.unk_token_id for i in ids)
             if unknown > MANY_UNKNOWN * len(ids):
-                log(f"warning: {unknown} of its {len(ids)} tokens are unknown to the tokenizer, which cannot write these texts")
+                log(
+                    f"warning: {unknown} of its {len(ids)} tokens are unknown to the tokenizer, which cannot write these texts"
+                )
 
     def fit(self, examples, task, reserve, log=print):
         """The examples with texts cut so that prompt and `reserve` tokens of answer fit the context.
@@ -156,7 +169,9 @@ class Encoder:
 
     def _tell_cut(self, cut, total, log):
         if cut:
-            log(f"{len(cut)} of {total} texts were cut to fit the context of {self.context} tokens ({self.context_reason}): {_name(cut)}")
+            log(
+                f"{len(cut)} of {total} texts were cut to fit the context of {self.context} tokens ({self.context_reason}): {_name(cut)}"
+            )
 
     def _budget(self, task, reserve, whose=""):
         """Tokens that a prompt may have. InputError where the template alone has more."""

@@ -25,7 +25,14 @@ from .tables import SAVED_DATA_SET, Table, dataset_rows, first_line, read_table
 
 FIELDS = ("id", "text", "text_b", "label", "score", "rationale", "rationales")
 IGNORABLE = ("id", "score", "rationale", "rationales")  # fields that --columns may map to nothing
-NO_LABEL = ("", "-1", "nan", "none", "null", "<na>")  # how files say that a row has no label, where these are no labels of the task
+NO_LABEL = (
+    "",
+    "-1",
+    "nan",
+    "none",
+    "null",
+    "<na>",
+)  # how files say that a row has no label, where these are no labels of the task
 NAMED_LABELS = 12  # spellings of a missing label that a log line names
 
 
@@ -54,7 +61,9 @@ class Source:
 # ---- the public functions
 
 
-def load_examples(source, task: Task, *, labels="required", columns=None, label_map=None, empty="drop", log=print) -> list[Example]:
+def load_examples(
+    source, task: Task, *, labels="required", columns=None, label_map=None, empty="drop", log=print
+) -> list[Example]:
     """Examples from a path, a `Source` or a `Table`. `columns` and `label_map` are dicts or flag strings ("text=sentence").
 
     labels: "required", "optional", or "ignored": then label, score and rationale columns are not even read. Rows with an
@@ -212,7 +221,9 @@ def parse_mapping_flag(value: str | dict | None, flag: str = "--columns") -> dic
                 f"being one of {', '.join(FIELDS)}"
             )
         if not mapping[name] and name not in IGNORABLE:
-            raise InputError(f"{flag} {name}=: the field {name!r} is needed; only {', '.join(IGNORABLE)} can be left out like this")
+            raise InputError(
+                f"{flag} {name}=: the field {name!r} is needed; only {', '.join(IGNORABLE)} can be left out like this"
+            )
     return mapping
 
 
@@ -234,11 +245,16 @@ def _to_examples(table: Table, task: Task, columns, label_map, labels: str, empt
                 times_seen[example.id] += 1
                 unique = f"{example.id}#{times_seen[example.id]}"
             times_seen[unique] += 1
-            repeated += [n] if unique != example.id and "id" in reader.columns else []  # equal texts are `splits`' to tell of
+            repeated += (
+                [n] if unique != example.id and "id" in reader.columns else []
+            )  # equal texts are `splits`' to tell of
             examples.append(replace(example, id=unique))
     table.report(dropped, repeated, len(examples), log)
     if labels == "optional" and reader.without_label or any(reader.without_label):
-        named = ", ".join(f"{brief(word) if word else 'empty'}: {count}" for word, count in reader.without_label.most_common(NAMED_LABELS))
+        named = ", ".join(
+            f"{brief(word) if word else 'empty'}: {count}"
+            for word, count in reader.without_label.most_common(NAMED_LABELS)
+        )
         log(f"{table.name}: rows without a label: {sum(reader.without_label.values())} ({named})")
     return examples
 
@@ -253,7 +269,9 @@ class _RowReader:
         for name, column in mapping.items():
             if column and column not in present:
                 self._refuse_missing_header()
-                raise InputError(f"{table.name}: no column {brief(column)} (--columns {name}={column}); {_present(present)}")
+                raise InputError(
+                    f"{table.name}: no column {brief(column)} (--columns {name}={column}); {_present(present)}"
+                )
         # A column given to one field is not read for another as well: after score=label, `label` holds no labels.
         self.columns = {name: name for name in FIELDS if name in present and name not in mapping.values()} | mapping
         self.columns = {name: column for name, column in self.columns.items() if column}
@@ -267,7 +285,8 @@ class _RowReader:
         if labels == "ignored":
             self.columns = {name: column for name, column in self.columns.items() if name in ("id", "text", "text_b")}
         self.label_map = {
-            same_word(word): self._mapped_label(word, label) for word, label in parse_mapping_flag(label_map, "--label_map").items()
+            same_word(word): self._mapped_label(word, label)
+            for word, label in parse_mapping_flag(label_map, "--label_map").items()
         }
         has_label = "label" in self.columns or task.ordinal and "score" in self.columns
         for name in ["text"] + ["text_b"] * task.is_pair + ["label"] * (labels == "required" and not has_label):
@@ -349,11 +368,15 @@ class _RowReader:
         """The row's own id, any scalar; else a hash of its texts, which is the same wherever the row stands."""
         value = self._value(row, "id")
         if isinstance(value, (list, dict)):
-            raise self._error(n, "id", f"must be one value, got {type(value).__name__} {brief(value)}{self._how_to_ignore('id')}")
+            raise self._error(
+                n, "id", f"must be one value, got {type(value).__name__} {brief(value)}{self._how_to_ignore('id')}"
+            )
         if isinstance(value, str):
             self.table.text(n, row, "id", self.columns["id"])  # for its errors
         written = "" if value is None or value != value else str(value).strip()
-        return written or text_hash(self._text(n, row, "text"), self._text(n, row, "text_b") if self.task.is_pair else None)
+        return written or text_hash(
+            self._text(n, row, "text"), self._text(n, row, "text_b") if self.task.is_pair else None
+        )
 
     def _how_to_ignore(self, name):
         return f"; --columns {name}= leaves this column out"

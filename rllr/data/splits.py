@@ -68,13 +68,20 @@ class Splits:
 
     def text_hashes(self):
         """What `rows.json` keeps: which texts trained (labelled) and evaluated (held_out, eval) a policy."""
-        return {name: [text_hash(e.text, e.text_b) for e in getattr(self, name)] for name in ("labelled", "held_out", "eval")}
+        return {
+            name: [text_hash(e.text, e.text_b) for e in getattr(self, name)]
+            for name in ("labelled", "held_out", "eval")
+        }
 
 
 def rows_digest(rows):
     """SHA-256 of rows, whatever their order and place."""
-    one = (json.dumps([e.id, e.text, e.text_b, e.label, e.score, e.rationale, e.rationales], sort_keys=True) for e in rows)
-    return hashlib.sha256("\n".join(sorted(hashlib.sha256(row.encode()).hexdigest() for row in one)).encode()).hexdigest()
+    one = (
+        json.dumps([e.id, e.text, e.text_b, e.label, e.score, e.rationale, e.rationales], sort_keys=True) for e in rows
+    )
+    return hashlib.sha256(
+        "\n".join(sorted(hashlib.sha256(row.encode()).hexdigest() for row in one)).encode()
+    ).hexdigest()
 
 
 def load_splits(config: DataConfig, task: Task, log=print, record=None, taken_up=None) -> Splits:
@@ -146,10 +153,14 @@ def tell_splits(splits, task, log):
     for name, rows in (("rows to train on", splits.labelled), ("evaluation rows", splits.eval)):
         present = {row.label for row in rows}
         if len(present) == 1:
-            log(f"warning: all {len(rows)} {name} are labelled {present.pop()!r}: always the same answer is 100 % right there")
+            log(
+                f"warning: all {len(rows)} {name} are labelled {present.pop()!r}: always the same answer is 100 % right there"
+            )
     missing = [label for label in task.labels if label not in {row.label for row in splits.labelled}]
     if missing:
-        log(f"warning: no row to train on is labelled {', '.join(map(brief, missing))}: the policy cannot learn to say so")
+        log(
+            f"warning: no row to train on is labelled {', '.join(map(brief, missing))}: the policy cannot learn to say so"
+        )
 
 
 def _by_label(rows, task):
@@ -183,9 +194,14 @@ def _other_rows(config, record, sources, rows, evaluation, log):
     if record.get("stage") == "tiny":  # it read texts, and no labels
         return rows, evaluation
     hashes = recorded_hashes(config.policy)
-    trained, evaluated = set(hashes.get("labelled", ())), {h for name in ("held_out", "eval") for h in hashes.get(name, ())}
+    trained, evaluated = (
+        set(hashes.get("labelled", ())),
+        {h for name in ("held_out", "eval") for h in hashes.get(name, ())},
+    )
     for name in changed:
-        log(f"warning: {_source(config, name)}: other rows than those that the policy was trained with, taken because a flag names them")
+        log(
+            f"warning: {_source(config, name)}: other rows than those that the policy was trained with, taken because a flag names them"
+        )
     if "train" in changed:
         rows = _without(rows, trained | evaluated, "trained or evaluated the policy", config, "train", log)
     if "eval" in changed:
@@ -290,7 +306,9 @@ def inherit(config: DataConfig, record: dict, directory):
         if mine is None:
             setattr(config, name, theirs)
             config.inherited |= {name: origin} if theirs is not None else {}
-        elif theirs is not None and mine != theirs and name not in SOURCES | {"task"}:  # those are compared by what they hold
+        elif (
+            theirs is not None and mine != theirs and name not in SOURCES | {"task"}
+        ):  # those are compared by what they hold
             contradictions.append(f"--{name} {mine} (the policy was trained with {theirs})")
     return contradictions
 

@@ -16,7 +16,13 @@ from ..common.files import is_lfs_pointer
 
 NAMED_ROWS = 5  # how many dropped rows a log line names
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-DELIMITERS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}  # by name, for shells that make a tab hard to type
+DELIMITERS = {
+    "tab": "\t",
+    "\\t": "\t",
+    "comma": ",",
+    "semicolon": ";",
+    "pipe": "|",
+}  # by name, for shells that make a tab hard to type
 NEWLINE = b"\n"
 SAVED_DATA_SET = ("state.json", "dataset_dict.json")  # in a directory that `datasets` wrote with save_to_disk
 
@@ -129,7 +135,9 @@ def _decode(path: Path, content: bytes, encoding: str | None) -> str:
     try:
         return content.decode(encoding).removeprefix("\ufeff")
     except LookupError:
-        raise InputError(f"--encoding {brief(encoding)}: no such encoding; for example utf-8, cp1252, utf-16 or gb18030") from None
+        raise InputError(
+            f"--encoding {brief(encoding)}: no such encoding; for example utf-8, cp1252, utf-16 or gb18030"
+        ) from None
     except UnicodeError as error:
         start = getattr(error, "start", 0)
         where = f"{path}:{content[:start].count(NEWLINE) + 1}"

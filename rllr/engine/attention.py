@@ -17,7 +17,15 @@ from .limits import position_limits, text_config, windows_of
 
 PACKED, SLOTS = "rllr_packed", "rllr_slots"
 # What models hand to their attention beside the arguments below, and what does not change its arithmetic.
-HARMLESS = {"position_ids", "cache_position", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "return_dict"}
+HARMLESS = {
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+}
 
 
 FORBIDDEN = "forbidden"  # among a backbone's verdicts: packing was found to be wrong
@@ -31,7 +39,16 @@ def _refuse_unknown(arguments):
 
 
 def packed_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, segment_lens=None, sliding_window=None, **arguments
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    segment_lens=None,
+    sliding_window=None,
+    **arguments,
 ):
     """Causal attention within each segment. query [1, heads, N, D], key and value [1, kv heads, N, D] -> [1, N, heads, D].
 
@@ -40,7 +57,11 @@ def packed_attention(
     _refuse_unknown(arguments | {"attention_mask": attention_mask, "no segment_lens": None if segment_lens else True})
     grouped, pieces = query.shape[1] != key.shape[1], []
     for q, k, v in zip(*(x.split(segment_lens, dim=2) for x in (query, key, value))):
-        mask = _within_window(q.shape[2], sliding_window, q.device) if sliding_window and q.shape[2] > sliding_window else None
+        mask = (
+            _within_window(q.shape[2], sliding_window, q.device)
+            if sliding_window and q.shape[2] > sliding_window
+            else None
+        )
         pieces.append(
             scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
@@ -56,7 +77,9 @@ def _within_window(length, window, device):
     return (behind >= 0) & (behind < window)
 
 
-def slot_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, spans=None, sliding_window=None, **arguments):
+def slot_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, spans=None, sliding_window=None, **arguments
+):
     """One query per slot. query [B, heads, 1, D], key and value [B, kv heads, L, D], mask [B, 1, 1, L] -> [B, 1, heads, D].
 
     The query heads that share a key head become its queries; repeating the keys instead, as transformers did until 5.20 or
@@ -68,7 +91,12 @@ def slot_attention(module, query, key, value, attention_mask, scaling=None, drop
     if spans is not None and key.shape[1] == heads:
         scaled = query.float() * (size**-0.5 if scaling is None else scaling)
         pieces = [
-            _weighted(scaled[a:b], key[a:b, :, :width].float(), value[a:b, :, :width].float(), attention_mask[a:b, :, 0, :width])
+            _weighted(
+                scaled[a:b],
+                key[a:b, :, :width].float(),
+                value[a:b, :, :width].float(),
+                attention_mask[a:b, :, 0, :width],
+            )
             for a, b, width in spans
         ]
         return torch.cat(pieces).unsqueeze(1).to(query.dtype), None
@@ -169,14 +197,18 @@ def packs_like(backbone, rows, alone):
     a model that cannot be packed may fail in its own way."""
     try:
         with _eval_mode(backbone):
-            packed = packed_forward(backbone, torch.cat(rows).unsqueeze(0), [len(row) for row in rows], use_cache=False)[0]
+            packed = packed_forward(
+                backbone, torch.cat(rows).unsqueeze(0), [len(row) for row in rows], use_cache=False
+            )[0]
     except Exception:
         return False
     alone = torch.cat(alone)
     if not torch.isfinite(alone).all():
         return False
     tolerance = {torch.float32: 1e-4, torch.float64: 1e-8}.get(packed.dtype, 5e-2)
-    return packed.shape == alone.shape and torch.allclose(packed, alone, rtol=tolerance, atol=tolerance * float(alone.abs().max()))
+    return packed.shape == alone.shape and torch.allclose(
+        packed, alone, rtol=tolerance, atol=tolerance * float(alone.abs().max())
+    )
 
 
 @contextmanager

@@ -18,7 +18,9 @@ def cache_argument(backbone):
     backbone = getattr(backbone, "shared_backbone", backbone)  # a role on a shared base takes what its base takes
     own = inspect.signature(getattr(backbone, "forward", backbone)).parameters
     library = inspect.signature(LlamaModel.forward).parameters  # for a forward that hands on whatever it is given
-    return next(name for name in ("cache", "past_key_values") if name in own or name in library and "past_key_values" not in own)
+    return next(
+        name for name in ("cache", "past_key_values") if name in own or name in library and "past_key_values" not in own
+    )
 
 
 class SlotCache(Cache):

@@ -15,7 +15,12 @@ LAYERED = (
     ("attention_chunk_size", "layer_types", ("chunked_attention",)),
     ("window_size", "attention_layers", ("local",)),
 )
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}  # layers that keep keys and values alone
+ATTENTION = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "attention",
+}  # layers that keep keys and values alone
 
 
 def text_config(config):
@@ -46,17 +51,25 @@ def length_limits(config):
     for scaling in rotary_scalings(config):
         kind = scaling.get("rope_type", scaling.get("type"))
         if kind in ("dynamic", "longrope"):  # below the original length both are plain rotary embeddings of one kind
-            original = scaling.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+            original = scaling.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
             original = original or getattr(config, "max_position_embeddings", None)
-            limits.append((original or 0, f"its rotary embeddings of type {kind}, which change beyond the original length"))
+            limits.append(
+                (original or 0, f"its rotary embeddings of type {kind}, which change beyond the original length")
+            )
     return sorted(limits)
 
 
 def position_limits(config):
     """[(tokens, what sets the limit)] of the positions alone."""
     config = text_config(config)
-    found = {getattr(config, name, None): name for name in reversed(POSITIONS)}  # several names may stand for one number
-    return [(tokens, f"its {name} of {tokens}") for tokens, name in found.items() if isinstance(tokens, int) and tokens > 0]
+    found = {
+        getattr(config, name, None): name for name in reversed(POSITIONS)
+    }  # several names may stand for one number
+    return [
+        (tokens, f"its {name} of {tokens}") for tokens, name in found.items() if isinstance(tokens, int) and tokens > 0
+    ]
 
 
 def rotary_scalings(config):
@@ -83,7 +96,9 @@ def check_cache_support(model, length):
     a sliding window, beyond the positions, or beyond where rotary embeddings change with the length of the batch."""
     others = other_layers(model.config)
     if others:
-        raise ValueError(f"rollouts need layers that keep keys and values alone; {type(model).__name__} has {', '.join(others)}")
+        raise ValueError(
+            f"rollouts need layers that keep keys and values alone; {type(model).__name__} has {', '.join(others)}"
+        )
     for tokens, why in length_limits(model.config):
         if length > tokens:
             raise ValueError(f"prompt and answer take {length} tokens, more than {why} allows; shorten the prompt")

@@ -71,6 +71,8 @@ def lm_logits(model, hidden):
 def width_of(backbone):
     """Width of a decoder's final hidden states, which neither its configuration nor its embedding always tells (OPT-350m)."""
     was_training = backbone.training
-    hidden = backbone.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=backbone.device), use_cache=False).last_hidden_state
+    hidden = backbone.eval()(
+        input_ids=torch.zeros(1, 1, dtype=torch.long, device=backbone.device), use_cache=False
+    ).last_hidden_state
     backbone.train(was_training)
     return hidden.shape[-1]

@@ -20,7 +20,9 @@ class ScalarHeadModel(nn.Module):
     def __init__(self, backbone, head=None):
         super().__init__()
         self.backbone, self.config = backbone, backbone.config
-        self.head = head or nn.Linear(width_of(backbone), 1, bias=self.has_bias, device=backbone.device, dtype=backbone.dtype)
+        self.head = head or nn.Linear(
+            width_of(backbone), 1, bias=self.has_bias, device=backbone.device, dtype=backbone.dtype
+        )
 
     def scores_at(self, hidden):
         """The head's number for hidden states [..., H] -> [...], float32 at least (also under autocast)."""

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ..common.errors import InputError
 from ..common.files import RECORD, is_lfs_pointer, path_from_record
@@ -43,7 +47,9 @@ def _check_logits(model, name):
             f"{_first_line(error):.200})"
         ) from error
     model.train(was_training)
-    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * max(1.0, float(theirs.abs().max()))):
+    if ours.shape != theirs.shape or not torch.allclose(
+        ours, theirs, rtol=1e-3, atol=1e-3 * max(1.0, float(theirs.abs().max()))
+    ):
         raise InputError(
             f"{name}: the LM head of {type(model).__name__} does more than a linear map; rllr does not support it"
         )
@@ -78,7 +84,9 @@ def load_policy(name_or_path, *, dtype=torch.float32, device="cpu", base=None):
         return load_merged(name_or_path, dtype, device, base)
     try:
         config = _read_config(name_or_path)
-        multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        multimodal = (
+            type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        )
         auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
         model, info = auto.from_pretrained(
             name_or_path, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, **_trust()
@@ -102,7 +110,9 @@ def _read_config(name_or_path):
     config = AutoConfig.from_pretrained(name_or_path, **_trust())
     quantised = getattr(config, "quantization_config", None)
     if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+        method = (
+            quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+        )
         raise InputError(
             f"{name_or_path}: its weights are quantised ({getattr(method, 'value', method)}), which cannot be trained here; give the "
             "model's own directory or name in float32, bfloat16 or float16"
@@ -119,7 +129,9 @@ def _text_part(model, name):
         with torch.device("meta"):  # a shell, which gets the loaded modules
             text = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError) as error:
-        raise InputError(f"{name}: {type(model).__name__} has no text part that is a causal LM: {_first_line(error)}") from error
+        raise InputError(
+            f"{name}: {type(model).__name__} has no text part that is a causal LM: {_first_line(error)}"
+        ) from error
     kind = type(decoder_of(text))
     found = next((module for module in model.modules() if type(module) in (type(text), kind)), None)
     if found is None:
@@ -221,7 +233,8 @@ def _find_head(path):
     for file in sorted(Path(path).glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as weights:
-                names = {key: key.removeprefix(PREFIX) for key in weights.keys()}  # an adapter's are prefixed
+                keys = weights.keys()  # a method: the handle is no dict
+                names = {key: key.removeprefix(PREFIX) for key in keys}  # an adapter's are prefixed
                 found |= {n: weights.get_tensor(key) for key, n in names.items() if n in (HEAD_WEIGHT, HEAD_BIAS)}
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: not a whole safetensors file: {_first_line(error)}") from error
@@ -250,13 +263,17 @@ def load_merged(directory, dtype=torch.float32, device="cpu", base=None):
     moved = recorded and Path(recorded).is_dir() and not Path(named or "").is_dir()
     name = base or (recorded if moved else named)
     if not name:
-        raise InputError(f"{directory}/adapter_config.json: names no base (base_model_name_or_path); add it, or give --base DIR")
+        raise InputError(
+            f"{directory}/adapter_config.json: names no base (base_model_name_or_path); add it, or give --base DIR"
+        )
     try:
         model = load_policy(name, device=device)
     except InputError as error:
         if base:
             raise InputError(f"--base {error}") from None
-        raise InputError(f"{directory}/adapter_config.json: base_model_name_or_path: {error}; has it moved? --base DIR says where to") from None
+        raise InputError(
+            f"{directory}/adapter_config.json: base_model_name_or_path: {error}; has it moved? --base DIR says where to"
+        ) from None
     check_base(directory, fingerprint(model), str(directory))
     load_adapter(model, directory, "merged")
     merge_adapter(model, "merged").name_or_path = str(directory)

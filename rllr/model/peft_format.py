@@ -93,7 +93,12 @@ def read_adapter_config(directory) -> dict:
         raise InputError(f"{path}: not there, so {directory} holds no adapter")
     config = read_json(path)
     named = isinstance(config, dict) and isinstance(config.get("base_model_name_or_path") or "", str)
-    ranked = named and isinstance(config.get("r"), int) and config["r"] > 0 and isinstance(config.get("lora_alpha"), (int, float))
+    ranked = (
+        named
+        and isinstance(config.get("r"), int)
+        and config["r"] > 0
+        and isinstance(config.get("lora_alpha"), (int, float))
+    )
     if not ranked:
         raise InputError(f"{path}: damaged (it must give r and lora_alpha); restore it or train the adapter again")
     if config.get("peft_type", "LORA") != "LORA":

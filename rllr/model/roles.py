@@ -30,7 +30,9 @@ class LoRAConfig:
 
     lora_rank: int = 0  # train adapters of this rank (16 is usual) on one frozen base; 0: train all weights
     lora_alpha: int = 32  # adapters are scaled by alpha / rank
-    use_rslora: bool = False  # scale adapters by alpha / sqrt(rank) instead, which keeps large ranks from learning slower
+    use_rslora: bool = (
+        False  # scale adapters by alpha / sqrt(rank) instead, which keeps large ranks from learning slower
+    )
     lora_targets: str | None = None  # adapted modules: comma list (q_proj,v_proj; Bloom query_key_value; GPT-2 c_attn)
     base_dtype: str = "fp32"  # the frozen base in memory: fp32 or, with --precision bf16, bf16; adapters stay fp32
 
@@ -192,5 +194,3 @@ def load_scalar_role(kind, model, directory, role, base_fingerprint=None, flag="
 
 
 # ---- python -m rllr.lora merge ---------------------------------------------------------------------------------------
-
-

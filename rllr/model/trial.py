@@ -111,7 +111,9 @@ def _try(model, rows, alike):
     divergences = []
     for step, sampled in enumerate(teacher.logprobs):
         places = [len(row) - decoded - 1 + step for row in rows]
-        expected = lm_logits(model, torch.stack([hidden[place] for hidden, place in zip(alone, places)])).log_softmax(-1)
+        expected = lm_logits(model, torch.stack([hidden[place] for hidden, place in zip(alone, places)])).log_softmax(
+            -1
+        )
         expected, sampled = expected.clamp(min=LOWEST), sampled.clamp(min=LOWEST)
         divergences.append((expected.exp() * (expected - sampled)).sum(-1))
     return float(torch.stack(divergences).double().max())

@@ -1,6 +1,6 @@
 """Write a data file with a rationale for every label of every row.
 
-    python -m rllr.rationales --task sst2 --train_file train.jsonl --writer evidence --output with_rationales.jsonl
+python -m rllr.rationales --task sst2 --train_file train.jsonl --writer evidence --output with_rationales.jsonl
 """
 
 import json

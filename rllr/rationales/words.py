@@ -20,7 +20,9 @@ JOINERS = "\u200c\u200d"  # between letters of one word in Indic and Persian wri
 @functools.cache
 def _patterns():
     """(a word, a run of a script without spaces, one character of such a run with its marks)."""
-    marks = "".join(re.escape(chr(code)) for code in range(0x300, MARKS_END) if unicodedata.category(chr(code)).startswith("M"))
+    marks = "".join(
+        re.escape(chr(code)) for code in range(0x300, MARKS_END) if unicodedata.category(chr(code)).startswith("M")
+    )
     letter = rf"[\w{marks}{JOINERS}]"
     word = re.compile(rf"\w{letter}*(?:['’-]\w{letter}*)*")
     run = re.compile(f"[{UNSPACED}][{UNSPACED}{marks}]*")

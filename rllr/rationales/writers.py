@@ -189,5 +189,3 @@ class EvidenceWriter(RationaleWriter):
 
 
 # ---- python -m rllr.rationales ---------------------------------------------------------------------------------------
-
-

@@ -18,7 +18,16 @@ import numpy as np
 import torch
 
 from ..common.errors import InputError
-from ..common.files import disk_faults, force_to_disk, new_directory, read_json, read_safetensors, sha256_of, write_json, write_safetensors
+from ..common.files import (
+    disk_faults,
+    force_to_disk,
+    new_directory,
+    read_json,
+    read_safetensors,
+    sha256_of,
+    write_json,
+    write_safetensors,
+)
 
 FORMAT = 1
 FOLDER, TENSORS, STATE, MANIFEST = "checkpoints", "state.safetensors", "state.json", "manifest.json"
@@ -84,7 +93,12 @@ class GlobalStreams:
     def state_dict(self):
         kind, keys, *rest = np.random.get_state()
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state(), "cuda": cuda}
+        return {
+            "python": random.getstate(),
+            "numpy": [kind, keys.tolist(), *rest],
+            "torch": torch.get_rng_state(),
+            "cuda": cuda,
+        }
 
     def load_state_dict(self, state):
         random.setstate(_python_state(state["python"]))
@@ -113,7 +127,9 @@ def split_tensors(state, tensors, path=""):
         tensors[path] = state
         return {TENSOR: path}
     if isinstance(state, dict):
-        pairs = [(key, split_tensors(value, tensors, f"{path}.{key}" if path else str(key))) for key, value in state.items()]
+        pairs = [
+            (key, split_tensors(value, tensors, f"{path}.{key}" if path else str(key))) for key, value in state.items()
+        ]
         plain = all(isinstance(key, str) for key in state) and not state.keys() & {TENSOR, PAIRS}
         return dict(pairs) if plain else {PAIRS: pairs}
     if isinstance(state, (list, tuple)):
@@ -154,7 +170,8 @@ def write_checkpoint(run_directory, step, state, keep_last):
         write_safetensors(tensors, temporary / TENSORS)
         write_json(temporary / STATE, plain)
         files = {
-            name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_of(temporary / name)} for name in (TENSORS, STATE)
+            name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_of(temporary / name)}
+            for name in (TENSORS, STATE)
         }
         write_json(temporary / MANIFEST, {"format": FORMAT, "step": step, "files": files})
     later = [other for other in others if step_of(other) > step]
@@ -222,7 +239,11 @@ def damage(path):
 def list_checkpoints(run_directory):
     """Paths of a run's checkpoints, whole or not, the newest first."""
     folder = Path(run_directory) / FOLDER
-    found = [p for p in (folder.iterdir() if folder.is_dir() else []) if re.fullmatch(r"step-\d{6,18}", p.name) and p.is_dir()]
+    found = [
+        p
+        for p in (folder.iterdir() if folder.is_dir() else [])
+        if re.fullmatch(r"step-\d{6,18}", p.name) and p.is_dir()
+    ]
     return sorted(found, key=step_of, reverse=True)
 
 

@@ -11,7 +11,12 @@ import transformers
 def machine():
     """What a run's bits hang on beside its settings."""
     device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"
-    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def set_up(precision, seed, deterministic=False):

@@ -4,24 +4,54 @@ import dataclasses
 from pathlib import Path
 
 from ..common.errors import InputError, brief
-from ..common.files import RECORD, ROWS, disk_faults, path_for_record, path_from_record, read_json, saving_into, write_json
+from ..common.files import (
+    RECORD,
+    ROWS,
+    disk_faults,
+    path_for_record,
+    path_from_record,
+    read_json,
+    saving_into,
+    write_json,
+)
 from ..tasks import Task, load_task
 
 RECORD_FORMAT = 2  # of rllr.json; raised where what a run computes changes, with a line in CHANGELOG.md
 
 
 # Settings that may name a file or a directory. Records name them from where they lie (`files.path_for_record`).
-PATHS = {"task", "train_file", "eval_file", "dataset", "model", "policy", "label_rm", "rationale_rm", "value_init", "rationale_model", "pairs"}
+PATHS = {
+    "task",
+    "train_file",
+    "eval_file",
+    "dataset",
+    "model",
+    "policy",
+    "label_rm",
+    "rationale_rm",
+    "value_init",
+    "rationale_model",
+    "pairs",
+}
 
 
-WORDS = {"tiny", "label", "rationale"}  # what stands in such a setting for something else, whatever lies in the directory
+WORDS = {
+    "tiny",
+    "label",
+    "rationale",
+}  # what stands in such a setting for something else, whatever lies in the directory
 
 
 def settings_for_record(settings, directory):
     """Settings as a record in `directory` keeps them."""
 
     def kept(name, value):
-        if name not in PATHS or value in WORDS or name == "task" and Path(value or "").suffix.lower() not in (".yaml", ".yml", ".json"):
+        if (
+            name not in PATHS
+            or value in WORDS
+            or name == "task"
+            and Path(value or "").suffix.lower() not in (".yaml", ".yml", ".json")
+        ):
             return value
         return path_for_record(value, directory)
 
@@ -37,7 +67,9 @@ def read_record(model_dir):
     if isinstance(record, dict) and record.get("stage") and record.get("format", 1) != RECORD_FORMAT:
         raise InputError(other_format(path, record.get("format", 1), RECORD_FORMAT, "train the model again"))
     try:
-        if not isinstance(record, dict) or not all(isinstance(record.get(name, {}), dict) for name in ("data", "rows", "base")):
+        if not isinstance(record, dict) or not all(
+            isinstance(record.get(name, {}), dict) for name in ("data", "rows", "base")
+        ):
             raise InputError("")
         task_of_record(record)
     except InputError:
@@ -74,7 +106,14 @@ def make_record(stage, task: Task, config, directory, **more):
     if "base" in more:
         more["base"] = more["base"] | {"path": path_for_record(more["base"]["path"], directory)}
     data = settings_for_record(config.data_settings(), directory)
-    return {"format": RECORD_FORMAT, "stage": stage, "task": dataclasses.asdict(task), "data": data, "config": settings, **more}
+    return {
+        "format": RECORD_FORMAT,
+        "stage": stage,
+        "task": dataclasses.asdict(task),
+        "data": data,
+        "config": settings,
+        **more,
+    }
 
 
 def task_of_record(record):

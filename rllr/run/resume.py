@@ -33,7 +33,9 @@ class RunConfig:
     """Settings of a run's directory and checkpoints, shared by the three scripts."""
 
     overwrite: bool = False  # replace a run that is already there
-    resume: str | None = field(default=None, metadata={"bare": NEWEST})  # go on from the newest whole checkpoint, or this one
+    resume: str | None = field(
+        default=None, metadata={"bare": NEWEST}
+    )  # go on from the newest whole checkpoint, or this one
     save_every: int = 100  # optimiser steps between checkpoints (PPO: rollouts); 0: none but when asked to stop
     keep_last: int = 2  # checkpoints kept, the newest ones
     deterministic: bool = False  # on a GPU: deterministic kernels only, so that a resumed run is the same to the bit
@@ -46,7 +48,9 @@ class TakenUp:
 
     directory: Path
     checkpoint: Path | None  # None: it was stopped before its first one
-    recorded: dict  # its run.json: stage, config, reads, machine, steps, first_checkpoint (its step, once there was one)
+    recorded: (
+        dict  # its run.json: stage, config, reads, machine, steps, first_checkpoint (its step, once there was one)
+    )
 
     def check_reads(self, config, reads):
         """InputError unless what the run reads, {"--flag" or what else it is: fingerprint}, is what it began with."""
@@ -81,17 +85,25 @@ def take_up(stage, config, default_directory):
         raise InputError(f"--resume {directory}: holds no {RUN}, so it is no run that can be gone on with")
     checkpoint = _whole_checkpoint(directory, wanted)
     recorded = run_of(checkpoint) if checkpoint else read_json(directory / RUN)
-    if not isinstance(recorded, dict) or not all(isinstance(recorded.get(k), dict) for k in ("config", "reads", "machine")):
+    if not isinstance(recorded, dict) or not all(
+        isinstance(recorded.get(k), dict) for k in ("config", "reads", "machine")
+    ):
         raise InputError(f"{directory / RUN}: is not the record of a run; start again with --overwrite")
     if recorded.get("format", 1) != RUN_FORMAT:
-        raise InputError(other_format(directory / RUN, recorded.get("format", 1), RUN_FORMAT, "start again with --overwrite"))
+        raise InputError(
+            other_format(directory / RUN, recorded.get("format", 1), RUN_FORMAT, "start again with --overwrite")
+        )
     if recorded.get("stage") != stage:
-        raise InputError(f"--resume {directory}: is a run of train_{recorded.get('stage')!s:.20}.py, not of train_{stage}.py")
+        raise InputError(
+            f"--resume {directory}: is a run of train_{recorded.get('stage')!s:.20}.py, not of train_{stage}.py"
+        )
     taken_up = TakenUp(directory, checkpoint, recorded)
     _settle(config, taken_up)
     lost = 0 if checkpoint else _steps_lost(taken_up)
     if lost:
-        raise InputError(f"--resume {directory}: {lost} steps were done, but there is no checkpoint; --overwrite starts again")
+        raise InputError(
+            f"--resume {directory}: {lost} steps were done, but there is no checkpoint; --overwrite starts again"
+        )
     config.output_dir = str(directory)
     return taken_up
 
@@ -101,7 +113,9 @@ def _steps_lost(taken_up):
     if "first_checkpoint" not in taken_up.recorded and taken_up.recorded["config"].get("save_every"):
         return 0
     done = 0
-    for line in (taken_up.directory / METRICS).read_bytes().splitlines() if (taken_up.directory / METRICS).is_file() else ():
+    for line in (
+        (taken_up.directory / METRICS).read_bytes().splitlines() if (taken_up.directory / METRICS).is_file() else ()
+    ):
         try:
             done = max(done, int(json.loads(line)["step"]))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -119,9 +133,13 @@ def _find_run(config, default_directory):
     is_run = (wanted / RUN).is_file()
     directory = wanted if is_run else wanted.parent.parent
     if not is_run and (wanted.parent.name != FOLDER or wanted not in list_checkpoints(directory)):
-        raise InputError(f"--resume {wanted}: is neither a run's directory nor one of its checkpoints ({FOLDER}/step-...)")
+        raise InputError(
+            f"--resume {wanted}: is neither a run's directory nor one of its checkpoints ({FOLDER}/step-...)"
+        )
     if config.output_dir and Path(config.output_dir).resolve() != directory.resolve():
-        raise InputError(f"--resume {wanted}: belongs to the run in {directory}, not to --output_dir {config.output_dir}")
+        raise InputError(
+            f"--resume {wanted}: belongs to the run in {directory}, not to --output_dir {config.output_dir}"
+        )
     return directory, None if is_run else wanted
 
 
@@ -134,10 +152,14 @@ def _whole_checkpoint(directory, wanted):
         if problem is None:
             return path
         if wanted:
-            raise InputError(f"--resume {wanted}: is damaged: {problem}; --resume {directory} takes the newest whole one")
+            raise InputError(
+                f"--resume {wanted}: is damaged: {problem}; --resume {directory} takes the newest whole one"
+            )
         say(f"warning: checkpoint {path} is damaged: {problem}")
     if candidates:
-        raise InputError(f"--resume: no whole checkpoint in {directory / FOLDER}; give another, or start again with --overwrite")
+        raise InputError(
+            f"--resume: no whole checkpoint in {directory / FOLDER}; give another, or start again with --overwrite"
+        )
     return None
 
 
@@ -156,12 +178,16 @@ def _settle(config, taken_up):
             setattr(config, name, theirs)
             config.inherited |= {name: str(taken_up.directory / RUN)} if theirs is not None else {}
         elif mine != theirs and name in ROUNDING:
-            say(f"warning: --{name} {mine} (the run began with {theirs}): equal to rounding from here on, not to the bit")
+            say(
+                f"warning: --{name} {mine} (the run began with {theirs}): equal to rounding from here on, not to the bit"
+            )
         elif mine != theirs and name not in FREE | BY_CONTENT:
             refused.append(f"--{name} {mine} (the run has {theirs})")
     if refused:
         raise InputError(f"--resume {taken_up.directory}: this would be another run: {'; '.join(refused)}")
     if ":" in str(recorded.get("reward")) and "reward" not in config.given:  # code runs by a flag, never by a file
-        raise InputError(f"--resume {taken_up.directory}: its reward is code of yours; give --reward {recorded['reward']} again")
+        raise InputError(
+            f"--resume {taken_up.directory}: its reward is code of yours; give --reward {recorded['reward']} again"
+        )
     names = taken_up.recorded.get("given", [])
     config.given |= set(names) if isinstance(names, list) else set()

@@ -1,4 +1,6 @@
-"""The life of a run: begun or gone on with, checkpointed, stopped on request, and stopped by a fault without losing anything.
+"""The life of a run: it begins or goes on, writes checkpoints, stops on request, and loses nothing in a fault.
+
+In a script:
 
     run = Run("sft", config, directory, reads, taken_up)     # the directory, metrics.jsonl, what is being resumed
     at = SimpleNamespace(step=0, epoch=0, batch=0)           # where the loop stands
@@ -45,7 +47,11 @@ from .resume import RUN_FORMAT
 
 def reads_of(task, splits):
     """What every stage reads, for `Run`: the rows themselves, whatever file they come from, and how they are split."""
-    return {"--task": digest(task), **splits.reads(), "the splits": digest(splits.labelled, splits.held_out, splits.unlabelled, splits.eval)}
+    return {
+        "--task": digest(task),
+        **splits.reads(),
+        "the splits": digest(splits.labelled, splits.held_out, splits.unlabelled, splits.eval),
+    }
 
 
 def digest(*values):
@@ -129,8 +135,13 @@ class Run:
         state, recorded = read_checkpoint(path), self.taken_up.recorded
         changed = recorded.get("steps") != steps
         if changed and path != next(iter(list_checkpoints(self.directory)), path):
-            raise InputError(f"--resume {path}: an older checkpoint goes on as the run did; change --steps or --epochs from the newest one")
-        for name, part in self.parts.items():  # the metrics last: nothing on the disk is touched before all the rest fits
+            raise InputError(
+                f"--resume {path}: an older checkpoint goes on as the run did; change --steps or --epochs from the newest one"
+            )
+        for (
+            name,
+            part,
+        ) in self.parts.items():  # the metrics last: nothing on the disk is touched before all the rest fits
             try:
                 restore_part(part, state["parts"][name])
             except Exception as error:  # whatever torch, NumPy and random say of a state that is none of theirs
@@ -156,7 +167,9 @@ class Run:
         self.request.__exit__()
         self.metrics.close()
         if out_of_memory(error):  # outside of a step
-            raise RunError(f"{_first_words(error)}; go on with --resume and a smaller --eval_batch_size. {self._newest()}") from None
+            raise RunError(
+                f"{_first_words(error)}; go on with --resume and a smaller --eval_batch_size. {self._newest()}"
+            ) from None
 
     @contextmanager
     def step(self, number, rescue=None):
@@ -204,7 +217,9 @@ class Run:
             if isinstance(part, torch.nn.Module):
                 require_finite_weights(part, f"a weight of the {name} after step {step}", self._newest)
         self.metrics.sync()
-        path = write_checkpoint(self.directory, step, {"step": step, "run": self.record, "parts": parts}, self.config.keep_last)
+        path = write_checkpoint(
+            self.directory, step, {"step": step, "run": self.record, "parts": parts}, self.config.keep_last
+        )
         if "first_checkpoint" not in self.record:  # from now on a run without checkpoints has lost them
             self.record["first_checkpoint"] = step
             self._write_record()
