@@ -1,32 +1,43 @@
 """What a policy answers: greedy or sampled, as text, with the label read from it."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
-from .rollout import generate
+from .rollout import Rollout, generate
 from .tasks import parse_answer
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered: the text, the label read from it (None: parse failure), whether the length limit cut it."""
+    """What a model answered: text, the label read from it (None: parse failure), whether the limit cut it."""
 
     text: str
     label: str | None
     truncated: bool
 
 
-def answer_rows(model, encoder, task, examples, max_new_tokens, batch_size=64, autocast=nullcontext) -> list[Answer]:
-    """The model's greedy answers, in the order of the examples."""
-    prompts = [encoder.prompt_ids(task.render_prompt(example.text, example.text_b)) for example in examples]
-    with autocast():
-        rollout = generate(
-            model,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=encoder.stop_ids,
-            greedy=True,
-            batch_size=batch_size,
-        )
+def write_answers(model, encoder, prompts, *, max_new_tokens, batch_size, temperature=None, generator=None) -> Rollout:
+    """Answers to prompts (lists of ids): sampled at a temperature, or, without one, greedy."""
+    return generate(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=encoder.stop_ids,
+        pad_token_id=encoder.pad_id,
+        temperature=temperature or 1.0,
+        greedy=temperature is None,
+        generator=generator,
+        batch_size=batch_size,
+    )
+
+
+def read_answers(rollout, encoder, task) -> list[Answer]:
+    """The answers of a rollout as text, each with its label."""
     texts = [encoder.decode(response) for response in rollout.responses()]
     return [Answer(text, parse_answer(task, text), cut) for text, cut in zip(texts, rollout.truncated.tolist())]
+
+
+def answer_rows(model, encoder, task, examples, *, max_new_tokens, batch_size=64) -> list[Answer]:
+    """The model's greedy answers, in the order of the examples."""
+    prompts = encoder.prompts(task, examples)
+    rollout = write_answers(model, encoder, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return read_answers(rollout, encoder, task)

@@ -12,17 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from .answers import answer_rows
-from .common.config import check_choice, check_positive, parse_config
+from .common.config import flag, parse_config
 from .common.errors import InputError, command
 from .common.files import write_json
 from .common.log import say
 from .data.encoding import Encoder
 from .data.splits import DataConfig, inherit, load_evaluation
-from .metrics import _columns, _metrics, _Statistic, bootstrap_interval, mcnemar, score_answers
+from .metrics import _columns, _metrics, _Statistic, answer_metrics, bootstrap_interval, mcnemar
 from .model.loading import allow_remote_code, load_policy, load_tokenizer
+from .model.records import check_same_task, read_record, resolve_task, task_of_record
 from .model.trial import check_policy
 from .run.machine import set_up
-from .run.records import check_same_task, read_record, resolve_task, task_of_record
+from .run.settings import DecodingConfig
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
@@ -40,7 +41,7 @@ def compare(task, examples, answers_by_model, seed=0) -> list[dict]:
     right = [[g == p for g, p in zip(c[0], c[1])] for c in columns]
     everything = np.arange(size)
     for i, (name, answers) in enumerate(answers_by_model.items()):
-        row = {"model": name, "rows": size, **score_answers(task, examples, answers)}
+        row = {"model": name, "rows": size, **answer_metrics(task, examples, answers)}
         row["truncated"] = sum(answer.truncated for answer in answers) / size
         row["interval"] = bootstrap_interval(_Statistic(lambda rows: metric(i, rows), size), seed)
         if i > 0:
@@ -59,7 +60,7 @@ def compare(task, examples, answers_by_model, seed=0) -> list[dict]:
 def show_samples(task, examples, answers, count):
     """The first `count` rows: prompt, answer, parsed and gold label."""
     for example, answer in list(zip(examples, answers))[:count]:
-        say(f"  prompt  {task.render_prompt(example.text, example.text_b)!r}")
+        say(f"  prompt  {task.prompt_of(example)!r}")
         say(f"  answer  {answer.text!r}")
         say(f"  label   {answer.label or 'parse failure'} (gold: {example.label})\n")
 
@@ -79,32 +80,27 @@ def table(task, results) -> str:
         line += f"  {f'{low:.{digits}f} .. {high:.{digits}f}':>16}  {100 * row['parse_failures']:>9.1f} %"
         if "difference" in row:
             low, high = (scale * v for v in row["difference_interval"])
-            line += f"  {scale * row['difference']:+.{digits}f} ({low:+.{digits}f} .. {high:+.{digits}f}), McNemar p {row['mcnemar_p']:.2g}"
+            line += f"  {scale * row['difference']:+.{digits}f} ({low:+.{digits}f} .. {high:+.{digits}f})"
+            line += f", McNemar p {row['mcnemar_p']:.2g}"
         lines.append(line)
     return "\n".join(lines)
 
 
 @dataclass
-class Config(DataConfig):
-    models: list | None = None  # directories or hub names; the first is the one the others are compared with
-    base: str | None = None  # where the base of --models that are adapters lies now, if it has moved
-    output_dir: str | None = None  # where evaluate.json and the answers go; without it they are only printed
-    overwrite: bool = False  # replace an evaluation that is already there
-    max_new_tokens: int = 48  # of an answer
-    batch_size: int = 256  # prompts decoded together
-    part: str = "eval"  # demo only: eval (dev) or test
-    precision: str = "fp32"  # fp32, or bf16 for autocast (GPU)
-    seed: int = 0  # of the bootstrap
-    trust_remote_code: bool = False  # let a model's own Python code run, as some hub models need
+class Config(DecodingConfig, DataConfig):
+    GROUP = "evaluation"
+    models: list | None = flag(None, "directories or hub names; the first is the one the others are compared with")
+    base: str | None = flag(None, "where the base of --models that are adapters lies now, if it has moved")
+    output_dir: str | None = flag(None, "where evaluate.json and the answers go; without it they are only printed")
+    overwrite: bool = flag(False, "replace an evaluation that is already there")
+    part: str = flag("eval", "demo only: eval (dev) or test", choices=("eval", "test"))
+    seed: int = flag(0, "of the bootstrap")
 
 
 @command
 def main(argv=None):
     config = parse_config(Config, argv, __doc__)
     allow_remote_code(config.trust_remote_code)
-    check_positive(config, "max_new_tokens", "batch_size")
-    check_choice(config, "part", ("eval", "test"))
-    check_choice(config, "precision", ("fp32", "bf16"))
     if not config.models:
         raise InputError("--models: give one or more model directories")
     if config.output_dir and (Path(config.output_dir) / "evaluate.json").exists() and not config.overwrite:
@@ -113,10 +109,10 @@ def main(argv=None):
     first = records[config.models[0]]
     task = resolve_task(config, first, config.models[0])
     inherit(config, first, config.models[0])
-    device, autocast = set_up(config.precision, config.seed)
+    device = set_up(config.precision, config.seed)
     tokenizers = {
         name: load_tokenizer(name) for name in config.models
-    }  # all of them are there before the first one works
+    }  # a missing one is found before any model answers
     for name, record in records.items():
         check_same_task(record, task, f"--models {name}")
     config.policy = config.models[0]
@@ -126,11 +122,10 @@ def main(argv=None):
         own_task = task_of_record(records[name]) or task  # a label-only model is asked in its own way
         model = load_policy(name, device=device, base=config.base)
         encoder = Encoder(tokenizers[name], model, records[name].get("clock"))
+        limits = {"max_new_tokens": config.max_new_tokens}
         fitted = encoder.fit(examples, own_task, config.max_new_tokens, say)
-        check_policy(model, encoder, own_task, fitted, config.max_new_tokens, name)
-        answers[name] = answer_rows(
-            model, encoder, own_task, fitted, config.max_new_tokens, config.batch_size, autocast
-        )
+        check_policy(model, encoder, own_task, fitted, name=name, **limits)
+        answers[name] = answer_rows(model, encoder, own_task, fitted, batch_size=config.batch_size, **limits)
     results = compare(task, examples, answers, config.seed)
     say(f"\n{task.name}, {len(examples)} rows, greedy answers\n{table(task, results)}")
     if config.output_dir:

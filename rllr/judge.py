@@ -1,7 +1,8 @@
 """Act 3, judge: reward functions. Everything that scores an answer is a callable `reward_fn(samples) -> [B]`.
 
-The reward models, `gold` and a user's own function all have that form; `train_ppo.py` puts their scores together in one
-line, `rewards.label_sensitive_reward`. Here is what comes before that line: raw score -> standardised -> clipped.
+The reward models, `gold` and a user's own function all have that form. `Judges` asks them, and `train_ppo.py` puts
+their scores together in one line, `rewards.label_sensitive_reward`. Here is what comes before that line: raw score ->
+standardised -> clipped.
 """
 
 import importlib
@@ -9,11 +10,14 @@ import inspect
 import math
 import traceback
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
+from .answers import read_answers
 from .common.errors import InputError, RunError
-from .layout import batches_by_length, trim
+from .layout import Packed, batches_by_length
+from .run.optimizer import require_finite
 
 STATISTICS = "score_statistics.json"
 MIN_STD = 1e-4  # a reward model whose scores on real answers spread less than this has learnt nothing
@@ -34,10 +38,36 @@ class Samples:
     truncated: torch.Tensor  # [B] bool
     ids: list = field(default_factory=list)  # of the rows the prompts come from
 
+    @property
+    def packed(self):
+        """Prompts and answers as the models take them."""
+        return Packed(self.sequences, self.prompt_lens, self.response_mask)
+
+    @property
+    def unlabelled(self):
+        """Which answers have no readable label: [B] bool."""
+        return torch.tensor([label is None for label in self.labels], device=self.sequences.device)
+
+
+def read_samples(rollout, examples, task, encoder, gold) -> Samples:
+    """The rollout as text beside its ids. `gold`: {row id: label}, empty where PPO must not know."""
+    answers = read_answers(rollout, encoder, task)
+    return Samples(
+        prompts=[task.prompt_of(example) for example in examples],
+        answers=[answer.text for answer in answers],
+        labels=[answer.label for answer in answers],
+        gold_labels=[gold.get(example.id) for example in examples],
+        sequences=rollout.sequences,
+        prompt_lens=rollout.prompt_lens,
+        response_mask=rollout.response_mask,
+        truncated=rollout.truncated,
+        ids=[example.id for example in examples],
+    )
+
 
 @dataclass
 class ScoreStatistics:
-    """Raw scores of a reward model on answers *sampled* by the SFT policy: what a score means, stored with the model."""
+    """Raw scores of a reward model on answers *sampled* by the SFT policy: the unit of its scores, stored with it."""
 
     mean: float
     std: float
@@ -54,7 +84,8 @@ class ScoreStatistics:
         std = float(scores.std()) if len(scores) > 1 else 0.0
         if not math.isfinite(std) or std < MIN_STD:
             raise InputError(
-                f"the reward model's scores on {len(scores)} sampled answers have a standard deviation of {std:.2g}: it tells "
+                f"the reward model's scores on {len(scores)} sampled answers have a standard deviation of {std:.2g}: "
+                "it tells "
                 "no answer from another; look at its pair accuracy, train longer or at another --learning_rate"
             )
         grid = torch.quantile(scores, torch.linspace(0, 1, GRID, dtype=scores.dtype))
@@ -74,9 +105,8 @@ class RewardModelScorer:
     After a call `raw` [B] holds the scores before normalisation and `clipped_share` the share that met the clip.
     """
 
-    def __init__(self, model, statistics, norm="stored", clip=5.0, batch_size=64, autocast=None):
-        self.model, self.norm, self.clip, self.batch_size = model, norm, clip, batch_size
-        self.statistics, self.autocast = statistics, autocast
+    def __init__(self, model, statistics, norm="stored", clip=5.0, batch_size=64):
+        self.model, self.statistics, self.norm, self.clip, self.batch_size = model, statistics, norm, clip, batch_size
         if statistics:
             self.mean, self.variance, self.count = statistics.mean, statistics.std**2, statistics.count
 
@@ -89,9 +119,7 @@ class RewardModelScorer:
 
     @torch.no_grad()
     def __call__(self, samples):
-        self.raw = score_rows(
-            self.model, samples.sequences, samples.prompt_lens, samples.response_mask, self.batch_size, self.autocast
-        )
+        self.raw = score_rows(self.model, samples.packed, self.batch_size)
         if self.norm == "none":
             self.clipped_share = 0.0
             return self.raw
@@ -119,7 +147,8 @@ class RewardModelScorer:
             return float(spec)
         if self.statistics is None:
             raise InputError(
-                f"--threshold {spec} needs {STATISTICS} beside the reward model; train_rm.py writes it, or give a number"
+                f"--threshold {spec} needs {STATISTICS} beside the reward model; train_rm.py writes it, or give a "
+                "number"
             )
         place = float(spec[1:]) * (GRID - 1)
         low = self.statistics.quantiles[math.floor(place)]
@@ -128,22 +157,89 @@ class RewardModelScorer:
 
 
 @torch.no_grad()
-def score_rows(model, sequences, prompt_lens, response_mask, batch_size=64, autocast=None):
-    """A reward model's raw scores [B], rows of similar length together."""
-    lengths = (prompt_lens + response_mask.sum(1)).tolist()
-    scores = torch.zeros(len(lengths), device=sequences.device)
-    for rows in batches_by_length(lengths, batch_size):
-        batch = trim(sequences[rows], prompt_lens[rows], response_mask[rows])
-        if autocast:
-            with autocast():
-                scores[rows] = model(*batch).float()
-        else:
-            scores[rows] = model(*batch).float()
+def score_rows(model, packed, batch_size=64):
+    """A reward model's raw scores [B] of packed answers, rows of similar length together."""
+    scores = torch.zeros(len(packed.sequences), device=packed.sequences.device)
+    for rows in batches_by_length(packed.lengths.tolist(), batch_size):
+        scores[rows] = model(*packed.rows(rows)).float()
     return scores
 
 
+class Judged(NamedTuple):
+    """What the judges say of B answers: the arguments of `label_sensitive_reward` and `incomplete_answer_rule`."""
+
+    mode: str  # label, rationale or mixed
+    label_scores: torch.Tensor | None  # [B]
+    rationale_scores: torch.Tensor | None  # [B]
+    threshold: float | None  # mixed: above it a better label pays nothing more
+    cap: float | None  # the most that an incomplete answer scores; None: no cap
+    penalties: tuple[float, float]  # (missing end, missing label), in the units of the scores
+
+    @property
+    def scores(self):
+        """{"label" and "rationale", as far as they judged: scores [B]}."""
+        both = {"label": self.label_scores, "rationale": self.rationale_scores}
+        return {name: scores for name, scores in both.items() if scores is not None}
+
+    def require_finite(self, names):
+        """RunError, with the names of the prompts, where a judge gave a score that is not finite."""
+        for part, scores in self.scores.items():
+            require_finite(scores, f"the {part} score", names)
+
+
+class Judges:
+    """The reward functions of a run, by the part that each plays: {"label": ..., "rationale": ...}.
+
+    `gold` and a user's own function play the label's part. threshold: a number, or a quantile like "q0.9". penalties:
+    what an answer without its end, or without a label, costs, in standard deviations of a reward model's scores.
+    """
+
+    def __init__(self, mode, by_part, threshold=None, penalties=(0.0, 0.0)):
+        self.mode, self.by_part, self.spec, self.penalties = mode, by_part, threshold, penalties
+        self.cap_and_unit(
+            self.threshold()
+        )  # an error in what a cap or a threshold needs comes now, not in the first step
+
+    @property
+    def scorers(self):
+        """{part: scorer} of those that are reward models."""
+        return {part: judge for part, judge in self.by_part.items() if isinstance(judge, RewardModelScorer)}
+
+    def threshold(self):
+        """Of the mixed reward, in the units of the label scores; None in the other modes."""
+        return self.by_part["label"].threshold(self.spec) if self.mode == "mixed" else None
+
+    def cap_and_unit(self, threshold):
+        """(cap, unit) of `incomplete_answer_rule`: mean and spread of the SFT policy's scores, as the reward counts."""
+        scorers = self.scorers
+        if not scorers:
+            return None, 1.0  # gold and own functions: no cap
+        if any(scorer.norm != "none" for scorer in scorers.values()):
+            return 0.0, 1.0
+        if any(scorer.statistics is None for scorer in scorers.values()):
+            raise InputError(
+                f"--score_norm none still needs {STATISTICS} for the missing-EOS rule; run train_rm.py again"
+            )
+        means = {part: scorer.statistics.mean for part, scorer in scorers.items()}
+        if self.mode == "mixed":
+            means["label"] = min(means["label"], threshold)
+        return sum(means.values()), sum(scorer.statistics.std**2 for scorer in scorers.values()) ** 0.5
+
+    def __call__(self, samples) -> Judged:
+        """Every judge's scores of the answers, and what goes with them."""
+        scores = {part: judge(samples) for part, judge in self.by_part.items()}
+        threshold = self.threshold()
+        cap, unit = self.cap_and_unit(threshold)
+        penalties = tuple(penalty * unit for penalty in self.penalties)
+        return Judged(self.mode, scores.get("label"), scores.get("rationale"), threshold, cap, penalties)
+
+    def clipped_shares(self):
+        """{part: share of the last scores that met the clip}."""
+        return {part: scorer.clipped_share for part, scorer in self.scorers.items()}
+
+
 def gold_reward(samples):
-    """1 for an answer whose parsed label is the gold one, else 0 (a parse failure too). An upper bound: it sees labels."""
+    """1 for an answer whose label is the gold one, else 0 (a parse failure, too). An upper bound: it sees labels."""
     unknown = [i for i, label in zip(samples.ids, samples.gold_labels) if label is None]
     if unknown:
         raise InputError(f"--reward gold needs the label of every prompt; row {unknown[0]} has none")
@@ -152,7 +248,7 @@ def gold_reward(samples):
 
 
 def load_function(spec):
-    """A user's reward function from "module:function", wrapped so that what it returns is checked. InputError otherwise."""
+    """A user's reward function from "module:function", in a wrapper that checks what it returns. Else InputError."""
     module_name, _, function_name = spec.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)

@@ -8,16 +8,42 @@ attention, right padding needs no attention mask: real tokens never look at it.
 """
 
 import random
+from typing import NamedTuple
 
 import torch
 
 IGNORED_ID = 0  # fills padding where the model has no pad token; any id does, nothing reads it
 
 
-def pack_sequences(prompts, responses, pad_token_id=None, device=None):
-    """Lists of token ids -> (sequences [B, T] long, prompt_lens [B], response_mask [B, R] bool).
+class Packed(NamedTuple):
+    """B prompts with their responses, as the models take them: `model(*packed)`. T, R: the longest row, response."""
 
-    prompts, responses: B lists of ids each; a response includes its end token. Prompts must not be empty.
+    sequences: torch.Tensor  # [B, T] long: prompt | response | padding
+    prompt_lens: torch.Tensor  # [B] long
+    response_mask: torch.Tensor  # [B, R] bool, True on real response tokens, the end token included
+
+    @property
+    def response_lens(self):
+        """Response tokens of each row [B]."""
+        return self.response_mask.sum(1)
+
+    @property
+    def lengths(self):
+        """Tokens of each row [B], prompt and response."""
+        return self.prompt_lens + self.response_lens
+
+    def rows(self, rows):
+        """Some of the rows, in that order, without the columns that are padding in all of them.
+
+        Scoring and training take their micro-batches by this one method, so both see the same shapes.
+        """
+        return trim(Packed(*(tensor[rows] for tensor in self)))
+
+
+def pack_sequences(prompts, responses, pad_token_id=None, device=None):
+    """Lists of token ids -> `Packed`: (sequences [B, T], prompt_lens [B], response_mask [B, R]).
+
+    prompts, responses: B lists of ids each; a response includes its end token. ValueError for an empty prompt.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt without tokens has no position that predicts the first response token")
@@ -28,7 +54,7 @@ def pack_sequences(prompts, responses, pad_token_id=None, device=None):
     prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=device)
     response_lens = torch.tensor([len(response) for response in responses], device=device)
     response_mask = torch.arange(int(response_lens.max()), device=device) < response_lens.unsqueeze(1)
-    return sequences, prompt_lens, response_mask
+    return Packed(sequences, prompt_lens, response_mask)
 
 
 def response_positions(prompt_lens, response_mask):
@@ -55,14 +81,11 @@ def response_tokens(sequences, prompt_lens, response_mask):
     return sequences.gather(1, positions.masked_fill(~response_mask, 0)).masked_fill(~response_mask, 0)
 
 
-def trim(sequences, prompt_lens, response_mask):
-    """The same rows without columns that are padding in all of them: (sequences, prompt_lens, response_mask).
-
-    Scoring and training trim a micro-batch by this one function, so both see the same shapes.
-    """
-    response_lens = response_mask.sum(1)
-    width = int((prompt_lens + response_lens).max())
-    return sequences[:, :width], prompt_lens, response_mask[:, : int(response_lens.max())]
+def trim(packed):
+    """The same rows without the columns that are padding in all of them."""
+    sequences, prompt_lens, response_mask = packed
+    width, longest_response = int(packed.lengths.max()), int(packed.response_lens.max())
+    return Packed(sequences[:, :width], prompt_lens, response_mask[:, :longest_response])
 
 
 def batches_by_length(lengths, batch_size):
@@ -72,7 +95,7 @@ def batches_by_length(lengths, batch_size):
 
 
 def pack(rows, pad_token_id, device):
-    """Rows that begin with (prompt ids, response ids) -> (sequences, prompt_lens, response_mask)."""
+    """Rows that begin with (prompt ids, response ids) -> `Packed`."""
     prompts, responses, *_ = zip(*rows)
     return pack_sequences(prompts, responses, pad_token_id, device)
 
@@ -80,7 +103,8 @@ def pack(rows, pad_token_id, device):
 def shuffled_batches(rows, batch_size, seed, epoch):
     """Batches of an epoch in an order that depends on seed and epoch alone; the last one may be smaller.
 
-    Rows of similar length come together (little padding), the batches in random order. rows: (prompt ids, response ids, ...).
+    Rows of similar length come together (little padding), the batches in random order. rows: (prompt ids, response
+    ids, ...).
     """
     rng = random.Random(f"batches/{seed}/{epoch}")
     order = list(range(len(rows)))
@@ -94,11 +118,12 @@ def shuffled_batches(rows, batch_size, seed, epoch):
     return [[rows[r] for r in batch] for batch in batches]
 
 
-def split_rows(rows, lengths, size=0, tokens=0):
-    """Micro-batches of at most `size` rows, and of at most `tokens` padded tokens (its rows x the longest of them).
+def micro_batches(rows, lengths, size=0, tokens=0):
+    """A batch's rows in micro-batches of at most `size` rows, and of at most `tokens` padded tokens (rows x the
+    longest of them).
 
-    0: no limit. lengths: of each row, in tokens. With a limit on tokens, rows of similar length come together; a row that is
-    longer than the limit goes alone.
+    0 is no limit. lengths: tokens of each row. With a limit on tokens, rows of similar length come together, and a row
+    that is longer than the limit goes alone.
     """
     if not tokens:
         size = size or len(rows)

@@ -1,16 +1,17 @@
 """Log-probabilities and entropy of response tokens: response-only, chunked, one temperature convention.
 
-The LM head runs on the positions that predict a response token and nowhere else, a chunk of tokens at a time: `[B, T, V]`
-logits never exist. Temperature divides the logits here exactly as in sampling (`rllr.rollout`), so the distribution
-sampled is the distribution scored.
+The LM head runs on the positions that predict a response token and nowhere else, a chunk of tokens at a time: `[B, T,
+V]` logits never exist. Temperature divides the logits here exactly as in sampling (`rllr.rollout`), so the
+distribution sampled is the distribution scored.
 """
 
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .layout import response_places, response_tokens, unflatten
+from .layout import Packed, response_places, response_tokens, unflatten
 from .model.backbone import hidden_at, lm_logits
+from .model.precision import autocast
 
 CHUNK_TOKENS = 4096  # tokens whose logits exist at a time: 4096 x 150k vocabulary x 4 bytes = 2.5 GB
 
@@ -20,20 +21,22 @@ def token_logprobs(model, sequences, prompt_lens, response_mask, temperature=1.0
 
     sequences [B, T], prompt_lens [B], response_mask [B, R] -> [B, R] float32, 0 outside the mask. Differentiable.
     """
-    (logprobs,) = _score(_chunk_logprobs, 1, model, sequences, prompt_lens, response_mask, temperature)
-    return logprobs
+    with autocast(sequences.device):
+        return _score(model, Packed(sequences, prompt_lens, response_mask), temperature, _chunk_logprobs)[0]
 
 
 @torch.no_grad()
 def token_logprobs_and_entropy(model, sequences, prompt_lens, response_mask, temperature=1.0):
     """`token_logprobs` and the entropy [B, R] of the same distributions in nats, for the scoring pass (no gradient)."""
-    return _score(_chunk_logprobs_and_entropy, 2, model, sequences, prompt_lens, response_mask, temperature)
+    with autocast(sequences.device):
+        return _score(model, Packed(sequences, prompt_lens, response_mask), temperature, _chunk_logprobs_and_entropy)
 
 
-def _score(chunk_function, outputs, model, sequences, prompt_lens, response_mask, temperature):
-    places = response_places(prompt_lens, response_mask)
-    hidden = hidden_at(model, sequences, prompt_lens, response_mask, *places)  # [N, H], N real response tokens
-    tokens = response_tokens(sequences, prompt_lens, response_mask)[response_mask]  # [N]
+def _score(model, packed, temperature, chunk_function):
+    """What `chunk_function` gives for every response token: a tuple of [B, R], 0 outside the mask."""
+    mask = packed.response_mask
+    hidden = hidden_at(model, packed, *response_places(packed.prompt_lens, mask))  # [N, H], N real response tokens
+    tokens = response_tokens(*packed)[mask]  # [N]
     pieces = []
     for start in range(0, max(len(tokens), 1), CHUNK_TOKENS):
         chunk = (model, hidden[start : start + CHUNK_TOKENS], tokens[start : start + CHUNK_TOKENS], temperature)
@@ -41,7 +44,7 @@ def _score(chunk_function, outputs, model, sequences, prompt_lens, response_mask
             pieces.append(checkpoint(chunk_function, *chunk, use_reentrant=False))
         else:
             pieces.append(chunk_function(*chunk))
-    return tuple(unflatten(torch.cat([piece[i] for piece in pieces]), response_mask) for i in range(outputs))
+    return tuple(unflatten(torch.cat(values), mask) for values in zip(*pieces))
 
 
 def _chunk_logprobs(model, hidden, tokens, temperature):

@@ -1,4 +1,4 @@
-"""Adapters are in rllr.model.lora. This file only tells the new name of the command that was called `python -m rllr.lora merge`."""
+"""Adapters are in rllr.model.lora. This file only tells the new name of `python -m rllr.lora merge`."""
 
 import sys
 

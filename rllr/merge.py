@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .common.config import parse_config
+from .common.config import Settings, flag, parse_config
 from .common.errors import command
 from .common.files import RECORD, check_run_directory, open_run_directory, write_json
 from .common.log import say
@@ -15,17 +15,17 @@ from .data.encoding import Encoder
 from .model.heads import RewardModel, reward_pad_token_id
 from .model.loading import allow_remote_code, fingerprint, load_merged, load_tokenizer
 from .model.peft_format import read_adapter_config
+from .model.records import read_record, save_policy
 from .run.machine import set_up
-from .run.records import read_record, save_policy
 
 
 @dataclass
-class Config:
-    adapter: str  # directory of a policy's or reward model's adapter
-    output_dir: str  # where the plain Hugging Face model goes
-    base: str | None = None  # where the adapter's base lies now, if it has moved
-    overwrite: bool = False  # replace a model that is already there
-    trust_remote_code: bool = False  # let a model's own Python code run, as some hub models need
+class Config(Settings):
+    adapter: str = flag(help="directory of a policy's or reward model's adapter")
+    output_dir: str = flag(help="where the plain Hugging Face model goes")
+    base: str | None = flag(None, "where the adapter's base lies now, if it has moved")
+    overwrite: bool = flag(False, "replace a model that is already there")
+    trust_remote_code: bool = flag(False, "let a model's own Python code run, as some hub models need")
 
 
 @command

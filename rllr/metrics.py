@@ -45,7 +45,7 @@ def _ranks(x):
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def score_answers(task: Task, examples: list[Example], answers: list[Answer]) -> dict[str, float]:
+def answer_metrics(task: Task, examples: list[Example], answers: list[Answer]) -> dict[str, float]:
     """The task's metrics and `parse_failures`, the share of answers without a readable label.
 
     For correlations a parse failure counts as the label farthest from the gold one, so that not answering never pays.
@@ -57,7 +57,7 @@ def score_answers(task: Task, examples: list[Example], answers: list[Answer]) ->
 
 
 def _columns(task, examples, answers):
-    """Gold labels, predicted labels and, for ordinal tasks, both as numbers (object arrays, so that rows can be drawn)."""
+    """Gold labels, predicted labels and, for ordinal tasks, both as numbers (arrays, so that rows can be drawn)."""
     gold = np.array([example.label for example in examples], dtype=object)
     predicted = np.array([answer.label for answer in answers], dtype=object)
     if not {"pearson", "spearman"} & set(task.metrics):
@@ -82,7 +82,7 @@ def _metrics(task, gold, predicted, target, numbers):
 
 
 def rank(task: Task, scores: dict) -> tuple:
-    """What epochs and checkpoints are compared by: the task's metric, then fewer parse failures, then its other metrics."""
+    """What epochs and checkpoints are compared by: the task's metric, fewer parse failures, its other metrics."""
     others = [scores[name] for name in task.metrics if name != task.metric]
     return scores[task.metric], -scores["parse_failures"], *others
 
@@ -127,9 +127,10 @@ def metric_line(scores) -> str:
 
 
 def tell_parse_failures(share, log, whose="answers on dev"):
-    """Warn where most answers carry no label that can be read: no accuracy and no label reward can mean anything then."""
+    """Warn where most answers carry no readable label: no accuracy and no label reward means anything then."""
     if share > MANY_FAILURES:
         log(
-            f"warning: {100 * share:.0f} % of the {whose} have no readable label (a last line `Label: <label>`): train SFT longer, or "
+            f"warning: {100 * share:.0f} % of the {whose} have no readable label (a last line `Label: <label>`): "
+            "train SFT longer, or "
             "raise --max_new_tokens where they are cut"
         )

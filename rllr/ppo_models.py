@@ -1,39 +1,122 @@
-"""Who plays which role in PPO: policy and reference, the judges, the value model, the rule for answers that were cut.
+"""Who plays which role in PPO: policy and reference, the value model, the judges.
 
 With --lora_rank the roles are adapters on one frozen base (`rllr.model.roles`), else each is a model of its own.
 """
 
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .common.errors import InputError
+from .common.errors import InputError, RunError
 from .common.log import say
-from .judge import STATISTICS, RewardModelScorer, gold_reward, load_function
+from .data.encoding import Encoder
+from .judge import STATISTICS, Judges, RewardModelScorer, gold_reward, load_function
 from .model.backbone import backbone_of
 from .model.heads import RewardModel, ValueModel
-from .model.loading import fingerprint, load_backbone, load_policy, read_head
+from .model.loading import fingerprint, load_backbone, load_policy, load_tokenizer, read_head
 from .model.peft_format import is_adapter
+from .model.recompute import checkpoint_layers
+from .model.records import check_same_task, read_record
 from .model.roles import RolePolicy, load_base, load_scalar_role, new_role
 from .reports.reward_report import load_statistics
-from .run.records import check_same_task, read_record
+from .run.optimizer import Optimizer
+
+
+@dataclass
+class Models:
+    """The roles of a PPO run. The policy starts where the reference stays."""
+
+    policy: Any  # a causal LM; learns
+    reference: Any  # the SFT policy; frozen
+    value_model: ValueModel  # learns
+    judges: Judges  # act 3; frozen
+    encoder: Encoder
+    base: Any  # the causal LM that all adapters share; None where each role is a model of its own
+    source: str  # where the SFT policy came from: a directory or a hub name
+    fingerprint: str  # of the SFT policy's weights, in float32
+    frozen_fingerprint: str  # of the frozen model's weights, as they are in memory
+    policy_optimizer: Optimizer
+    value_optimizer: Optimizer
+
+    @property
+    def frozen(self):
+        """The model whose weights must not change: the base of all adapters, or the reference."""
+        return self.base if self.base is not None else self.reference
+
+    @property
+    def base_record(self):
+        """What an adapter's record says of its base; nothing for a model of its own."""
+        return {"base": {"path": self.source, "fingerprint": self.fingerprint}} if self.base is not None else {}
+
+    def fingerprints(self, config):
+        """{"--flag": fingerprint} of the weights that the run reads."""
+        found = {"--policy": self.fingerprint}
+        found |= {f"--{part}_rm": fingerprint(scorer.model) for part, scorer in self.judges.scorers.items()}
+        return found | ({"--value_init": fingerprint(self.value_model)} if config.value_init else {})
+
+    def check_frozen(self):
+        """RunError where the weights that must not change have changed."""
+        if fingerprint(self.frozen) != self.frozen_fingerprint:
+            raise RunError("the reference policy changed during training; this is a bug, do not trust the run")
+
+    def parts(self):
+        """What a checkpoint holds of the models (`Run.track`); running score statistics are state, too."""
+        return {
+            "policy": self.policy,
+            **self.policy_optimizer.parts("policy"),
+            "value_model": self.value_model,
+            **self.value_optimizer.parts("value"),
+            **{f"{part}_judge": scorer for part, scorer in self.judges.scorers.items()},
+        }
+
+
+def load_models(run) -> Models:
+    """Every model of a PPO run, and the two optimisers. InputError, with the flag, for one that does not fit."""
+    config, device = run.config, run.device
+    policy, reference, base, policy_fingerprint = load_policy_and_reference(config, device)
+    tokenizer = load_tokenizer(config.policy)
+    encoder = Encoder(tokenizer, policy, run.clock)
+    # Hashing a large model takes long; only a base that was cast to bf16 differs from the policy that was hashed
+    # already.
+    cast = config.base_dtype != "fp32"
+    frozen_fingerprint = fingerprint(base if base is not None else reference) if cast else policy_fingerprint
+    judges = load_judges(config, tokenizer, device, base, policy_fingerprint)
+    value_model = load_value_model(config, device, base, policy_fingerprint, judges)
+    for model in (policy, value_model) if config.gradient_checkpointing else ():
+        checkpoint_layers(backbone_of(model))
+    if config.freeze_embeddings:
+        backbone_of(policy).get_input_embeddings().requires_grad_(False)
+    updates, norm = config.steps * config.ppo_epochs * config.minibatches, config.max_grad_norm
+    return Models(
+        policy,
+        reference,
+        value_model,
+        judges,
+        encoder,
+        base,
+        source=config.policy,
+        fingerprint=policy_fingerprint,
+        frozen_fingerprint=frozen_fingerprint,
+        policy_optimizer=Optimizer(policy, config.learning_rate, updates, warmup=config.warmup, max_grad_norm=norm),
+        value_optimizer=Optimizer(value_model, config.value_learning_rate, updates, max_grad_norm=norm),
+    )
 
 
 def load_policy_and_reference(config, device):
-    """(policy, reference, frozen, fingerprint of the SFT policy): the policy starts where the reference stays.
-
-    `frozen` is the model whose weights must not change: the reference, or the base that all adapters share.
-    """
+    """(policy, reference, base, fingerprint of the SFT policy); base is None where each is a model of its own."""
     if config.lora_rank:
         base, policy_fingerprint = load_base(config.policy, config, device)
         return new_role(base, "policy", config, config.seed), RolePolicy(base, None), base, policy_fingerprint
     policy = load_policy(config.policy, device=device)
     reference = load_policy(config.policy, device=device).requires_grad_(False)
-    return policy, reference, reference, fingerprint(policy)
+    return policy, reference, None, fingerprint(policy)
 
 
 def name_judges(config, task):
-    """Fill --label_rm and --rationale_rm, as far as the reward needs them, where they were not given. InputError for one that is not
-    there, before any model is loaded."""
+    """Fill in --label_rm and --rationale_rm where the reward needs them and nobody gave them.
+
+    InputError for a reward model that is not there, before any model is loaded.
+    """
     for part in ("label", "rationale"):
         if config.reward not in (part, "mixed"):
             continue
@@ -45,43 +128,39 @@ def name_judges(config, task):
         setattr(config, f"{part}_rm", str(directory))
 
 
-def load_judges(config, tokenizer, policy_fingerprint, device, autocast, base=None):
-    """(mode, {"label": reward_fn, "rationale": reward_fn}): what `label_sensitive_reward` puts together.
+def load_judges(config, tokenizer, device, base=None, policy_fingerprint=None) -> Judges:
+    """What gives `label_sensitive_reward` its scores. `gold` and a user's function stand where the label reward stands.
 
-    `gold` and a user's function stand where the label reward stands. On a `base` a reward model saved as an adapter
-    becomes a role; one trained in full is a model of its own.
+    On a `base` a reward model that was saved as an adapter becomes a role; one trained in full is a model of its own.
     """
+    penalties = (config.missing_eos_penalty, config.missing_label_penalty)
     if config.reward == "gold":
-        return "label", {"label": gold_reward}
+        return Judges("label", {"label": gold_reward}, penalties=penalties)
     if ":" in config.reward:
-        return "label", {"label": load_function(config.reward)}
-    judges = {}
+        return Judges("label", {"label": load_function(config.reward)}, penalties=penalties)
+    by_part = {}
     for part in ("label", "rationale"):
         if config.reward in (part, "mixed"):
             directory = getattr(config, f"{part}_rm")  # `name_judges` saw to it
-            judges[part] = load_scorer(
-                directory,
-                tokenizer,
-                config.score_norm,
-                config.score_clip,
-                config.eval_batch_size,
-                device,
-                autocast,
-                f"--{part}_rm",
-                load=partial(_load_judge, base, part, policy_fingerprint) if base and is_adapter(directory) else None,
-            )
-            stored = judges[part].statistics
-            if stored and stored.policy_fingerprint != policy_fingerprint:
+            where = f"--{part}_rm {directory}"
+            if base is not None and is_adapter(directory):
+                model = load_scalar_role(RewardModel, base, directory, f"{part}_rm", policy_fingerprint, f"--{part}_rm")
+            else:
+                model = RewardModel.from_pretrained(directory, device=device)
+            check_same_tokenizer(load_tokenizer(directory), tokenizer, where)
+            scorer = by_part[part] = scorer_of(model, directory, config)
+            if scorer.statistics and scorer.statistics.policy_fingerprint != policy_fingerprint:
                 say(f"warning: the {part} reward model was measured on answers of another policy than {config.policy}")
-    # What a threshold or the missing-EOS rule lacks is said now, before the run writes anything.
-    eos_cap(
-        config, judges, config.reward, judges["label"].threshold(config.threshold) if config.reward == "mixed" else None
-    )
-    return config.reward, judges
+    return Judges(config.reward, by_part, config.threshold, penalties)
 
 
-def _load_judge(base, part, policy_fingerprint, directory, flag):
-    return load_scalar_role(RewardModel, base, directory, f"{part}_rm", policy_fingerprint, flag)
+def scorer_of(model, directory, config) -> RewardModelScorer:
+    """The scorer of a reward model with the statistics in a directory. InputError where they are missing."""
+    is_needed = config.score_norm != "none" or (Path(directory) / STATISTICS).is_file()
+    statistics = load_statistics(directory) if is_needed else None
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return RewardModelScorer(model, statistics, config.score_norm, config.score_clip, config.eval_batch_size)
 
 
 def load_value_model(config, device, base=None, policy_fingerprint=None, judges=None):
@@ -91,62 +170,30 @@ def load_value_model(config, device, base=None, policy_fingerprint=None, judges=
     that was trained in full (the judge's own, where it is one); or a new one on the base.
     """
     own_reward = config.reward == "gold" or ":" in config.reward
-    source = config.value_init or (
-        None if own_reward else config.rationale_rm if config.reward == "rationale" else config.label_rm
-    )
+    of_reward = config.rationale_rm if config.reward == "rationale" else config.label_rm
+    source = config.value_init or (None if own_reward else of_reward)
     if source is None:
         say("value model: SFT backbone with a zero head")
-        policy = new_role(base, "value", config, config.seed + 1) if base else load_policy(config.policy, device=device)
+        on_base = base is not None
+        policy = (
+            new_role(base, "value", config, config.seed + 1) if on_base else load_policy(config.policy, device=device)
+        )
         return ValueModel.from_policy(policy)
-    if base and is_adapter(source):
+    if base is None:
+        value_model = ValueModel.from_pretrained(source, device=device)
+    elif is_adapter(source):
         value_model = load_scalar_role(ValueModel, base, source, "value", policy_fingerprint, "value model:")
-    elif base:  # the reward model's weights are the base of this one role
-        own = [judge.model.backbone for part, judge in judges.items() if source == getattr(config, f"{part}_rm")]
+    else:  # the reward model's weights are the base of this one role
+        scorers = judges.scorers if judges else {}
+        own = [scorer.model.backbone for part, scorer in scorers.items() if source == getattr(config, f"{part}_rm")]
         backbone = own[0] if own else load_backbone(source, device=device)
         role = new_role(backbone, "value", config, config.seed + 1)
         value_model = ValueModel.with_head(backbone_of(role), read_head(source))
-    else:
-        value_model = ValueModel.from_pretrained(source, device=device)
     if config.score_norm != "none" and not own_reward:
         statistics = load_statistics(source)
         value_model.rescale(statistics.mean, statistics.std)
     say(f"value model: from {source}")
     return value_model
-
-
-def eos_cap(config, judges, mode, threshold):
-    """(cap, penalty unit) of the missing-EOS rule, in the units of the reward: the SFT policy's mean score and spread."""
-    statistics = [judge.statistics for judge in judges.values() if hasattr(judge, "statistics")]
-    if not statistics:
-        return None, 1.0  # gold and own functions: no cap
-    if config.score_norm != "none":
-        return 0.0, 1.0
-    if None in statistics:
-        raise InputError(
-            "--score_norm none still needs score_statistics.json for the missing-EOS rule; run train_rm.py again"
-        )
-    means = {name: judge.statistics.mean for name, judge in judges.items()}
-    if mode == "mixed":
-        means["label"] = min(means["label"], threshold)
-    return sum(means.values()), sum(s.std**2 for s in statistics) ** 0.5
-
-
-def load_scorer(directory, tokenizer, norm, clip, batch_size, device, autocast, flag, load=None):
-    """The scorer of a reward model directory, once its tokenizer is seen to be the policy's. InputErrors name the flag.
-
-    load(directory, flag) makes the model where it is not one of its own but an adapter on a shared base.
-    """
-    from .model.heads import RewardModel
-    from .model.loading import load_tokenizer
-
-    if not Path(directory).is_dir():
-        raise InputError(f"{flag} {directory}: no such directory; train_rm.py makes one")
-    model = load(directory, flag) if load else RewardModel.from_pretrained(directory, device=device)
-    check_same_tokenizer(load_tokenizer(directory), tokenizer, f"{flag} {directory}")
-    statistics = load_statistics(directory) if norm != "none" or (Path(directory) / STATISTICS).is_file() else None
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return RewardModelScorer(model, statistics, norm, clip, batch_size, autocast)
 
 
 def check_same_tokenizer(theirs, ours, where):
@@ -155,6 +202,7 @@ def check_same_tokenizer(theirs, ours, where):
     if mine != other:
         differing = sum(other.get(token) != i for token, i in mine.items()) + len(other.keys() - mine.keys())
         raise InputError(
-            f"{where}: its tokenizer differs from the policy's ({differing} tokens have other ids); train the reward model "
+            f"{where}: its tokenizer differs from the policy's ({differing} tokens have other ids); train the reward "
+            "model "
             "from this policy"
         )

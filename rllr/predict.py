@@ -3,8 +3,8 @@
     python -m rllr.predict --model runs/sst2/ppo-label/last --input new.jsonl --output labelled.jsonl
     echo '{"text": "a dull and overlong mess"}' | python -m rllr.predict --model runs/sst2/ppo-label/last
 
-From standard input (no --input, or --input -) a line is a JSON object with `text` (and `text_b`), or plain text. Every row that goes
-in comes out: one without a text with label null and the reason.
+From standard input (no --input, or --input -) a line is a JSON object with `text` (and `text_b`), or plain text. Every
+row that goes in comes out: one without a text with label null and the reason.
 """
 
 import json
@@ -13,38 +13,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .answers import answer_rows
-from .common.config import check_choice, check_positive, parse_config
+from .common.config import flag, parse_config
 from .common.errors import InputError, command
 from .data.encoding import Encoder
 from .data.rows import Source, load_examples, parse_mapping_flag
+from .data.splits import FileConfig
 from .data.tables import Table
 from .model.loading import allow_remote_code, load_policy, load_tokenizer
+from .model.records import check_same_task, read_record, resolve_task
 from .model.trial import check_policy
 from .run.machine import set_up
-from .run.records import check_same_task, read_record, resolve_task
+from .run.settings import DecodingConfig
 from .tasks import split_answer
 
 
-@dataclass
-class Config:
-    model: str  # directory of a trained policy
-    base: str | None = None  # where the base of a model that is an adapter lies now, if it has moved
-    task: str | None = None  # a built-in task's name or a task file; without it the model's own
-    input: str | None = None  # JSONL, JSON, CSV, TSV or Parquet; without it, or with -, standard input
-    output: str | None = None  # JSONL; without it standard output
-    columns: str | None = None  # other column names: text=sentence
-    delimiter: str | None = None  # of a CSV file: a character, or tab (recognised)
-    encoding: str | None = None  # of a text file (UTF-8)
-    answer_format: str | None = None  # rationale or label; without it the model's own
-    overwrite: bool = False  # replace an output file that is already there
-    max_new_tokens: int = 48  # of an answer
-    batch_size: int = 256  # prompts decoded together
-    precision: str = "fp32"  # fp32, or bf16 for autocast (GPU)
-    trust_remote_code: bool = False  # let a model's own Python code run, as some hub models need
+@dataclass(kw_only=True)
+class Config(DecodingConfig, FileConfig):
+    GROUP = "prediction"
+    model: str = flag(help="directory of a trained policy")
+    base: str | None = flag(None, "where the base of a model that is an adapter lies now, if it has moved")
+    task: str | None = flag(None, "a built-in task's name or a task file; without it the model's own")
+    input: str | None = flag(None, "JSONL, JSON, CSV, TSV or Parquet; without it, or with -, standard input")
+    output: str | None = flag(None, "JSONL; without it standard output")
+    answer_format: str | None = flag(None, "rationale or label; without it the model's own")
+    overwrite: bool = flag(False, "replace an output file that is already there")
 
 
 def read_stdin(stream) -> Table:
-    """Lines of standard input as rows: JSON objects as they are, other lines, blank ones too, as texts. InputError with the line."""
+    """Lines of standard input as rows: JSON objects, or plain texts (blank ones too). InputError with the line."""
     lines, rows = stream.read().removeprefix("\ufeff").rstrip().split("\n"), []
     for number, line in enumerate(map(str.strip, lines if any(lines) else ()), start=1):
         try:
@@ -72,7 +68,7 @@ def answer_line(example, answer, task):
 
 
 def print_lines(lines):
-    """JSON lines on standard output; where its encoding lacks a character, all of them in ASCII, which JSON can spell."""
+    """JSON lines on standard output; in ASCII, which JSON can spell, where its encoding lacks a character."""
     text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -85,8 +81,6 @@ def print_lines(lines):
 def main(argv=None):
     config = parse_config(Config, argv, __doc__)
     allow_remote_code(config.trust_remote_code)
-    check_positive(config, "max_new_tokens", "batch_size")
-    check_choice(config, "precision", ("fp32", "bf16"))
     if config.output and Path(config.output).exists() and not config.overwrite:
         raise InputError(f"--output {config.output}: exists; give another name or --overwrite")
     if config.output and (Path(config.output).is_dir() or not Path(config.output).parent.is_dir()):
@@ -94,7 +88,7 @@ def main(argv=None):
     record = read_record(config.model)
     task = resolve_task(config, record, config.model)
     check_same_task(record, task, f"--model {config.model}")
-    device, autocast = set_up(config.precision, seed=0)
+    device = set_up(config.precision, seed=0)
 
     def log(line):  # standard output may carry the result
         print(line, file=sys.stderr)
@@ -111,8 +105,9 @@ def main(argv=None):
     answers = []
     if asked:
         fitted = encoder.fit(asked, task, config.max_new_tokens, log)
-        check_policy(model, encoder, task, fitted, config.max_new_tokens, config.model)
-        answers = answer_rows(model, encoder, task, fitted, config.max_new_tokens, config.batch_size, autocast)
+        limits = {"max_new_tokens": config.max_new_tokens}
+        check_policy(model, encoder, task, fitted, name=config.model, **limits)
+        answers = answer_rows(model, encoder, task, fitted, batch_size=config.batch_size, **limits)
     given = dict(zip((example.id for example in asked), answers))
     lines = [answer_line(example, given.get(example.id), task) for example in examples]
     failures = sum(line["label"] is None for line in lines)

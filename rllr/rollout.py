@@ -1,9 +1,9 @@
 """Act 1: sampling answers in batches with a KV cache. Knows token ids; nothing of text, tasks or rewards.
 
-The sampled distribution is exactly softmax(logits / temperature): no top-k, no top-p, no repetition penalty, because the
-policy gradient is taken of the whole softmax. Log-probabilities are recorded while sampling. Each answer has a slot of its
-own in the cache and its own positions, so its numbers do not depend on its neighbours; when it ends, the slot goes to the
-next prompt (`rllr.engine`).
+The sampled distribution is exactly softmax(logits / temperature): no top-k, no top-p, no repetition penalty, because
+the policy gradient is taken of the whole softmax. Log-probabilities are recorded while sampling. Each answer has a
+slot of its own in the cache and its own positions, so its numbers do not depend on its neighbours; when it ends, the
+slot goes to the next prompt (`rllr.engine`).
 """
 
 import sys
@@ -15,8 +15,9 @@ from .engine.decoder import Decoder
 from .engine.limits import check_cache_support, text_config
 from .engine.linear import packed_linears
 from .engine.sampling import Sampler
-from .layout import pack_sequences
+from .layout import Packed, pack_sequences
 from .model.backbone import backbone_of, lm_logits
+from .model.precision import autocast
 
 ADMIT_SHARE = 0.125  # share of free slots at which new prompts are let in: in groups, as their forward stops the others
 STEPS_PER_LOOK = {"cpu": 1, "other": 8}  # steps between looks at which answers ended: a look waits for a GPU to finish
@@ -33,6 +34,11 @@ class Rollout:
     response_mask: torch.Tensor  # [B, R] bool
     rollout_logprobs: torch.Tensor  # [B, R] float32, of logits / temperature; 0 outside the mask
     truncated: torch.Tensor  # [B] bool: cut by max_new_tokens, no stop token
+
+    @property
+    def packed(self):
+        """Prompts and answers as the models take them."""
+        return Packed(self.sequences, self.prompt_lens, self.response_mask)
 
     def responses(self):
         """The answers as lists of token ids, stop token included."""
@@ -57,11 +63,11 @@ def generate(
 ):
     """Sample (or, greedy, take the likeliest of) answers to prompts; the rows of a prompt's answers stand together.
 
-    prompts: list of token-id lists; eos_token_id: an int or a list, any of which ends an answer and belongs to it.
-    A sampled pad id is an ordinary token. At most `batch_size` answers are written at a time, fewer where their keys and
-    values would take more than `cache_bytes` (default on a GPU: half of the free memory, or, where algorithms are to be
-    deterministic, a quarter of all); prompts are started longest first, and run through the model once for all their
-    answers. Dropout is off while sampling. The same generator state, prompts and limits give the same answers.
+    prompts: list of token-id lists; eos_token_id: an int or a list, any of which ends an answer and belongs to it. A
+    sampled pad id is an ordinary token. At most `batch_size` answers are written at a time, fewer where their keys and
+    values would take more than `cache_bytes` (default on a GPU: half of the free memory, or, where algorithms are to
+    be deterministic, a quarter of all); prompts are started longest first, and run through the model once for all
+    their answers. Dropout is off while sampling. The same generator state, prompts and limits give the same answers.
     """
     if max_new_tokens < 1 or not temperature > 0:
         raise ValueError(
@@ -79,12 +85,13 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        decoder = Decoder(
-            backbone_of(model), lambda hidden: lm_logits(model, hidden), Sampler(temperature, greedy, generator),
-            slots=slots, length=length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, device=device,
-        )  # fmt: skip
-        with packed_linears(model):
-            responses, logprobs = _run(decoder, prompts, answers_per_prompt)
+        with autocast(device):
+            decoder = Decoder(
+                backbone_of(model), lambda hidden: lm_logits(model, hidden), Sampler(temperature, greedy, generator),
+                slots=slots, length=length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, device=device,
+            )  # fmt: skip
+            with packed_linears(model):
+                responses, logprobs = _run(decoder, prompts, answers_per_prompt)
     finally:
         model.train(was_training)
     prompts = [prompt for prompt in prompts for _ in range(answers_per_prompt)]
@@ -131,7 +138,7 @@ def _on(device, settings):
 
 
 def slots_within(cache_bytes, model, length):
-    """How many answers' keys and values fit into `cache_bytes`; at least one. Without a limit on CPU, as many as you like."""
+    """How many answers' keys and values fit into `cache_bytes`; at least one. None on a CPU: no limit."""
     if cache_bytes is None and model.device.type != "cuda":
         return sys.maxsize
     if cache_bytes is None:

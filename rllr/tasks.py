@@ -121,6 +121,10 @@ class Task:
         values = {"{text}": text, "{text_b}": text_b or "", "{instruction}": INSTRUCTIONS[self.answer_format]}
         return re.sub(r"\{(text|text_b|instruction)\}", lambda match: values[match.group()], self.prompt)
 
+    def prompt_of(self, example: Example) -> str:
+        """The prompt of one row."""
+        return self.render_prompt(example.text, example.text_b)
+
     def render_answer(self, label: str, rationale: str | None = None) -> str:
         """The answer with this label: rationale, newline, `Label: <label>`; the label line alone for format 'label'."""
         line = f"{LABEL_PREFIX} {label}"

@@ -1,8 +1,8 @@
 """`--model tiny`: a small Llama-architecture model from scratch, for machines without a pretrained one at hand.
 
 A byte-level BPE tokenizer is trained on the training texts, then the model warms up by language modelling on all texts
-(labels are not used) with a copying exercise after each: two words of the text, or a stretch of it. Without the exercise
-the model cannot quote the text it reads, and a rationale that names evidence is out of reach.
+(labels are not used) with a copying exercise after each: two words of the text, or a stretch of it. Without the
+exercise the model cannot quote the text it reads, and a rationale that names evidence is out of reach.
 
     python -m rllr.tiny --task sst2 --train_file train.jsonl --output_dir runs/sst2/tiny     # to share between runs
 """
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .common.config import check_choice, check_positive, check_range, parse_config
+from .common.config import Settings, flag, parse_config
 from .common.errors import InputError, command
 from .common.files import check_run_directory, open_run_directory
 from .common.log import say, show_config
@@ -25,10 +25,11 @@ from .data.splits import DataConfig, load_splits
 from .layout import pack, shuffled_batches
 from .logprobs import token_logprobs
 from .model.dropout import set_dropout
+from .model.records import make_record, save_policy
 from .rationales.words import words_of
 from .run.machine import set_up
-from .run.optimizer import clip_gradient, make_optimizer, optimizer_step
-from .run.records import make_record, save_policy
+from .run.optimizer import Optimizer, gradient_step
+from .run.settings import ModelConfig
 from .tasks import load_task
 
 PAD, EOS = "<pad>", "<eos>"
@@ -36,19 +37,20 @@ COPY_WORDS, COPY_SPAN = 2, (3, 9)  # the exercise: so many words, or so long a s
 
 
 @dataclass
-class TinyConfig:
-    hidden_size: int = 128  # width
-    layers: int = 3  # decoder layers
-    heads: int = 4  # attention heads
-    vocabulary: int = 6000  # BPE tokens, at most
-    context: int = 512  # tokens
-    epochs: int = 2  # passes over all texts
-    learning_rate: float = 3e-3  # AdamW, cosine after 5 % warm-up
-    batch_size: int = 64  # texts per step
-    dropout: float = 0.0  # while warming up
+class TinyConfig(Settings):
+    GROUP = "tiny model"
+    hidden_size: int = flag(128, "width", above=0)
+    layers: int = flag(3, "decoder layers", above=0)
+    heads: int = flag(4, "attention heads", above=0)
+    vocabulary: int = flag(6000, "BPE tokens, at most", above=0)
+    context: int = flag(512, "longest text, in tokens", above=0)
+    epochs: int = flag(2, "passes over all texts", above=0)
+    learning_rate: float = flag(3e-3, "AdamW peak, cosine after 5 % warm-up", above=0)
+    batch_size: int = flag(64, "texts per step", above=0)
+    dropout: float = flag(0.0, "while warming up", between=(0, 0.9))
 
 
-def build_tiny(splits, task, config: TinyConfig, seed, device, autocast):
+def build_tiny(splits, task, config: TinyConfig, seed, device):
     """(model, tokenizer), warmed up on the texts of every split but the evaluation rows."""
     examples = splits.labelled + splits.held_out + splits.unlabelled
     tokenizer = _train_tokenizer(examples, task, config)
@@ -69,7 +71,8 @@ def build_tiny(splits, task, config: TinyConfig, seed, device, autocast):
     ).to(device)
     say(f"tiny: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
     encoder = Encoder(tokenizer, model)
-    _warm_up(model, encoder, encoder.fit(examples, task, reserve=48, log=say), task, config, seed, device, autocast)
+    fitted = encoder.fit(examples, task, reserve=48, log=say)
+    _warm_up(model, encoder, _exercises(encoder, fitted, task, seed), config, seed)
     return model, tokenizer
 
 
@@ -85,7 +88,7 @@ def _train_tokenizer(examples, task, config):
         show_progress=False,
     )
     texts = (
-        PLAIN_TEMPLATE.format(prompt=task.render_prompt(example.text, example.text_b)) + task.render_answer(label)
+        PLAIN_TEMPLATE.format(prompt=task.prompt_of(example)) + task.render_answer(label)
         for example in examples
         for label in task.labels
     )
@@ -95,32 +98,33 @@ def _train_tokenizer(examples, task, config):
     )
 
 
-def _warm_up(model, encoder, examples, task, config, seed, device, autocast):
+def _exercises(encoder, examples, task, seed):
+    """[(first token, all the others)]: each prompt with its copying exercise behind it."""
     rows = []
-    for example in examples:
-        ids = encoder.prompt_ids(task.render_prompt(example.text, example.text_b))
+    for example, ids in zip(examples, encoder.prompts(task, examples)):
         copied = encoder.answer_ids(_copying_exercise(example, random.Random(f"copy/{seed}/{example.id}")))
         rows.append((ids[:1], ids[1:] + copied))  # everything after the first token is predicted
+    return rows
+
+
+def _warm_up(model, encoder, rows, config, seed):
+    """Language modelling on all rows: the mean negative log-likelihood of every token but the first."""
     steps = config.epochs * len(shuffled_batches(rows, config.batch_size, seed, 0))
-    optimizer, scheduler = make_optimizer(
-        model, config.learning_rate, steps, warmup_share=0.05, schedule="cosine", weight_decay=0.1
-    )
+    optimizer = Optimizer(model, config.learning_rate, steps, warmup=0.05, schedule="cosine", weight_decay=0.1)
     set_dropout(model, config.dropout).train()
     start, progress = time.monotonic(), tqdm(total=steps, desc="tiny: language modelling", mininterval=2, disable=None)
     for epoch in range(config.epochs):
         total, count = 0.0, 0
         for batch in shuffled_batches(rows, config.batch_size, seed, epoch):
-            sequences, prompt_lens, mask = pack(batch, encoder.pad_id, device)
-            with autocast():
-                loss = -token_logprobs(model, sequences, prompt_lens, mask).sum()
-            (loss / mask.sum()).backward()
-            clip_gradient(model, 1.0)
-            optimizer_step(optimizer, scheduler)
-            total, count = total + loss.item(), count + int(mask.sum())
+            packed = pack(batch, encoder.pad_id, model.device)
+            tokens = int(packed.response_mask.sum())
+            loss, _ = gradient_step(
+                optimizer, [packed], lambda packed: -token_logprobs(model, *packed).sum() / packed.response_mask.sum()
+            )
+            total, count = total + loss * tokens, count + tokens
             progress.update()
-        say(
-            f"tiny: epoch {epoch + 1}/{config.epochs}  loss {total / count:.3f} nats per token  {time.monotonic() - start:.0f} s"
-        )
+        seconds = time.monotonic() - start
+        say(f"tiny: epoch {epoch + 1}/{config.epochs}  loss {total / count:.3f} nats per token  {seconds:.0f} s")
     progress.close()
     model.eval()
 
@@ -137,29 +141,24 @@ def _copying_exercise(example, rng):
 
 
 @dataclass
-class Config(TinyConfig, DataConfig):
-    output_dir: str | None = None  # where the model goes (runs/<task>/tiny)
-    overwrite: bool = False  # replace a run that is already there
-    precision: str = "fp32"  # fp32, or bf16 for autocast
-    seed: int = 0  # weights, order of the texts, copying exercise
+class Config(TinyConfig, ModelConfig, DataConfig):
+    GROUP = "run"
+    output_dir: str | None = flag(None, "where the model goes (runs/<task>/tiny)")
+    overwrite: bool = flag(False, "replace a run that is already there")
+    seed: int = flag(0, "weights, order of the texts, copying exercise")
 
 
 @command
 def main(argv=None):
     config = parse_config(Config, argv, __doc__)
-    check_positive(
-        config, "hidden_size", "layers", "heads", "vocabulary", "context", "epochs", "learning_rate", "batch_size"
-    )
     if config.hidden_size % config.heads or config.hidden_size // config.heads % 2:
         raise InputError(f"--hidden_size {config.hidden_size}: must be an even multiple of --heads {config.heads}")
-    check_range(config, "dropout", 0, 0.9)
-    check_choice(config, "precision", ("fp32", "bf16"))
     task = load_task(config.task or "demo", config.answer_format)
-    device, autocast = set_up(config.precision, config.seed)
+    device = set_up(config.precision, config.seed)
     splits = load_splits(config, task, say)
     directory = check_run_directory(config.output_dir or f"runs/{task.name}/tiny", config.overwrite)
     show_config(config, "tiny")
-    model, tokenizer = build_tiny(splits, task, config, config.seed, device, autocast)
+    model, tokenizer = build_tiny(splits, task, config, config.seed, device)
     open_run_directory(directory, config.overwrite)
     record = make_record("tiny", task, config, directory, tiny=True, rows=splits.digests())
     save_policy(model, Encoder(tokenizer, model), directory, record)

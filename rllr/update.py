@@ -7,22 +7,24 @@ import torch
 
 from .common.errors import RunError
 from .common.log import say
-from .judge import Samples
-from .layout import split_rows, trim
+from .layout import micro_batches
 from .logprobs import token_logprobs, token_logprobs_and_entropy
 from .ppo import kl_estimate, policy_loss, value_loss
-from .run.optimizer import clip_gradient, optimizer_step, require_finite
-from .tasks import parse_answer
+from .rollout import Rollout
+from .run.optimizer import require_finite
 
-# |ratio - 1| on the first minibatch, where it must be 1: (mean, max) to warn at and to stop at.
+# |ratio - 1| on the first minibatch, where the ratio must be 1: (mean, max) to warn at and to stop at.
 RATIO_WARN = {"fp32": (2e-5, 1e-3), "bf16": (2e-2, 0.5)}
 RATIO_STOP = {"fp32": (1e-4, 1e-2), "bf16": (2e-1, 5.0)}
 
-
-# |log-probability recorded while sampling - the scoring pass's|, in nats: (mean, max) to warn at and to stop at. In fp32 both are
-# rounding (measured 1e-6 and 2e-6); in bf16 means of 0.007 to 0.015 and maxima of 0.03 to 0.07 were measured on an H200.
+# |log-probability recorded while sampling - the scoring pass's|, in nats: (mean, max) to warn at and to stop at. In
+# fp32 both are rounding (1e-6 and 2e-6 were measured); in bf16 means of 0.007 to 0.015 and maxima of 0.03 to 0.07 on
+# an H200.
 GAP_WARN = {"fp32": (1e-4, 1e-2), "bf16": (5e-2, 2.0)}
 GAP_STOP = {"fp32": (1e-2, 1.0), "bf16": (3e-1, 10.0)}
+MOST_SKIPPED = (
+    10  # rollouts in a row whose update --on_ref_kl skip may leave out: the policy does not come back by itself
+)
 
 
 class PromptStream:
@@ -41,11 +43,15 @@ class PromptStream:
         return [self.examples[i] for i in taken]
 
     def state_dict(self):
-        """The prompts that are next; the two random streams are parts of their own (`Run.track`)."""
+        """The prompts that come next. The two random streams are parts of their own (`parts`)."""
         return {"queue": list(self.queue)}
 
     def load_state_dict(self, state):
         self.queue = list(state["queue"])
+
+    def parts(self):
+        """What a checkpoint holds of the stream (`Run.track`)."""
+        return {"stream": self, "prompt_order": self.order_rng, "minibatch_order": self.minibatch_rng}
 
     def minibatch_plan(self, epochs, minibatches):
         """[epoch][minibatch] -> row indices of the rollout. Settled before scoring, so that old log-probabilities are
@@ -60,124 +66,117 @@ class PromptStream:
 
 @dataclass
 class Batch:
-    """A rollout, scored. [B, T] sequences; [B, R] everything per token, 0 outside the mask."""
+    """A rollout of B answers, scored: [B, R] per token, 0 outside the mask. Acts 3 to 5 fill in the last four."""
 
-    sequences: torch.Tensor
-    prompt_lens: torch.Tensor  # [B]
-    mask: torch.Tensor
-    logprobs: torch.Tensor  # of the policy that sampled: pi_old, from its own forward pass
-    ref_logprobs: torch.Tensor
-    values: torch.Tensor
-    entropy: torch.Tensor
-    advantages: torch.Tensor | None = None
-    returns: torch.Tensor | None = None
-    scores: torch.Tensor | None = None  # [B], of whole answers
+    rollout: Rollout
+    names: list  # of the B prompts' rows, for messages
+    logprobs: torch.Tensor  # [B, R] of the policy that sampled: pi_old, from its own forward pass
+    ref_logprobs: torch.Tensor  # [B, R]
+    values: torch.Tensor  # [B, R]
+    entropy: torch.Tensor  # [B, R]
+    scores: torch.Tensor | None = None  # [B] of whole answers (act 3)
+    rewards: torch.Tensor | None = None  # [B, R] (act 4)
+    advantages: torch.Tensor | None = None  # [B, R] whitened (act 5)
+    returns: torch.Tensor | None = None  # [B, R] the value targets (act 5)
 
-    def rows(self, rows):
-        """(sequences, prompt_lens, mask) of some rows, trimmed to their own width."""
-        return trim(self.sequences[rows], self.prompt_lens[rows], self.mask[rows])
+    @property
+    def packed(self):
+        return self.rollout.packed
+
+    @property
+    def response_mask(self):
+        return self.rollout.response_mask
+
+    def names_of(self, rows):
+        return [self.names[row] for row in rows] if self.names else []
 
     def micro_batches(self, minibatch, config):
         """A minibatch's rows as lists of rows that go through a model together."""
-        lengths = (self.prompt_lens + self.mask.sum(1))[minibatch].tolist() if config.tokens_per_batch else []
-        return split_rows(minibatch, lengths, config.micro_batch_size, config.tokens_per_batch)
+        lengths = self.packed.lengths[minibatch].tolist() if config.tokens_per_batch else []
+        return micro_batches(minibatch, lengths, config.micro_batch_size, config.tokens_per_batch)
 
 
 @torch.no_grad()
-def analyse(policy, reference, value_model, rollout, plan, config, autocast, ids=()) -> Batch:
+def analyse(models, rollout, plan, config, names=()) -> Batch:
     """Act 2: log-probabilities under policy and reference, values, entropy. All models in eval mode: no dropout.
 
-    RunError, with the `ids` of the prompts, where a number is not finite or a mask does not count its answer's tokens.
+    models: policy, reference and value_model (`rllr.ppo_models.Models`). plan: of `PromptStream`; the first epoch's
+    minibatches are the rows and shapes of these passes. RunError, with the `names` of the prompts, where a number is
+    not finite or a mask does not count its answer's tokens.
     """
     mask = rollout.response_mask
     miscounted = (mask.sum(1) != rollout.response_lens).nonzero().flatten().tolist()
     if miscounted:
         raise RunError(f"the response mask of rows {miscounted[:5]} does not count their tokens; this is a bug.")
-    zeros = lambda: torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)  # noqa: E731
-    batch = Batch(rollout.sequences, rollout.prompt_lens, mask, zeros(), zeros(), zeros(), zeros())
+    empty = [torch.zeros(mask.shape, dtype=torch.float32, device=mask.device) for _ in range(4)]
+    batch = Batch(rollout, list(names), *empty)
     for minibatch in plan[0]:
         for rows in batch.micro_batches(minibatch, config):
-            packed = batch.rows(rows)
-            width = packed[2].shape[1]
-            with autocast():
-                logprobs, entropy = token_logprobs_and_entropy(policy, *packed, config.temperature)
-                batch.logprobs[rows, :width], batch.entropy[rows, :width] = logprobs, entropy
-                batch.ref_logprobs[rows, :width] = token_logprobs(reference, *packed, config.temperature)
-                batch.values[rows, :width] = value_model(*packed)
-    require_finite(rollout.rollout_logprobs, "a sampled token's log-probability", ids)
-    for name, what in (("logprobs", "the policy's log-probability"), ("ref_logprobs", "the reference's log-probability"),
-                       ("values", "the value model's output")):  # fmt: skip
-        require_finite(getattr(batch, name), what, ids)
+            packed = batch.packed.rows(rows)
+            width = packed.response_mask.shape[1]
+            logprobs, entropy = token_logprobs_and_entropy(models.policy, *packed, config.temperature)
+            batch.logprobs[rows, :width], batch.entropy[rows, :width] = logprobs, entropy
+            batch.ref_logprobs[rows, :width] = token_logprobs(models.reference, *packed, config.temperature)
+            batch.values[rows, :width] = models.value_model(*packed)
+    require_finite(rollout.rollout_logprobs, "a sampled token's log-probability", batch.names)
+    require_finite(batch.logprobs, "the policy's log-probability", batch.names)
+    require_finite(batch.ref_logprobs, "the reference's log-probability", batch.names)
+    require_finite(batch.values, "the value model's output", batch.names)
     return batch
 
 
-def check_sampler_gap(batch, rollout, precision):
-    """Warn, or raise RunError, where what was sampled from is not what is scored: the policy gradient would be of another policy."""
-    gap = (batch.logprobs - rollout.rollout_logprobs).abs().masked_fill(~batch.mask, 0.0)
-    mean, largest = float(gap.sum() / batch.mask.sum().clamp(min=1)), float(gap.max())
-    words = f"log-probabilities recorded while sampling differ from those of the scoring pass by {mean:.2g} (mean), {largest:.2g} (max) nats"
+def check_sampler_gap(batch, precision):
+    """Warn, or raise RunError, where the policy sampled from is not the one scored: the gradient would be wrong."""
+    gap = (batch.logprobs - batch.rollout.rollout_logprobs).abs().masked_fill(~batch.response_mask, 0.0)
+    mean, largest = float(gap.sum() / batch.response_mask.sum().clamp(min=1)), float(gap.max())
+    words = (
+        f"log-probabilities recorded while sampling differ from those of the scoring pass by {mean:.2g} (mean), "
+        f"{largest:.2g} (max) nats"
+    )
     if mean > GAP_STOP[precision][0] or largest > GAP_STOP[precision][1]:
         raise RunError(
-            f"{words}: the model's decoding with a cache does not give the numbers of its own forward; look for an attention window, "
-            "own positions or a memory that is no cache of keys and values."
+            f"{words}: the model's decoding with a cache does not give the numbers of its own forward; look for an "
+            "attention "
+            "window, own positions or a memory that is no cache of keys and values."
         )
     if mean > GAP_WARN[precision][0] or largest > GAP_WARN[precision][1]:
         say(f"warning: {words}")
 
 
-def kl_within_bound(batch, config):
-    """Whether the rollout's mean KL to the reference, in nats per answer, is within --max_ref_kl. RunError if it is not and
-    --on_ref_kl is stop."""
-    kl = kl_estimate(batch.logprobs, batch.ref_logprobs).masked_fill(~batch.mask, 0.0).sum(1).mean().item()
+def kl_within_bound(batch, config, loop):
+    """Whether the rollout's mean KL to the reference, in nats per answer, is within --max_ref_kl, so that it may be
+    learnt from.
+
+    Beyond it RunError, or, with --on_ref_kl skip, False; RunError then for the last of MOST_SKIPPED rollouts in a row,
+    which `loop.skipped` counts.
+    """
+    kl = kl_estimate(batch.logprobs, batch.ref_logprobs).masked_fill(~batch.response_mask, 0.0).sum(1).mean().item()
     if config.max_ref_kl is None or kl <= config.max_ref_kl:
+        loop.skipped = 0
         return True
     if config.on_ref_kl == "stop":
         raise RunError(
-            f"the policy has left the SFT policy: {kl:.4g} nats per answer, more than --max_ref_kl {config.max_ref_kl:g}; take a "
-            "larger --kl_coef or a lower --learning_rate."
+            f"the policy has left the SFT policy: {kl:.4g} nats per answer, more than --max_ref_kl "
+            f"{config.max_ref_kl:g}; "
+            "take a larger --kl_coef or a lower --learning_rate."
         )
+    loop.skipped += 1
+    if loop.skipped == MOST_SKIPPED:
+        raise RunError(f"{loop.skipped} rollouts in a row beyond --max_ref_kl {config.max_ref_kl}.")
     return False
 
 
-def samples_of(rollout, examples, task, encoder, gold) -> Samples:
-    """The rollout as text beside its ids. `gold`: {row id: label}, empty where PPO must not know."""
-    answers = [encoder.decode(response) for response in rollout.responses()]
-    return Samples(
-        prompts=[task.render_prompt(example.text, example.text_b) for example in examples],
-        answers=answers,
-        labels=[parse_answer(task, answer) for answer in answers],
-        gold_labels=[gold.get(example.id) for example in examples],
-        sequences=rollout.sequences,
-        prompt_lens=rollout.prompt_lens,
-        response_mask=rollout.response_mask,
-        truncated=rollout.truncated,
-        ids=[example.id for example in examples],
-    )
-
-
-def improve(policy, value_model, policy_optimizer, value_optimizer, batch, plan, config, autocast, ids=()) -> dict:
+def improve(models, batch, plan, config) -> dict:
     """Act 6: PPO epochs over minibatches; policy and value model each have their optimiser and gradient clip.
 
-    A minibatch's loss is normalised by its token count, so micro-batches add up to the same gradient. Returns the means
-    of the statistics over the updates. Raises RunError, with the `ids` of the prompts, before a step whose loss or gradient is
-    not finite, and where the first minibatch's ratio is not 1.
+    A minibatch's loss is normalised by its token count, so micro-batches add up to the same gradient. Returns
+    {"improve/...": mean over the updates}. RunError, with the names of the prompts, before a step whose loss or
+    gradient is not finite, and where the first minibatch's ratio is not 1.
     """
     history = []  # one dict of statistics per minibatch
     for minibatch in (minibatch for epoch in plan for minibatch in epoch):
-        token_count = batch.mask[minibatch].sum()
-        parts = [
-            _losses(
-                policy,
-                value_model,
-                batch,
-                rows,
-                token_count,
-                config,
-                autocast,
-                [ids[row] for row in rows] if ids else (),
-            )
-            for rows in batch.micro_batches(minibatch, config)
-        ]
+        token_count = batch.response_mask[minibatch].sum()
+        parts = [_losses(models, batch, rows, token_count, config) for rows in batch.micro_batches(minibatch, config)]
         stats = {name: _combine(name, [part[name] for part in parts]) for name in parts[0]}
         if not history:
             first_ratio_error = check_first_ratio(stats, config.precision)
@@ -185,20 +184,21 @@ def improve(policy, value_model, policy_optimizer, value_optimizer, batch, plan,
         if (
             config.max_update_kl and stats["approx_kl"] > config.max_update_kl
         ):  # far enough from pi_old for this rollout
-            policy_optimizer[0].zero_grad(set_to_none=True)
-            value_optimizer[0].zero_grad(set_to_none=True)
+            models.policy_optimizer.clear_gradient()
+            models.value_optimizer.clear_gradient()
             break
         # Both gradients are seen to be finite before either model moves.
-        stats["grad_norm_policy"] = clip_gradient(policy, config.max_grad_norm)
-        stats["grad_norm_value"] = clip_gradient(value_model, config.max_grad_norm)
-        optimizer_step(*policy_optimizer)
-        optimizer_step(*value_optimizer)
+        stats["grad_norm_policy"] = models.policy_optimizer.clip_gradient()
+        stats["grad_norm_value"] = models.value_optimizer.clip_gradient()
+        models.policy_optimizer.step()
+        models.value_optimizer.step()
     means = {}
     for name in history[0]:
         if not name.startswith("ratio_error"):
             values = [stats[name] for stats in history if name in stats]
             means[name] = torch.stack(values).max() if name.endswith("_max") else sum(values) / len(values)
-    return {**means, "first_ratio_error": first_ratio_error, "lr": policy_optimizer[1].get_last_lr()[0]}
+    means |= {"first_ratio_error": first_ratio_error, "lr": models.policy_optimizer.learning_rate}
+    return {f"improve/{name}": value for name, value in means.items()}
 
 
 def _combine(name, values):
@@ -206,43 +206,45 @@ def _combine(name, values):
     return torch.stack(values).max() if name.endswith("_max") else torch.stack(values).sum()
 
 
-def _losses(policy, value_model, batch, rows, token_count, config, autocast, ids=()):
-    """Backward of one micro-batch's share of both losses. Returns detached statistics that add up over the minibatch."""
-    sequences, prompt_lens, mask = batch.rows(rows)
-    width = mask.shape[1]
-    old = {name: getattr(batch, name)[rows, :width] for name in ("logprobs", "advantages", "values", "returns")}
+def _losses(models, batch, rows, token_count, config):
+    """Backward of one micro-batch's share of both losses. Returns detached statistics that add up to the whole."""
+    packed = batch.packed.rows(rows)
+    mask = packed.response_mask
+    old_logprobs, advantages, old_values, returns = (
+        tensor[rows, : mask.shape[1]] for tensor in (batch.logprobs, batch.advantages, batch.values, batch.returns)
+    )
 
     def share(x, mask):  # the minibatch's token mean, of which this micro-batch is a part
         return x.masked_fill(~mask, 0.0).sum() / token_count
 
-    with autocast():
-        new_logprobs = token_logprobs(policy, sequences, prompt_lens, mask, config.temperature)
-    loss, stats = policy_loss(new_logprobs, old["logprobs"], old["advantages"], mask, config.clip, reduce=share)
-    require_finite(loss, "the policy loss", ids)
+    new_logprobs = token_logprobs(models.policy, *packed, config.temperature)
+    loss, stats = policy_loss(new_logprobs, old_logprobs, advantages, mask, config.clip, reduce=share)
+    require_finite(loss, "the policy loss", batch.names_of(rows))
     loss.backward()
-    with autocast():
-        new_values = value_model(sequences, prompt_lens, mask)
-    critic_loss, critic_stats = value_loss(
-        new_values, old["values"], old["returns"], mask, config.value_clip, reduce=share
-    )
-    require_finite(critic_loss, "the value loss", ids)
+    new_values = models.value_model(*packed)
+    critic_loss, critic_stats = value_loss(new_values, old_values, returns, mask, config.value_clip, reduce=share)
+    require_finite(critic_loss, "the value loss", batch.names_of(rows))
     critic_loss.backward()
     with torch.no_grad():
-        error = ((new_logprobs - old["logprobs"]).masked_fill(~mask, 0.0).exp() - 1).abs()
+        error = ((new_logprobs - old_logprobs).masked_fill(~mask, 0.0).exp() - 1).abs()
     return {
-        "policy_loss": loss.detach(), "value_loss": critic_loss.detach(), **stats,
+        "policy_loss": loss.detach(),
+        "value_loss": critic_loss.detach(),
+        **stats,
         "value_clipfrac": critic_stats["clipfrac"],
-        "ratio_error_mean": share(error, mask), "ratio_error_max": error.masked_fill(~mask, 0.0).max(),
-    }  # fmt: skip
+        "ratio_error_mean": share(error, mask),
+        "ratio_error_max": error.masked_fill(~mask, 0.0).max(),
+    }
 
 
 def check_first_ratio(stats, precision):
-    """|ratio - 1| on the first minibatch, before any update (mean). Warns, or raises RunError, where it is not near 0."""
+    """|ratio - 1| on the first minibatch, before any update (mean). RunError, or a warning, where it is not near 0."""
     mean, largest = float(stats["ratio_error_mean"]), float(stats["ratio_error_max"])
     if mean > RATIO_STOP[precision][0] or largest > RATIO_STOP[precision][1]:
         raise RunError(
-            f"the ratio new / old on the first minibatch is off 1 by {mean:.2g} (mean), {largest:.2g} (max): look for dropout "
-            "left on, another temperature, or positions that differ between scoring and training."
+            f"the ratio new / old on the first minibatch is off 1 by {mean:.2g} (mean), {largest:.2g} (max): look for "
+            "dropout "
+            "that is on, another temperature, or positions that differ between scoring and training."
         )
     if mean > RATIO_WARN[precision][0] or largest > RATIO_WARN[precision][1]:
         say(f"warning: the first minibatch's ratio is off 1 by {mean:.2g} (mean), {largest:.2g} (max)")

@@ -21,13 +21,13 @@ from rllr.common.errors import InputError
 from rllr.common.files import read_safetensors, sha256_of
 from rllr.data.rows import load_examples, load_pairs
 from rllr.model.peft_format import read_adapter_config
+from rllr.model.records import RECORD_FORMAT, read_record
 from rllr.ppo import AdaptiveKL
 from rllr.rationales.model_writer import read_cache
 from rllr.reports.reward_report import load_statistics
 from rllr.run.checkpoint import MANIFEST, STATE, TENSORS, GlobalStreams, state_of, write_checkpoint
-from rllr.run.optimizer import make_optimizer, optimizer_step
-from rllr.run.records import RECORD_FORMAT, read_record
-from rllr.run.resume import RUN_FORMAT, take_up
+from rllr.run.optimizer import Optimizer
+from rllr.run.resume import RUN_FORMAT, find_run_to_resume
 from rllr.run.run import Run
 from rllr.tasks import load_task, parse_answer, split_answer
 from rllr.update import PromptStream
@@ -108,10 +108,10 @@ class Checkpoint:
     def parts(self):
         """A small state of every kind of part; the first step is taken, so that the optimiser has moments."""
         model = torch.nn.ParameterDict({"w": torch.ones(3)})
-        optimizer, schedule = make_optimizer(model, 0.1, 10)
+        optimizer = Optimizer(model, 0.1, 10)
         model["w"].grad = torch.ones(3)
-        optimizer_step(optimizer, schedule)
-        return {"model": model, "optimizer": optimizer, "schedule": schedule, "kl": AdaptiveKL(0.1, 6, 100),
+        optimizer.step()
+        return {"model": model, **optimizer.parts(), "kl": AdaptiveKL(0.1, 6, 100),
                 "stream": PromptStream(["a", "b", "c"], 2, 0), "sampling": torch.Generator().manual_seed(1)}  # fmt: skip
 
     def seed(self, root):
@@ -137,7 +137,7 @@ class Checkpoint:
         parts = self.parts() | {"streams": GlobalStreams()}
         state = {name: state_of(part) for name, part in parts.items()}
         state |= {
-            "at": {"step": 3, "best": 0.5, "before": {"accuracy": 0.4}, "skipped": 0},
+            "loop": {"step": 3, "best": 0.5, "before": {"accuracy": 0.4}, "skipped": 0},
             "metrics": {"bytes": 12, "seconds": 1.5},
         }
         path = write_checkpoint(folder, 3, {"step": 3, "run": run, "parts": state}, 2)
@@ -165,9 +165,10 @@ class Checkpoint:
             checkpoint.rmdir()
             (folder / "metrics.jsonl").unlink()
         config = parse_config(train_ppo.Config, ["--resume", str(folder)])
-        taken_up = take_up("ppo", config, lambda config: "runs/none")
+        resumed = find_run_to_resume("ppo", config, lambda: "runs/none")
         config.validate()
-        run = Run("ppo", config, folder, {"--policy": "ab"}, taken_up)
+        run = Run("ppo", config, folder, resumed=resumed)
+        run.start({"--policy": "ab"})
         try:
             run.track(9, SimpleNamespace(step=0, best=None, before=None, skipped=0), **self.parts())
         finally:

@@ -1,17 +1,21 @@
-"""The house: which room may import which. Read from the sources, imports inside functions included."""
+"""The house: which room may import which, and how large a function may be. Read from the sources."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up: a module imports from its own floor, without a circle, and from the floors below it.
 FLOORS = [
     {"common", "layout", "ppo", "engine"},
     {"tasks", "rewards", "pairs"},
-    {"run"},
     {"model", "data"},
-    {"rollout", "logprobs", "judge"},
-    {"answers", "metrics", "rationales", "update"},
+    {"run"},
+    {"rollout", "logprobs", "answers", "judge"},
+    {"metrics", "rationales", "update"},
     {"tiny", "ppo_models", "reports", "evaluate", "predict", "merge"},
 ]
 TORCH_ONLY = {"layout", "ppo"}  # and rewards, which stands on ppo
@@ -31,7 +35,7 @@ MODULES = modules()
 
 
 def imports_of(name):
-    """Dotted names of the package's modules that a module imports."""
+    """Dotted names of the package's modules that a module imports, inside its functions, too."""
     package, found = name.split(".")[:-1], set()
     for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
@@ -117,3 +121,46 @@ def test_the_engine_and_the_arithmetic_stand_alone():
 def test_the_core_is_without_machinery():
     for name, machinery in PURE.items():
         assert not {other.rpartition(".")[2] for other in GRAPH[name]} & machinery, name
+
+
+def test_the_core_loads_no_machinery():
+    """Nor does it come in behind: of everything that these modules import, directly or not."""
+    loaded = "import sys, rllr.update, rllr.judge; print(*[name for name in sys.modules if name.startswith('rllr.')])"
+    names = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "rllr.rewards" in names or "rllr.ppo" in names
+    assert not {"rllr.run.checkpoint", "rllr.run.run", "rllr.run.resume"} & set(names.split())
+
+
+# ---- functions -------------------------------------------------------------------------------------------------------
+
+SCRIPTS = [ROOT / f"train_{stage}.py" for stage in ("sft", "rm", "ppo")]
+LONGEST = 80  # lines of a main, and of any other function
+MOST_PARAMETERS = 6  # that can be given by position
+ATTENTION = {"packed_attention", "slot_attention"}  # transformers calls them, with its own parameters
+
+
+def functions():
+    """(path, function) of every function and method of the package and of the scripts."""
+    for path in [*(ROOT / "rllr").rglob("*.py"), *SCRIPTS]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                yield path, node
+
+
+def test_functions_are_short_and_take_few_parameters():
+    long, wide = [], []
+    for path, node in functions():
+        positional = [argument.arg for argument in node.args.posonlyargs + node.args.args]
+        given = [name for name in positional if name not in ("self", "cls")]
+        if node.end_lineno - node.lineno + 1 > LONGEST:
+            long.append((path.name, node.name))
+        if len(given) > MOST_PARAMETERS and node.name not in ATTENTION:
+            wide.append((path.name, node.name, len(given)))
+    assert not long and not wide
+
+
+@pytest.mark.parametrize("act", ["1 act", "2 analyse", "3 judge", "4 shape", "5 credit", "6 improve"])
+def test_all_six_acts_stand_in_the_open(act):
+    source = (ROOT / "train_ppo.py").read_text(encoding="utf-8")
+    main = source[source.index("def main(") :]
+    assert f"# {act}:" in main

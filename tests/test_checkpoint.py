@@ -15,11 +15,11 @@ from rllr.run.checkpoint import (
     MANIFEST,
     STATE,
     TENSORS,
-    damage,
     join_tensors,
     list_checkpoints,
-    mend,
+    problem_with,
     read_checkpoint,
+    restore_names,
     split_tensors,
     write_checkpoint,
 )  # fmt: skip
@@ -126,12 +126,12 @@ DAMAGE = {
 def test_damage_is_seen(tmp_path, name):
     file, harm, words = DAMAGE[name]
     path = write_checkpoint(tmp_path, 3, state(), keep_last=2)
-    assert damage(path) is None
+    assert problem_with(path) is None
     harm(path / file)
     if name == "a torn manifest":
         harm(path / file), harm(path / file)  # the last character is a line's end
         words = "not valid JSON"
-    assert words in damage(path)
+    assert words in problem_with(path)
     with pytest.raises(InputError, match=f"^checkpoint {path}: "):
         read_checkpoint(path)
 
@@ -142,16 +142,16 @@ def test_a_checkpoint_that_was_moved_aside_gets_its_name_back(tmp_path):
     path.rename(path.with_name(".step-000003.old"))
     path.with_name(".step-000003.part").mkdir()
     assert list_checkpoints(tmp_path) == []
-    mend(tmp_path)
-    assert list_checkpoints(tmp_path) == [path] and damage(path) is None
+    restore_names(tmp_path)
+    assert list_checkpoints(tmp_path) == [path] and problem_with(path) is None
     path.rename(path.with_name(".step-000003.old"))
     with (
         pytest.raises(KeyboardInterrupt),
         new_directory(path),
     ):  # and writing it again does not remove the only copy first
         raise KeyboardInterrupt
-    mend(tmp_path)
-    assert damage(path) is None
+    restore_names(tmp_path)
+    assert problem_with(path) is None
 
 
 def test_half_a_line_before_the_checkpoints_place(tmp_path):

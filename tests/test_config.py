@@ -5,33 +5,43 @@ from dataclasses import dataclass
 import pytest
 
 import train_ppo
-from rllr.common.config import check_choice, check_divisible, check_positive, check_range, parse_config
+from rllr.common.config import Settings, check_divisible, flag, parse_config
 from rllr.common.errors import InputError, RunError, command
 from rllr.tasks import load_task
 
 
 @dataclass
-class Base:
-    task: str | None = None  # which task, 100 % of it
+class Base(Settings):
+    GROUP = "data"
+    task: str | None = flag(None, "which task, 100 % of it")
 
 
 @dataclass
 class Config(Base):
-    steps: int = 10  # how many steps
-    rate: float = 0.5  # learning rate
-    limit: float | None = None  # an upper bound
-    rows: int | None = 7  # at most
-    name: str = "x"  # of the run
-    models: list | None = None  # directories
-    fast: bool = False  # skip the checks
-    maybe: bool | None = None  # decided later
+    GROUP = "optimisation"
+    steps: int = flag(10, "how many steps")
+    rate: float = flag(0.5, "learning rate")
+    limit: float | None = flag(None, "an upper bound")
+    rows: int | None = flag(7, "at most")
+    name: str = flag("x", "of the run")
+    models: list | None = flag(None, "directories")
+    fast: bool = flag(False, "skip the checks")
+    maybe: bool | None = flag(None, "decided later")
 
 
 @dataclass
 class Needy:
-    output: str  # where it goes
-    other: int  # and another
+    output: str = flag(help="where it goes")
+    other: int = flag(help="and another")
     extra: int = 1
+
+
+@dataclass
+class Bounded(Settings):
+    steps: int = flag(10, above=0)
+    rate: float = flag(0.5, at_least=0)
+    rows: int | None = flag(7, between=(6, 9))
+    name: str | None = flag("x", choices=("x", "y"))
 
 
 def error(*argv, cls=Config) -> str:
@@ -167,26 +177,55 @@ def test_help_holds_the_comments_and_the_defaults(capsys):
     assert "where it goes (default: required)" in " ".join(capsys.readouterr().out.split())
 
 
-def test_checks():
-    config = Config(steps=0, rate=-1.0, rows=6)
-    check_positive(config, "rows", "limit")
-    check_positive(config, "steps", zero=True)
-    check_range(config, "rows", 6, 6)
-    check_range(config, "limit", 0, 1)
-    check_choice(config, "name", ("x", "y"))
+@pytest.mark.parametrize(
+    "name, good, bad, words",
+    [
+        ("steps", [1, 10**9], [0, -1], "must be above 0"),
+        ("rate", [0.0, 1e9], [-1e-9, -1.0], "must be at least 0"),
+        ("rows", [6, 9, None], [5, 10], "must lie between 6 and 9"),
+        ("name", ["x", "y", None], ["X", ""], "choose from x, y"),
+    ],
+)
+def test_bounds(file, name, good, bad, words):
+    """They hold for a flag, in a file, and for settings that came from elsewhere (a run that is resumed)."""
+    for value in good:
+        Bounded(**{name: value}).validate()
+        assert getattr(parse_config(Bounded, [f"--{name}={value}"]), name) == value
+    for value in bad:
+        shown = repr(value) if isinstance(value, str) else value
+        for wrong in (
+            lambda: parse_config(Bounded, [f"--{name}={value}"]),
+            lambda: parse_config(Bounded, ["--config", file(f"{name}: {value!r}")]),
+            lambda: Bounded(**{name: value}).validate(),
+        ):
+            with pytest.raises(InputError) as caught:
+                wrong()
+            assert str(caught.value) == f"--{name} {shown}: {words}"
+
+
+def test_what_must_be_divisible():
     check_divisible(Config(steps=12, rows=6), "steps", "rows")
     check_divisible(Config(steps=12, rows=0), "steps", "rows")
-    for call, words in (
-        (lambda: check_positive(config, "steps"), "--steps 0: must be above 0"),
-        (lambda: check_positive(config, "rate", zero=True), "--rate -1.0: must be at least 0"),
-        (lambda: check_range(config, "rows", 7, 9), "--rows 6: must lie between 7 and 9"),
-        (lambda: check_range(config, "rows", 0, 5), "--rows 6: must lie between 0 and 5"),
-        (lambda: check_choice(config, "name", ("y", None)), "--name 'x': choose from y, None"),
-        (lambda: check_divisible(Config(steps=10, rows=4), "steps", "rows"), "--steps 10 cannot be divided by --row"),
-    ):
-        with pytest.raises(InputError) as caught:
-            call()
-        assert words in str(caught.value)
+    with pytest.raises(InputError, match="^--steps 10 cannot be divided by --rows 4; choose a multiple$"):
+        check_divisible(Config(steps=10, rows=4), "steps", "rows")
+
+
+def test_frozen_settings_change_by_one_door():
+    config = parse_config(Config, ["--steps", "3"]).freeze()
+    with pytest.raises(AttributeError, match="settings are frozen: steps is 3"):
+        config.steps = 4
+    config.settle(limit=2.5, steps=3)  # what has its value already may be given again
+    assert (config.limit, config.steps) == (2.5, 3)
+    with pytest.raises(ValueError, match="limit is 2.5 already"):
+        config.settle(limit=1.0)
+
+
+def test_help_is_grouped_by_who_declares_a_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(Config, ["--help"])
+    text = capsys.readouterr().out
+    assert text.index("\ndata:") < text.index("--task TASK" if "--task TASK" in text else "--task STR")
+    assert text.index("--task STR") < text.index("\noptimisation:") < text.index("--steps INT")
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from rllr.answers import Answer, answer_rows
 from rllr.data.encoding import Encoder
 from rllr.data.splits import DataConfig
 from rllr.evaluate import compare, show_samples, table
-from rllr.metrics import accuracy, bootstrap_interval, macro_f1, mcnemar, metric_line, pearson, score_answers, spearman
+from rllr.metrics import accuracy, answer_metrics, bootstrap_interval, macro_f1, mcnemar, metric_line, pearson, spearman
+from rllr.model.records import make_record, save_policy
 from rllr.pairs import Pair
 from rllr.reports.reward_report import pair_report, wilson_interval
-from rllr.run.records import make_record, save_policy
 from rllr.tasks import TASKS, Example, load_task
 from train_sft import sft_loss
 
@@ -111,7 +111,7 @@ def test_a_constant_side_has_correlation_zero(correlation):
 
 
 def test_parse_failures_are_wrong_and_counted():
-    scores = score_answers(SST2, examples(["negative", "positive"] * 2), answers(["negative", None, None, "negative"]))
+    scores = answer_metrics(SST2, examples(["negative", "positive"] * 2), answers(["negative", None, None, "negative"]))
     # negative: 1 right of 2 claims and 2 cases, F1 1/2; positive: 0
     assert scores == {"accuracy": 0.25, "macro_f1": 0.25, "parse_failures": 0.5}
 
@@ -119,7 +119,7 @@ def test_parse_failures_are_wrong_and_counted():
 def test_for_correlations_a_parse_failure_is_the_label_farthest_from_the_gold_one():
     gold, predicted = ["4", "1", "2", "3", "5"], ["4", None, "2", None, None]
     targets = [3.8, 1.2, 2.4, 2.6, 5.0]
-    scores = score_answers(STSB, examples(gold, targets), answers(predicted))
+    scores = answer_metrics(STSB, examples(gold, targets), answers(predicted))
     stands_for = [4, 5, 2, 0, 0]  # 5 is farthest from 1.2, 0 from 2.6 and from 5.0
     assert scores["pearson"] == pytest.approx(slow_pearson(stands_for, targets))
     assert scores["spearman"] == pytest.approx(slow_pearson(slow_ranks(stands_for), slow_ranks(targets)))
@@ -128,7 +128,7 @@ def test_for_correlations_a_parse_failure_is_the_label_farthest_from_the_gold_on
 
 
 def test_correlations_take_the_label_where_a_row_has_no_score():
-    scores = score_answers(APPS, examples(["1", "3", "5"], [None, 2.5, None]), answers(["2", "3", "3"]))
+    scores = answer_metrics(APPS, examples(["1", "3", "5"], [None, 2.5, None]), answers(["2", "3", "3"]))
     assert scores["pearson"] == pytest.approx(slow_pearson([2, 3, 3], [1, 2.5, 5]))
 
 
@@ -305,9 +305,11 @@ def lines_of(path):
 def test_answers_come_in_the_order_of_the_rows(models):
     model, tokenizer = evaluate.load_policy(models["right"]), evaluate.load_tokenizer(models["right"])
     task, texts = load_task("sst2", "label"), list(TEXTS) * 3
-    given = answer_rows(model, Encoder(tokenizer, model), task, [Example(t, t) for t in texts], 20, batch_size=5)
+    given = answer_rows(
+        model, Encoder(tokenizer, model), task, [Example(t, t) for t in texts], max_new_tokens=20, batch_size=5
+    )
     assert [(a.text, a.label, a.truncated) for a in given] == [(f"Label: {TEXTS[t]}", TEXTS[t], False) for t in texts]
-    (short,) = answer_rows(model, Encoder(tokenizer, model), task, [Example("a", "good")], 5)
+    (short,) = answer_rows(model, Encoder(tokenizer, model), task, [Example("a", "good")], max_new_tokens=5)
     assert short == Answer("Label", None, True)
 
 

@@ -26,7 +26,7 @@ import train_rm
 import train_sft
 from rllr.common.errors import RunError
 from rllr.model.loading import load_policy
-from rllr.run.checkpoint import damage, list_checkpoints  # fmt: skip
+from rllr.run.checkpoint import list_checkpoints, problem_with  # fmt: skip
 
 # ---- faults: the state before them is saved, the message names tensor, step and prompts
 
@@ -92,17 +92,17 @@ def test_a_reward_that_is_no_number(toy, tmp_path, monkeypatch, capsys):
 def test_weights_that_explode(toy, tmp_path, monkeypatch, capsys, what, words):
     """Inf in the logits; a value model that explodes: in the fourth step, after three good ones."""
     main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
-    plain, models = rllr.update.improve, {}
+    plain, calls = rllr.update.improve, []
 
-    def exploding(policy, value_model, *rest):
-        stats = plain(policy, value_model, *rest)
-        models[0] = models.get(0, 0) + 1
-        if models[0] == 3:
-            with torch.no_grad():
-                target = (
-                    policy.base_model.layers[0].self_attn.q_proj.weight if what == "policy" else value_model.head.bias
-                )
-                target.fill_(math.inf)
+    def exploding(models, *rest):
+        stats = plain(models, *rest)
+        calls.append(1)
+        if len(calls) == 3:
+            weights = {
+                "policy": models.policy.base_model.layers[0].self_attn.q_proj.weight,
+                "value_model": models.value_model.head.bias,
+            }
+            weights[what].data.fill_(math.inf)
         return stats
 
     monkeypatch.setattr(train_ppo, "improve", exploding)
@@ -120,9 +120,9 @@ def test_a_checkpoint_of_unsound_weights_is_not_written(toy, tmp_path, monkeypat
     main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
     plain = train_ppo.improve
 
-    def exploding(policy, value_model, *rest):
-        stats = plain(policy, value_model, *rest)
-        value_model.head.bias.data.fill_(math.nan)
+    def exploding(models, *rest):
+        stats = plain(models, *rest)
+        models.value_model.head.bias.data.fill_(math.nan)
         return stats
 
     monkeypatch.setattr(train_ppo, "improve", exploding)
@@ -271,14 +271,14 @@ def test_advantages_that_are_all_the_same(toy, tmp_path, monkeypatch):
 
 def test_a_row_of_nothing_but_padding(monkeypatch):
     """A prompt without an answer among the others: no loss, no gradient, nothing for the other rows to notice."""
-    from contextlib import nullcontext
+    from types import SimpleNamespace
 
-    from test_training import policy_model, ppo_config, random_rows, scored_batch
+    from test_training import learning, policy_model, ppo_config, random_rows, scored_batch
 
+    from rllr.layout import Packed
     from rllr.model.heads import ValueModel
     from rllr.ppo import gae, masked_whiten
     from rllr.rewards import shape_rewards
-    from rllr.run.optimizer import make_optimizer
     from rllr.update import Batch, improve
 
     monkeypatch.setattr(
@@ -293,21 +293,19 @@ def test_a_row_of_nothing_but_padding(monkeypatch):
             def more(tensor, value):
                 return torch.cat([tensor, torch.full_like(tensor[:1], value)])
 
-            batch = Batch(
-                torch.cat([batch.sequences, batch.sequences[:1]]), torch.cat([batch.prompt_lens, batch.prompt_lens[:1]]),
-                more(batch.mask, False), *(more(getattr(batch, name), math.nan) for name in ("logprobs", "ref_logprobs", "values", "entropy")),
-            )  # fmt: skip
-        scores = torch.arange(len(batch.mask), dtype=torch.float64)
-        rewards = shape_rewards(scores, batch.logprobs, batch.ref_logprobs - 0.1, batch.mask, 0.1)
-        advantages, batch.returns = gae(rewards, batch.values, batch.mask, 1.0, 0.95)
-        batch.advantages = masked_whiten(advantages, batch.mask)
-        batch.logprobs, batch.values = (
-            batch.logprobs.masked_fill(~batch.mask, 0),
-            batch.values.masked_fill(~batch.mask, 0),
-        )
+            sequences, lens, mask = batch.packed
+            packed = Packed(torch.cat([sequences, sequences[:1]]), torch.cat([lens, lens[:1]]), more(mask, False))
+            rollout = SimpleNamespace(packed=packed, response_mask=packed.response_mask)
+            tensors = (batch.logprobs, batch.ref_logprobs, batch.values, batch.entropy)
+            batch = Batch(rollout, [], *(more(tensor, math.nan) for tensor in tensors))
+        mask = batch.response_mask
+        scores = torch.arange(len(mask), dtype=torch.float64)
+        rewards = shape_rewards(scores, batch.logprobs, batch.ref_logprobs - 0.1, mask, 0.1)
+        advantages, batch.returns = gae(rewards, batch.values, mask, 1.0, 0.95)
+        batch.advantages = masked_whiten(advantages, mask)
+        batch.logprobs, batch.values = batch.logprobs.masked_fill(~mask, 0), batch.values.masked_fill(~mask, 0)
         plan = [[[0, 5, 2, 7] + [8] * empty, [1, 3, 4, 6]]]
-        optimizers = [make_optimizer(model, 1e-3, 10) for model in (policy, value_model)]
-        improve(policy, value_model, *optimizers, batch, plan, config, nullcontext)
+        improve(learning(policy, value_model), batch, plan, config)
         weights.append(torch.cat([p.detach().flatten() for m in (policy, value_model) for p in m.parameters()]))
     assert torch.isfinite(weights[1]).all() and (weights[0] - weights[1]).abs().max() < 1e-9
 
@@ -336,7 +334,7 @@ def test_or_the_rollouts_beyond_are_skipped(toy, tmp_path, capsys, monkeypatch):
     skipped = [line for line in lines if line["analyse/kl_sequence"] > 0.5]
     assert len(lines) == 10 and skipped and all("improve/policy_loss" not in line for line in skipped)
     assert all("improve/policy_loss" in line for line in lines if line not in skipped)
-    monkeypatch.setattr(train_ppo, "MOST_SKIPPED", len(skipped))
+    monkeypatch.setattr(rllr.update, "MOST_SKIPPED", len(skipped))
     error = refused(capsys, "ppo", *flags, "--overwrite", code=1)
     assert f"{len(skipped)} rollouts in a row beyond --max_ref_kl 0.5" in error
 
@@ -354,18 +352,13 @@ def test_a_mask_that_does_not_count_its_tokens(toy, tmp_path, monkeypatch, capsy
 
 def test_a_reference_that_changes(toy, tmp_path, monkeypatch, capsys):
     main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
-    plain = train_ppo.load_policy_and_reference
+    plain = train_ppo.improve
 
-    def leaking(config, device):
-        policy, reference, frozen, found = plain(config, device)
-        monkeypatch.setattr(
-            train_ppo,
-            "improve",
-            poisoned(train_ppo.improve, 2, lambda stats: frozen.lm_head.weight.data.add_(1e-3) is None or stats),
-        )
-        return policy, reference, frozen, found
+    def leaking(models, *rest):
+        models.reference.lm_head.weight.data.add_(1e-3)
+        return plain(models, *rest)
 
-    monkeypatch.setattr(train_ppo, "load_policy_and_reference", leaking)
+    monkeypatch.setattr(train_ppo, "improve", leaking)
     assert "the reference policy changed during training" in refused(capsys, "ppo", *flags, code=1)
 
 
@@ -382,7 +375,7 @@ def test_a_disk_that_fills_up(toy, tmp_path, capsys):
             and "No space left on device" in error
             and "Make room and go on with --resume" in error
         )
-        assert "Traceback" not in error and damage(list_checkpoints(disk / "run")[0]) is None
+        assert "Traceback" not in error and problem_with(list_checkpoints(disk / "run")[0]) is None
         assert not list((disk / "run").rglob("*.part"))
         subprocess.run(["mount", "-o", "remount,size=40m", str(disk)], check=True)
         assert "resumed from" in run(main, "--resume", disk / "run", "--keep_last", 2)
@@ -400,7 +393,7 @@ def test_writing_fails(toy, tmp_path, monkeypatch, capsys, failing, call, words)
         patch.setattr(place, failing, poisoned(getattr(place, failing), call, full))
         error = refused(capsys, "ppo", *flags, "--save_every", 2, code=1)
     assert words in error and "No space left on device" in error
-    assert all(damage(path) is None for path in list_checkpoints(tmp_path / "run"))
+    assert all(problem_with(path) is None for path in list_checkpoints(tmp_path / "run"))
     run(main, "--resume", tmp_path / "run")
 
 

@@ -4,17 +4,27 @@ import json
 import math
 import sys
 import types
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from families import tiny_model, toy_tokenizer
 
-from rllr.common.errors import InputError
-from rllr.judge import STATISTICS, RewardModelScorer, Samples, ScoreStatistics, gold_reward, load_function, score_rows
+from rllr.common.errors import InputError, RunError
+from rllr.judge import (
+    STATISTICS,
+    Judges,
+    RewardModelScorer,
+    Samples,
+    ScoreStatistics,
+    gold_reward,
+    load_function,
+    score_rows,
+)
 from rllr.layout import pack_sequences
 from rllr.model.heads import RewardModel
-from rllr.ppo_models import check_same_tokenizer, load_scorer
+from rllr.ppo_models import check_same_tokenizer, load_judges
 from rllr.reports.reward_report import load_statistics, save_statistics
 
 
@@ -116,7 +126,7 @@ def test_unreadable_or_missing_statistics(tmp_path):
 def test_score_rows_puts_scores_back_in_order():
     scores = [float(i * i) for i in range(11)]
     batch, model = samples(scores), Fake(scores)
-    given = score_rows(model, batch.sequences, batch.prompt_lens, batch.response_mask, batch_size=4)
+    given = score_rows(model, batch.packed, batch_size=4)
     assert given.tolist() == scores and given.dtype == torch.float32 and model.calls == [4, 4, 3]
 
 
@@ -124,8 +134,8 @@ def test_score_rows_with_a_real_model_does_not_depend_on_the_batch():
     model = RewardModel.from_policy(tiny_model("llama"))
     prompts, responses = [[5, 6], [7], [8, 9, 10], [11]], [[12, 2], [13, 14, 15, 2], [2], [16, 17, 2]]
     batch = pack_sequences(prompts, responses)
-    whole = score_rows(model, *batch, batch_size=4)
-    assert torch.allclose(score_rows(model, *batch, batch_size=1), whole, atol=1e-5)
+    whole = score_rows(model, batch, batch_size=4)
+    assert torch.allclose(score_rows(model, batch, batch_size=1), whole, atol=1e-5)
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
         with torch.no_grad():
             hidden = model.backbone(input_ids=torch.tensor([prompt + response])).last_hidden_state[0, -1]
@@ -279,25 +289,28 @@ def test_the_same_tokenizer():
         check_same_tokenizer(other, one, "x")
 
 
-def test_load_scorer(tmp_path, tokenizer):
-    def load(norm="stored", path=tmp_path, ours=tokenizer):
-        return load_scorer(path, ours, norm, 5.0, 2, "cpu", None, "--label_rm")
+def test_load_judges(tmp_path, tokenizer):
+    def load(norm="stored", ours=tokenizer):
+        config = SimpleNamespace(
+            reward="label", label_rm=str(tmp_path), score_norm=norm, score_clip=5.0, eval_batch_size=2, policy="sft",
+            threshold=None, missing_eos_penalty=1.0, missing_label_penalty=1.0,
+        )  # fmt: skip
+        return load_judges(config, ours, "cpu").by_part["label"]
 
     model = RewardModel.from_policy(tiny_model("llama"))
     model.save_pretrained(tmp_path, tokenizer)
-    with pytest.raises(InputError, match=f"^--label_rm {tmp_path}/none: no such directory; train_rm.py makes one"):
-        load(path=f"{tmp_path}/none")
     for norm in ("stored", "running"):
         with pytest.raises(InputError, match="not there; train_rm.py writes it"):
             load(norm)
-    assert load("none").statistics is None
+    with pytest.raises(InputError, match="--score_norm none still needs score_statistics.json"):
+        load("none")
     save_statistics(statistics(mean=0.5, std=3.0), tmp_path)
     assert load("none").statistics == statistics(mean=0.5, std=3.0)
     scorer = load()
     assert not any(parameter.requires_grad for parameter in scorer.model.parameters()) and not scorer.model.training
     batch = samples([0.0] * 5)
     with torch.no_grad():
-        raw = model(batch.sequences, batch.prompt_lens, batch.response_mask)
+        raw = model(*batch.packed)
     assert torch.allclose(scorer(batch), ((raw - 0.5) / 3).clamp(-5, 5), atol=1e-5)
     other = toy_tokenizer()
     other.add_tokens(["new"])
@@ -305,12 +318,31 @@ def test_load_scorer(tmp_path, tokenizer):
         load(ours=other)
 
 
-def test_autocast_is_entered_for_every_batch():
-    entered = []
+def test_what_incomplete_answers_cost_is_in_the_units_of_the_reward():
+    """Standardised: at most 0, penalties as they are. Raw: at most the mean, penalties times the spread; mixed: of the sum."""
+    one, two = statistics(mean=2.0, std=3.0), statistics(mean=-1.0, std=4.0)
 
-    def autocast():
-        entered.append(1)
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=False)
+    def judged(mode, norm, threshold=None):
+        parts = {"label": one, "rationale": two} if mode == "mixed" else {mode: one}
+        scorers = {part: RewardModelScorer(Fake([5.0, 6.0]), stats, norm) for part, stats in parts.items()}
+        return Judges(mode, scorers, threshold, (1.0, 0.5))(samples([5.0, 6.0]))
 
-    given, _ = judge([1.0, 2.0, 3.0], statistics(), norm="none", batch_size=2, autocast=autocast)
-    assert len(entered) == 2 and given.tolist() == [1, 2, 3]
+    assert judged("label", "stored")[3:] == (None, 0.0, (1.0, 0.5))
+    assert judged("rationale", "none")[3:] == (None, 2.0, (3.0, 1.5))
+    assert judged("mixed", "none", "1.5")[3:] == (1.5, 0.5, (5.0, 2.5))  # min(2, 1.5) - 1, and (3^2 + 4^2) ** 0.5
+    assert judged("mixed", "none", "9")[4] == 1.0  # the mean itself is below the threshold
+    gold = Judges("label", {"label": gold_reward}, penalties=(1.0, 0.5))
+    assert gold(samples([1.0], ["a"], ["a"]))[3:] == (None, None, (1.0, 0.5))
+
+
+def test_judges_give_the_reward_its_arguments():
+    scorers = {
+        "label": RewardModelScorer(Fake([1.0, 2.0]), statistics(), "none"),
+        "rationale": RewardModelScorer(Fake([3.0, math.nan]), statistics(), "none"),
+    }
+    judged = Judges("mixed", scorers, "0.5")(samples([0.0, 0.0]))
+    assert judged.mode == "mixed" and judged.label_scores.tolist() == [1, 2] and judged.rationale_scores[0] == 3
+    with pytest.raises(RunError, match=r"^the rationale score is nan \(prompt b\)"):
+        judged.require_finite(["a", "b"])
+    alone = Judges("rationale", {"rationale": scorers["rationale"]})(samples([0.0, 0.0]))
+    assert alone.label_scores is None and list(alone.scores) == ["rationale"]

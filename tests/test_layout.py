@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rllr.layout import (
+    Packed,
     batches_by_length,
     pack_sequences,
     response_places,
@@ -66,15 +67,14 @@ def test_trim_undoes_padding(pairs, extra):
     """Scoring and training would otherwise see other shapes."""
     prompts, responses = [list(p) for p, _ in pairs], [list(r) for _, r in pairs]
     packed = pack_sequences(prompts, responses)
-    sequences, mask = (torch.nn.functional.pad(x, (0, extra)) for x in (packed[0], packed[2]))
-    for before, after in zip(packed, trim(sequences, packed[1], mask), strict=True):
+    sequences, mask = (torch.nn.functional.pad(x, (0, extra)) for x in (packed.sequences, packed.response_mask))
+    for before, after in zip(packed, trim(Packed(sequences, packed.prompt_lens, mask)), strict=True):
         assert torch.equal(before, after)
 
 
 def test_trim_of_some_rows():
     """A micro-batch is as wide as its own longest row and its own longest response."""
-    sequences, prompt_lens, mask = pack_sequences([[1] * 6, [2, 3]], [[4], [5, 6]])
-    sequences, prompt_lens, mask = trim(sequences[1:], prompt_lens[1:], mask[1:])
+    sequences, prompt_lens, mask = pack_sequences([[1] * 6, [2, 3]], [[4], [5, 6]]).rows([1])
     assert sequences.tolist() == [[2, 3, 5, 6]] and mask.tolist() == [[True, True]]
 
 

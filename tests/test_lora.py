@@ -37,9 +37,9 @@ from rllr.model.lora import (
     use_adapter,
 )  # fmt: skip
 from rllr.model.peft_format import load_adapter, save_adapter
+from rllr.model.records import read_record
 from rllr.model.roles import RoleBackbone, RolePolicy, load_scalar_role
 from rllr.rollout import generate
-from rllr.run.records import read_record
 
 TARGETS = {"bloom": ["query_key_value"], "gpt2": ["c_attn"]}
 IDS = torch.arange(3, 27).view(2, 12) % VOCAB
@@ -580,12 +580,14 @@ def test_a_value_adapter_starts_from_the_reward_model(toy, rm):
         config = train_ppo.Config(policy=str(toy.sft), label_rm=str(source), lora_rank=4)
         found, tokenizer = fingerprint(base), load_tokenizer(toy.sft)
         base = load_policy(toy.sft)
-        _, judges = roles.load_judges(config, tokenizer, found, "cpu", None, base)
+        judges = roles.load_judges(config, tokenizer, "cpu", base, found)
         value = roles.load_value_model(config, "cpu", base, found, judges)
-        statistics = judges["label"].statistics
+        statistics = judges.by_part["label"].statistics
         expected = ValueModel.from_pretrained(source).rescale(statistics.mean, statistics.std)
         torch.testing.assert_close(value(*ours), expected(*ours), atol=1e-4, rtol=1e-4)
-        assert value.backbone.shared_backbone is (base.base_model if source == rm else judges["label"].model.backbone)
+        assert value.backbone.shared_backbone is (
+            base.base_model if source == rm else judges.by_part["label"].model.backbone
+        )
         assert len(list(value.parameters())) == 2 * 4 + 2 and all(p.requires_grad for p in value.parameters())
 
 

@@ -18,11 +18,11 @@ from rllr import evaluate, merge, predict, tiny
 from rllr.common.config import parse_config
 from rllr.common.errors import InputError, any_console
 from rllr.metrics import rank
+from rllr.model.records import read_record
 from rllr.rationales import __main__ as rationales
 from rllr.rationales.factory import make_writer
 from rllr.rationales.words import words_of
 from rllr.rationales.writers import EvidenceWriter
-from rllr.run.records import read_record
 from rllr.tasks import TASKS, Example, Task
 
 TASK = Task("t", ("good", "bad"), "{text}?")
@@ -113,7 +113,7 @@ def scripted(monkeypatch, module, results):
     told = iter(results)
     monkeypatch.setattr(
         module,
-        "score_answers",
+        "answer_metrics",
         lambda *given: dict(zip(("accuracy", "parse_failures", "macro_f1"), (*next(told), 0.0))),
     )
 

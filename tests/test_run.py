@@ -22,7 +22,7 @@ import train_sft
 from rllr.common.config import parse_config
 from rllr.model.loading import load_policy
 from rllr.run.checkpoint import STATE, TENSORS, list_checkpoints, read_checkpoint, write_checkpoint  # fmt: skip
-from rllr.run.resume import take_up
+from rllr.run.resume import find_run_to_resume
 from rllr.run.run import StopRequest
 
 # ---- what --resume accepts and refuses
@@ -281,11 +281,11 @@ def test_a_runs_record_cannot_switch_code_on(copy_of):
     write_checkpoint(directory, 8, state, keep_last=2)
     config = parse_config(train_sft.Config, ["--resume", str(directory)])
     assert (
-        take_up("sft", config, None).recorded["config"]["trust_remote_code"] is True
+        find_run_to_resume("sft", config, None).recorded["config"]["trust_remote_code"] is True
         and config.trust_remote_code is False
     )
     config = parse_config(train_sft.Config, ["--resume", str(directory), "--trust_remote_code"])
-    take_up("sft", config, None)
+    find_run_to_resume("sft", config, None)
     assert config.trust_remote_code is True
 
 

@@ -17,7 +17,7 @@ from rllr.data.rows import load_examples
 from rllr.model import loading as model
 from rllr.model.heads import RewardModel
 from rllr.model.loading import allow_remote_code, load_policy, load_tokenizer
-from rllr.run.records import read_record
+from rllr.model.records import read_record
 from rllr.tasks import Task, load_task
 
 ROOT = Path(__file__).parent.parent

@@ -25,10 +25,10 @@ from rllr.data.encoding import Encoder
 from rllr.layout import pack
 from rllr.model.heads import RewardModel
 from rllr.model.loading import load_policy, load_tokenizer
+from rllr.model.records import read_record
 from rllr.rationales import factory as rationales
 from rllr.rewards import pairwise_accuracy
-from rllr.run.optimizer import clip_gradient, make_optimizer, optimizer_step
-from rllr.run.records import read_record
+from rllr.run.optimizer import Optimizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -155,7 +155,7 @@ def training_pairs(toy, directory):
     writer = rationales.make_writer(config.rationales, labelled, task)
     rows, pairs = train_rm.encode_pairs(train_rm.draw_pairs(config, labelled, task, writer, config.seed), encoder, 48)
     model = RewardModel.from_pretrained(directory)
-    return pairs, rows, encoder, train_rm.score_pairs(model, rows, encoder, config, None)
+    return pairs, rows, encoder, train_rm.score_pairs(model, rows, encoder, config)
 
 
 @pytest.mark.parametrize("loss", ["eos", "span"])
@@ -478,12 +478,12 @@ def test_a_gradient_that_is_not_finite_makes_no_step(value):
     """A finite loss can have one; clipping it would put NaN into every weight."""
     model = torch.nn.Linear(2, 1)
     before = model.weight.detach().clone()
-    optimizer, scheduler = make_optimizer(model, 0.1, 10)
+    optimizer = Optimizer(model, 0.1, 10)
     model(torch.ones(1, 2)).sum().backward()
     model.weight.grad[0, 1] = value
     with pytest.raises(RunError, match=f"norm is {value}"):
-        clip_gradient(model, 1.0)
-        optimizer_step(optimizer, scheduler)
+        optimizer.clip_gradient()
+        optimizer.step()
     assert torch.equal(model.weight, before)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from contextlib import nullcontext
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -19,15 +18,15 @@ from rllr.common.files import RECORD
 from rllr.common.log import Clock
 from rllr.data.encoding import Encoder
 from rllr.data.splits import DataConfig, inherit
-from rllr.layout import pack, pack_sequences, shuffled_batches, split_rows
+from rllr.layout import Packed, micro_batches, pack, pack_sequences, shuffled_batches
 from rllr.logprobs import token_logprobs
 from rllr.model.heads import RewardModel, ValueModel
 from rllr.model.loading import load_policy, load_tokenizer
+from rllr.model.records import check_same_task, make_record, read_record, resolve_task, save_policy, task_of_record
 from rllr.ppo import policy_loss, value_loss
 from rllr.rollout import generate
 from rllr.run.machine import set_up
-from rllr.run.optimizer import clip_gradient, make_optimizer, optimizer_step, require_finite
-from rllr.run.records import check_same_task, make_record, read_record, resolve_task, save_policy, task_of_record
+from rllr.run.optimizer import Optimizer, gradient_step, require_finite
 from rllr.tasks import TASKS, Task
 from rllr.update import Batch, _losses, analyse, improve
 from train_rm import rm_loss
@@ -127,31 +126,30 @@ def test_clock(monkeypatch):
 
 def learning_rates(steps, taken, **options):
     model = torch.nn.Linear(2, 2)
-    optimizer, scheduler = make_optimizer(model, 0.1, steps, **options)
+    optimizer = Optimizer(model, 0.1, steps, **options)
     rates = []
     for _ in range(taken):
-        rates.append(scheduler.get_last_lr()[0] / 0.1)
+        rates.append(optimizer.learning_rate / 0.1)
         optimizer.step()
-        scheduler.step()
     return rates
 
 
 def test_schedules():
     assert learning_rates(4, 6) == pytest.approx([1, 0.75, 0.5, 0.25, 0, 0])  # linear, without a warm-up
-    warm = {"warmup_share": 0.2}
+    warm = {"warmup": 0.2}
     assert learning_rates(10, 11, **warm) == pytest.approx([0.5, 1, 1, *[i / 8 for i in range(7, -1, -1)]])
     cosine = [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(9)]
     assert learning_rates(10, 12, schedule="cosine", **warm) == pytest.approx([0.5, 1, *cosine, 0])
     assert learning_rates(10, 12, schedule="constant", **warm) == pytest.approx([0.5] + [1] * 11)
-    assert learning_rates(1, 2, warmup_share=1.0) == pytest.approx([1, 1])  # nothing but warm-up
-    assert learning_rates(4, 4, warmup_share=1.0) == pytest.approx([0.25, 0.5, 0.75, 1])
+    assert learning_rates(1, 2, warmup=1.0) == pytest.approx([1, 1])  # nothing but warm-up
+    assert learning_rates(4, 4, warmup=1.0) == pytest.approx([0.25, 0.5, 0.75, 1])
 
 
 def test_weight_decay_spares_biases_norms_and_what_is_frozen():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 3))
     model[2].weight.requires_grad_(False)
-    optimizer, _ = make_optimizer(model, 0.1, 10, weight_decay=0.5)
-    groups = {group["weight_decay"]: [id(p) for p in group["params"]] for group in optimizer.param_groups}
+    optimizer = Optimizer(model, 0.1, 10, weight_decay=0.5)
+    groups = {group["weight_decay"]: [id(p) for p in group["params"]] for group in optimizer.adamw.param_groups}
     assert groups[0.5] == [id(model[0].weight)]
     assert groups[0.0] == [id(p) for p in (model[0].bias, model[1].weight, model[1].bias, model[2].bias)]
 
@@ -161,7 +159,7 @@ def test_adamw_by_hand():
     model = torch.nn.Linear(1, 1, dtype=torch.float64)
     with torch.no_grad():
         model.weight.fill_(0.5), model.bias.fill_(-0.25)
-    optimizer, scheduler = make_optimizer(model, 0.1, 4, weight_decay=0.5)
+    optimizer = Optimizer(model, 0.1, 4, weight_decay=0.5)
     weights, m, v = {"weight": 0.5, "bias": -0.25}, {"weight": 0.0, "bias": 0.0}, {"weight": 0.0, "bias": 0.0}
     for t, rate in ((1, 0.1), (2, 0.075)):
         for name, gradient in (("weight", 0.3 * t), ("bias", -2.0 + t)):
@@ -170,7 +168,7 @@ def test_adamw_by_hand():
             decay = 0.5 if name == "weight" else 0.0
             weights[name] *= 1 - rate * decay
             weights[name] -= rate * (m[name] / (1 - 0.9**t)) / ((v[name] / (1 - 0.999**t)) ** 0.5 + 1e-8)
-        optimizer_step(optimizer, scheduler)
+        optimizer.step()
     assert model.weight.item() == pytest.approx(weights["weight"], abs=1e-12)
     assert model.bias.item() == pytest.approx(weights["bias"], abs=1e-12) and model.bias.grad is None
 
@@ -180,19 +178,42 @@ def test_the_gradient_is_clipped_and_its_norm_before_is_returned():
     with torch.no_grad():
         model.weight.fill_(0)
     model.weight.grad = torch.tensor([[-6.0]])
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    assert float(clip_gradient(model, 1.5)) == 6
-    optimizer_step(optimizer, scheduler)
+    optimizer = Optimizer(model, 1.0, 2, max_grad_norm=1.5)
+    optimizer.adamw = torch.optim.SGD(model.parameters(), lr=1.0)  # whose step shows the gradient itself
+    optimizer.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.adamw, lambda step: 0.5**step)
+    assert float(optimizer.clip_gradient()) == 6
+    optimizer.step()
     assert float(model.weight) == pytest.approx(1.5, rel=1e-5) and model.weight.grad is None
-    assert scheduler.get_last_lr() == [0.5]
+    assert optimizer.learning_rate == 0.5
     model.weight.grad = torch.tensor([[-1.0]])
-    clip_gradient(model, 1.5)  # below the limit: as it is
-    optimizer_step(optimizer, scheduler)
+    assert float(optimizer.clip_gradient()) == 1  # below the limit: as it is
+    optimizer.step()
     assert float(model.weight) == pytest.approx(2.0, rel=1e-5)
     model.weight.grad = torch.tensor([[math.nan]])
     with pytest.raises(RunError, match="^the gradient's norm is nan; stopped before the update"):
-        clip_gradient(model, 1.5)
+        optimizer.clip_gradient()
+
+
+def test_a_gradient_step_adds_up_its_micro_batches():
+    """w = 2; the loss of a batch x is sum(w x) / 4: gradient sum(x) / 4, by plain SGD at rate 1 unless it is clipped."""
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    optimizer = Optimizer(model, 1.0, 10, max_grad_norm=100.0)
+    optimizer.adamw = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.adamw, lambda step: 1.0)
+
+    def loss_of(rows):
+        return (model.weight * torch.tensor(rows, dtype=torch.float64)).sum() / 4
+
+    loss, norm = gradient_step(optimizer, [[1.0, 2.0], [5.0], [4.0]], loss_of)
+    assert (loss, float(norm)) == (2 * 12 / 4, 3.0) and model.weight.item() == 2.0 - 3.0
+    before = model.weight.item()
+    with pytest.raises(RunError, match=r"^the loss of b is nan \(prompt b\)"):
+        gradient_step(
+            optimizer, [[1.0], [math.nan]], loss_of, "the loss of b", lambda rows: ["b" if rows != [1.0] else "a"]
+        )
+    assert model.weight.item() == before
 
 
 @pytest.mark.parametrize("value, shown", [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
@@ -246,11 +267,11 @@ def test_batches_hold_rows_of_similar_length_in_random_order():
     assert widths != sorted(widths) and widths != sorted(widths, reverse=True)
 
 
-def test_split_rows_and_pack():
+def test_micro_batches_and_pack():
     rows = [([1], [2]), ([3, 4], [5, 6]), ([7], [8, 9, 10])]
     lengths = [2, 4, 4]
-    assert split_rows(rows, lengths) == [rows] and split_rows(rows, lengths, 2) == [rows[:2], rows[2:]]
-    assert split_rows(rows, lengths, 3) == split_rows(rows, lengths, 9) == [rows]
+    assert micro_batches(rows, lengths) == [rows] and micro_batches(rows, lengths, 2) == [rows[:2], rows[2:]]
+    assert micro_batches(rows, lengths, 3) == micro_batches(rows, lengths, 9) == [rows]
     sequences, prompt_lens, mask = pack(rows, 0, "cpu")
     assert sequences.tolist() == [[1, 2, 0, 0], [3, 4, 5, 6], [7, 8, 9, 10]]
     assert prompt_lens.tolist() == [1, 2, 1] and mask.sum(1).tolist() == [1, 2, 3]
@@ -260,9 +281,9 @@ def test_split_rows_and_pack():
     (0, 100, ["ebdac"]), (0, 14, ["eb", "da", "c"]), (0, 13, ["e", "bd", "ac"]), (0, 3, list("ebdac")), (2, 100, ["eb", "da", "c"]),
     (1, 14, list("ebdac")), (0, 20, ["eb", "dac"]),
 ])  # fmt: skip
-def test_split_rows_by_tokens(size, tokens, expected):
+def test_micro_batches_by_tokens(size, tokens, expected):
     """Longest first (ties in their order): the padded size is the first row's length times the rows."""
-    assert ["".join(part) for part in split_rows("abcde", [5, 6, 4, 6, 7], size, tokens)] == expected
+    assert ["".join(part) for part in micro_batches("abcde", [5, 6, 4, 6, 7], size, tokens)] == expected
 
 
 # ---- whatever the split into micro-batches, the gradient is the same (float64: what is left is rounding)
@@ -295,7 +316,7 @@ def gradients(*models):
 
 def cut(rows, lengths, size):
     """Micro-batches of `size` rows, or, where it is negative, of that many tokens."""
-    return split_rows(rows, lengths, max(size, 0), max(-size, 0))
+    return micro_batches(rows, lengths, max(size, 0), max(-size, 0))
 
 
 def assert_split_invariant(run):
@@ -373,6 +394,14 @@ def ppo_config(**more):
     )  # fmt: skip
 
 
+def learning(policy, value_model):
+    """The models as `improve` takes them, each with an optimiser."""
+    optimizers = [Optimizer(model, 1e-3, 10) for model in (policy, value_model)]
+    return SimpleNamespace(
+        policy=policy, value_model=value_model, policy_optimizer=optimizers[0], value_optimizer=optimizers[1]
+    )
+
+
 def scored_batch(policy, value_model, rows, config):
     """A batch with old log-probabilities and values some way off, so that both clips act on some tokens."""
     draw = torch.Generator().manual_seed(1)
@@ -385,19 +414,21 @@ def scored_batch(policy, value_model, rows, config):
     with torch.no_grad():
         logprobs = token_logprobs(policy, *packed, config.temperature) + noise(0.2)
         values = value_model(*packed) + noise(0.3)
-    return Batch(*packed, logprobs, logprobs, values, noise(0), noise(1.0), noise(1.0))
+    rollout = SimpleNamespace(packed=packed, response_mask=mask)
+    return Batch(rollout, [], logprobs, logprobs, values, noise(0), advantages=noise(1.0), returns=noise(1.0))
 
 
 def test_ppo_gradients_do_not_depend_on_the_split():
     policy, value_model, config = policy_model(), ValueModel.from_policy(policy_model()), ppo_config()
     batch = scored_batch(policy, value_model, random_rows(12, 1), config)
     minibatch = [11, 2, 5, 0, 7, 9, 4, 3]  # of a rollout of twelve
-    tokens = batch.mask[minibatch].sum()
+    models = SimpleNamespace(policy=policy, value_model=value_model)
+    tokens = batch.response_mask[minibatch].sum()
 
     def run(size):
         totals = {}
-        for rows in cut(minibatch, (batch.prompt_lens + batch.mask.sum(1))[minibatch].tolist(), size):
-            for name, value in _losses(policy, value_model, batch, rows, tokens, config, nullcontext).items():
+        for rows in cut(minibatch, batch.packed.lengths[minibatch].tolist(), size):
+            for name, value in _losses(models, batch, rows, tokens, config).items():
                 assert not value.requires_grad
                 totals[name] = totals.get(name, 0.0) + value.item()
         both = totals["policy_loss"] + 1000 * totals["value_loss"]
@@ -408,7 +439,7 @@ def test_ppo_gradients_do_not_depend_on_the_split():
     for name in ("clipfrac", "value_clipfrac", "approx_kl", "ratio_mean", "ratio_error_mean"):
         assert 0 < parts[name] == pytest.approx(whole[name], abs=1e-12)
     # The whole minibatch at once by the equations, over the minibatch's own tokens.
-    packed = [x[minibatch] for x in (batch.sequences, batch.prompt_lens, batch.mask)]
+    packed = Packed(*(tensor[minibatch] for tensor in batch.packed))
     mask = packed[2]
     new = token_logprobs(policy, *packed, config.temperature)
     loss, _ = policy_loss(new, batch.logprobs[minibatch], batch.advantages[minibatch], mask)
@@ -435,9 +466,9 @@ def test_a_whole_update_does_not_depend_on_the_split(monkeypatch):
         policy, value_model = policy_model(), ValueModel.from_policy(policy_model())
         config = ppo_config(**({"tokens_per_batch": -size} if size < 0 else {"micro_batch_size": size}))
         batch = scored_batch(policy, value_model, random_rows(8, 1), config)
-        batch.logprobs = token_logprobs(policy, *batch.rows(list(range(8))), config.temperature).detach()
-        optimizers = [make_optimizer(model, 1e-3, 10) for model in (policy, value_model)]
-        stats = improve(policy, value_model, *optimizers, batch, plan, config, nullcontext)
+        batch.logprobs = token_logprobs(policy, *batch.packed, config.temperature).detach()
+        stats = improve(learning(policy, value_model), batch, plan, config)
+        stats = {name.removeprefix("improve/"): value for name, value in stats.items()}
         assert stats["first_ratio_error"] < 1e-12 and stats["approx_kl"] > 1e-4  # of the later minibatches
         assert stats["ratio_mean"] == pytest.approx(1, abs=0.1) and stats["ratio_max"] > stats["ratio_mean"]
         parts = 4 * (4 // size if size else 1)
@@ -460,15 +491,16 @@ def test_scoring_does_not_depend_on_the_split():
         policy, prompts, max_new_tokens=6, eos_token_id=list(range(30)), generator=torch.Generator().manual_seed(0)
     )
     assert len(set(rollout.response_lens.tolist())) > 2
-    packed = (rollout.sequences, rollout.prompt_lens, rollout.response_mask)
+    packed = rollout.packed
     for size in SPLITS:
         config = ppo_config(**({"tokens_per_batch": -size} if size < 0 else {"micro_batch_size": size}))
-        batch = analyse(policy, reference, value_model, rollout, [[[6, 1, 3, 5], [0, 2, 4]]], config, nullcontext)
+        models = SimpleNamespace(policy=policy, reference=reference, value_model=value_model)
+        batch = analyse(models, rollout, [[[6, 1, 3, 5], [0, 2, 4]]], config)
         with torch.no_grad():
             assert torch.allclose(batch.logprobs, token_logprobs(policy, *packed, 0.7), atol=1e-4)
             assert torch.allclose(batch.ref_logprobs, token_logprobs(reference, *packed, 0.7), atol=1e-4)
             assert torch.allclose(batch.values, value_model(*packed), atol=1e-4)
-        assert (batch.entropy > 0).equal(batch.mask) and not batch.logprobs.requires_grad
+        assert (batch.entropy > 0).equal(batch.response_mask) and not batch.logprobs.requires_grad
 
 
 # ---- --deterministic

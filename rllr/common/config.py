@@ -1,11 +1,19 @@
-"""Flags from a dataclass: one field, one flag, one comment that is also its help text.
+"""Settings from a dataclass: one field, one flag, with its help and its bounds in the field itself.
 
-config = parse_config(PPOConfig)          # sys.argv, optionally --config file.yaml|json; flags override the file
+    @dataclass
+    class Config(Settings):
+        GROUP = "optimisation"                    # the heading in --help
+        epochs: int = flag(6, "passes over the labelled rows", above=0)
+
+    config = parse_config(Config)                 # sys.argv, and optionally --config FILE.yaml; flags override the file
+
+transformers' HfArgumentParser does part of this. It does not let flags override a settings file, does not tell which
+settings were given (a resumed run must know), knows no bounds, takes `nan`, and ends in usage texts instead of one
+line.
 """
 
 import argparse
 import dataclasses
-import functools
 import inspect
 import sys
 import types
@@ -16,6 +24,49 @@ from .errors import InputError, brief
 from .texts import check_text, read_mapping
 
 
+def flag(default=dataclasses.MISSING, help="", *, above=None, at_least=None, between=None, choices=None, bare=None):
+    """A dataclass field that is a flag. help: what `--help` says of it.
+
+    above, at_least: a bound that a number must exceed, or reach. between: (lowest, highest) allowed. choices: the
+    values allowed. None, where the field allows it, passes all of them. bare: the value of a flag that stands without
+    one.
+    """
+    bounds = {"above": above, "at_least": at_least, "between": between, "choices": choices, "bare": bare}
+    given = {name: bound for name, bound in bounds.items() if bound is not None}
+    return dataclasses.field(default=default, metadata={"help": help, **given})
+
+
+class Settings:
+    """Base class of a command's settings. Subclasses are dataclasses; each may name the heading of its own flags."""
+
+    GROUP: typing.ClassVar = "settings"
+    given = frozenset()  # names of the settings that a flag or a file has set
+    inherited: typing.ClassVar = {}  # {name: the file that a setting was taken from, when it was not given}
+    _frozen = False
+
+    def validate(self):
+        """InputError, with the flag, for a setting out of its bounds. Subclasses add what holds between settings."""
+        for field in dataclasses.fields(self):
+            check_bounds(field, getattr(self, field.name))
+
+    def freeze(self):
+        """From now on the settings stay what they are: a run computes what its record says."""
+        self._frozen = True
+        return self
+
+    def settle(self, **late):
+        """Give settings that nobody chose their values, once, where these depend on the data: the door in `freeze`."""
+        for name, value in late.items():
+            if getattr(self, name) not in (None, value):
+                raise ValueError(f"{name} is {getattr(self, name)!r} already")
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name, value):
+        if self._frozen:
+            raise AttributeError(f"settings are frozen: {name} is {getattr(self, name, None)!r}")
+        object.__setattr__(self, name, value)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message} (--help lists the flags)")
@@ -24,28 +75,12 @@ class _Parser(argparse.ArgumentParser):
 def parse_config(cls, argv=None, description=None):
     """An instance of the dataclass `cls` from flags and, with --config, a YAML or JSON file under them.
 
-    Flags cannot be abbreviated; unknown ones, unknown file keys and values of the wrong type are InputErrors that name
-    them. A boolean field `x` has --x and --no-x, one with metadata {"bare": value} may stand without a value. Fields
-    without a default are required. The instance's `given` names the fields that a flag or the file has set.
+    Flags cannot be abbreviated. Unknown flags, unknown keys of the file, values of the wrong type or out of their
+    bounds are InputErrors that name them. A boolean field `x` has --x and --no-x. Fields without a default are
+    required. The instance's `given` names the fields that a flag or the file has set.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    comments = _comments(cls)
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with these settings; flags override it")
-    for name, field in fields.items():
-        kind, optional = _type(field)
-        help_text = f"{comments.get(name, '')} (default: {_show(field.default)})".replace("%", "%%").strip()
-        if kind is bool:
-            parser.add_argument(
-                f"--{name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text
-            )
-        elif _is_list(field):
-            parser.add_argument(f"--{name}", nargs="+", default=argparse.SUPPRESS, help=help_text)
-        else:
-            bare = {"nargs": "?", "const": field.metadata["bare"]} if "bare" in field.metadata else {}
-            metavar = kind.__name__.upper()
-            parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=metavar, help=help_text, **bare)
-    flags = vars(parser.parse_args(_joined(sys.argv[1:] if argv is None else argv, fields)))
+    flags = vars(_parser(cls, fields, description).parse_args(_joined(sys.argv[1:] if argv is None else argv, fields)))
     values = {}
     config_file = flags.pop("config", None)
     if config_file:
@@ -55,19 +90,66 @@ def parse_config(cls, argv=None, description=None):
             values[key] = convert_setting(fields[key], value, f"{config_file}: {key}")
     for key, value in flags.items():
         values[key] = value if isinstance(value, bool) else convert_setting(fields[key], value, f"--{key}")
-    missing = [
-        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    missing = [f"--{name}" for name in missing if name not in values]
-    if missing:
-        raise InputError(f"required: {', '.join(missing)} (--help lists the flags)")
+    for key, value in values.items():
+        check_bounds(fields[key], value)
+    required = [name for name, field in fields.items() if _is_required(field) and name not in values]
+    if required:
+        raise InputError(f"required: {', '.join(f'--{name}' for name in required)} (--help lists the flags)")
     config = cls(**values)
     config.given = frozenset(values)
     return config
 
 
+def _parser(cls, fields, description):
+    """The argument parser: a group of flags per class that declares some."""
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with these settings; flags override it")
+    groups, left = {}, dict(fields)
+    for declaring in reversed(cls.__mro__):
+        for name in [name for name in inspect.get_annotations(declaring) if name in left]:
+            title = vars(declaring).get("GROUP", "settings")
+            groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
+            _add_flag(groups[title], left.pop(name))
+    return parser
+
+
+def _add_flag(group, field):
+    kind, _ = _type(field)
+    default = "required" if _is_required(field) else "see text" if field.default is None else field.default
+    text = f"{field.metadata.get('help', '')} (default: {default})".replace("%", "%%").strip()
+    options = {"default": argparse.SUPPRESS, "help": text}
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif kind is list:
+        options["nargs"] = "+"
+    else:
+        options["metavar"] = kind.__name__.upper()
+    if "bare" in field.metadata:
+        options |= {"nargs": "?", "const": field.metadata["bare"]}
+    group.add_argument(f"--{field.name}", **options)
+
+
+def _is_required(field):
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def check_bounds(field, value):
+    """InputError unless a setting's value lies within the bounds that its field names."""
+    bounds, shown = field.metadata, f"--{field.name} {brief(value) if isinstance(value, str) else value}"
+    if value is None:
+        return
+    if "choices" in bounds and value not in bounds["choices"]:
+        raise InputError(f"{shown}: choose from {', '.join(map(str, bounds['choices']))}")
+    if "above" in bounds and not value > bounds["above"]:
+        raise InputError(f"{shown}: must be above {bounds['above']}")
+    if "at_least" in bounds and not value >= bounds["at_least"]:
+        raise InputError(f"{shown}: must be at least {bounds['at_least']}")
+    if "between" in bounds and not bounds["between"][0] <= value <= bounds["between"][1]:
+        raise InputError(f"{shown}: must lie between {bounds['between'][0]} and {bounds['between'][1]}")
+
+
 def _joined(argv, fields):
-    """The arguments with `--flag -value` as `--flag=-value`: argparse takes what begins with a dash for a flag (--label_map -1=)."""
+    """The arguments with `--flag -value` as `--flag=-value`: argparse would take the value for a flag."""
     takes_text, joined = {f"--{name}" for name, field in fields.items() if _type(field)[0] is str}, []
     for argument in argv:
         if joined and joined[-1] in takes_text and argument.startswith("-") and not argument.startswith("--"):
@@ -84,10 +166,6 @@ def _type(field):
         kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
         return kinds[0], True
     return (typing.get_origin(annotation) or annotation), False
-
-
-def _is_list(field):
-    return _type(field)[0] is list
 
 
 def convert_setting(field, value, where):
@@ -119,54 +197,9 @@ def convert_setting(field, value, where):
     return converted
 
 
-def _show(default):
-    if default is dataclasses.MISSING:
-        return "required"
-    return "see text" if default is None else default
-
-
-@functools.cache
-def _comments(cls):
-    """{field: the comment that follows it in the source}, base classes included."""
-    found = {}
-    for base in reversed(cls.__mro__[:-1]):
-        if not dataclasses.is_dataclass(base):
-            continue
-        try:
-            lines = inspect.getsource(base).splitlines()
-        except OSError:
-            continue
-        for line in lines:
-            code, _, comment = line.partition("  # ")
-            name = code.split(":")[0].strip()
-            if comment and name.isidentifier():
-                found[name] = comment.strip()
-    return found
-
-
-def check_positive(config, *names, zero=False):
-    """InputError for a numeric setting that is not above 0 (or, zero=True, is below it). None passes."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and (value < 0 or (value == 0 and not zero)):
-            raise InputError(f"--{name} {value}: must be {'at least' if zero else 'above'} 0")
-
-
-def check_range(config, name, low, high):
-    """InputError unless low <= setting <= high."""
-    value = getattr(config, name)
-    if value is not None and not low <= value <= high:
-        raise InputError(f"--{name} {value}: must lie between {low} and {high}")
-
-
-def check_choice(config, name, choices):
-    value = getattr(config, name)
-    if value not in choices:
-        raise InputError(f"--{name} {brief(value)}: choose from {', '.join(map(str, choices))}")
-
-
 def check_divisible(config, whole, part):
     if getattr(config, part) and getattr(config, whole) % getattr(config, part):
         raise InputError(
-            f"--{whole} {getattr(config, whole)} cannot be divided by --{part} {getattr(config, part)}; choose a multiple"
+            f"--{whole} {getattr(config, whole)} cannot be divided by --{part} {getattr(config, part)}; choose a "
+            "multiple"
         )

@@ -22,7 +22,7 @@ def say(line):
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a step. After a resume it goes on where the checkpoint was: no step twice, no torn line."""
+    """`metrics.jsonl`: one JSON object a step. A resumed run goes on in it: no step twice, no torn line."""
 
     def __init__(self, directory):
         self.path, self.start = Path(directory) / METRICS, time.monotonic()

@@ -10,8 +10,7 @@ from .errors import InputError, brief
 
 
 def check_text(text: str, where: str) -> str:
-    """The text itself. InputError for what no file system and no tokenizer takes: NUL, and half of a character (a JSON escape
-    can spell it)."""
+    """The text itself. InputError for NUL and half characters, which no tokenizer takes (a JSON escape can be one)."""
     if "\0" in text or re.search(r"[\ud800-\udfff]", text):
         raise InputError(f"{where}: holds a NUL character or a lone surrogate; remove it (got {brief(text)})")
     return text

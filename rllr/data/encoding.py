@@ -8,6 +8,8 @@ tokens, because the template already holds them), else through a plain template,
 
 import dataclasses
 import functools
+from array import array
+from typing import NamedTuple
 
 from ..common.errors import InputError
 from ..common.log import say
@@ -18,18 +20,30 @@ from .chat import ChatTemplate, squeeze
 PLAIN_TEMPLATE = "{prompt}\n"
 DEFAULT_CONTEXT = 2048  # for architectures without a limit of their own (Bloom)
 MANY_UNKNOWN = 0.2  # share of a prompt's tokens that the tokenizer does not know, above which a warning is due
-CHARACTERS_SPARE = (
-    4  # times a token's own length: so many characters of a text it may stand for (normalisation drops some)
-)
+CHARACTERS_SPARE = 4  # times a token's length: the most characters of a text it stands for (normalisation drops some)
+
+
+class AnswerRow(NamedTuple):
+    """A prompt and the answer that SFT learns to give to it."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]  # the end token included
+    id: str  # of the row
+    name: str  # of the row, as messages call it (`Example.name`)
+
+    @property
+    def length(self):
+        return len(self.prompt_ids) + len(self.answer_ids)
 
 
 class Encoder:
     """Prompts and answers of one model as token ids.
 
     stop_ids end an answer in rollouts; end_id is the one that SFT teaches: the chat template's end-of-turn token where
-    there is a template, else the tokenizer's EOS, else the first stop id. context: tokens of prompt and answer together,
-    the shortest of what the model, its attention windows and the tokenizer allow. clock: the moment that a template which
-    prints the date is given (`rllr.data.chat`); None: now. InputError where the tokenizer or its template cannot be used.
+    there is a template, else the tokenizer's EOS, else the first stop id. context: tokens of prompt and answer
+    together, the shortest of what the model, its attention windows and the tokenizer allow. clock: the moment that a
+    template which prints the date is given (`rllr.data.chat`); None: now. InputError where the tokenizer or its
+    template cannot be used.
     """
 
     def __init__(self, tokenizer, model, clock=None):
@@ -47,10 +61,10 @@ class Encoder:
         limits = [(tokens, why) for tokens, why in limits if tokens and tokens < 10**9]
         self.context, self.context_reason = min(limits, default=(DEFAULT_CONTEXT, "the default"))
         pad_id = tokenizer.pad_token_id
-        self.pad_id = (
-            pad_id if pad_id is not None and pad_id < self.vocabulary_size else None
-        )  # None: any id fills padding
+        known = pad_id is not None and pad_id < self.vocabulary_size
+        self.pad_id = pad_id if known else None  # None: any id fills padding
         self.empty_prompts = {}  # task: tokens of its prompt without a text
+        self.kept_ids = {}  # {prompt: its ids, as an array: a list of numbers takes nine times the memory}
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.special_tokens = [
             token for token in dict.fromkeys([*added, *tokenizer.all_special_tokens]) if len(token) > 1
@@ -62,7 +76,7 @@ class Encoder:
         return self.chat.clock.isoformat() if self.chat and self.chat.prints_time else None
 
     def _plain(self, text):
-        """A text in which no special token is spelled out: "</s>" in a user's data must not end a turn. A space breaks it."""
+        """A text in which a space breaks every special token: "</s>" in a user's data must not end a turn."""
         for token in self.special_tokens:
             if token in text:
                 text = text.replace(token, f"{token[0]} {token[1:]}")
@@ -91,8 +105,16 @@ class Encoder:
         """Characters of the vocabulary's longest token."""
         return max(map(len, self.tokenizer.get_vocab()))
 
+    def prompts(self, task, examples) -> list[list[int]]:
+        """Ids of the rows' prompts, as the model is asked them. Rows that `fit` returned are not tokenised again."""
+        return [self.prompt_ids(task.prompt_of(example)) for example in examples]
+
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Ids of a prompt as the model is asked it."""
+        """Ids of one prompt (`Task.prompt_of`). Those of rows that `fit` has measured are kept, and looked up here."""
+        kept = self.kept_ids.get(prompt)
+        return self._encode_prompt(prompt) if kept is None else kept.tolist()
+
+    def _encode_prompt(self, prompt):
         prompt = self._plain(prompt)
         if self.chat:
             return self._known(self.tokenizer.encode(self.chat.render(prompt), add_special_tokens=False))
@@ -111,8 +133,10 @@ class Encoder:
         if beyond >= self.vocabulary_size:
             token = self.tokenizer.convert_ids_to_tokens(beyond)
             raise InputError(
-                f"{self.name}: its tokenizer writes {token!r} as id {beyond}, but the model's embedding has {self.vocabulary_size} rows: "
-                "tokens were added without model.resize_token_embeddings(len(tokenizer)); do that and save the model again"
+                f"{self.name}: its tokenizer writes {token!r} as id {beyond}, but the model's embedding has "
+                f"{self.vocabulary_size} rows: "
+                "tokens were added without model.resize_token_embeddings(len(tokenizer)); do that and save the model "
+                "again"
             )
         return ids
 
@@ -128,7 +152,7 @@ class Encoder:
         InputError, with both strings, where the text is not in the prompt, or where a label does not come back from the
         tokenizer: nothing could ever learn it. log gets the prompt and what is to be known of its template.
         """
-        prompt = self._plain(task.render_prompt(example.text, example.text_b))
+        prompt = self._plain(task.prompt_of(example))
         ids = self.prompt_ids(prompt)
         seen = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         own = self.tokenizer.decode(
@@ -136,15 +160,18 @@ class Encoder:
         )
         if squeeze(own) not in squeeze(seen):
             raise InputError(
-                f"{self.name}: the prompt {own!r:.300} is lost; the model would see {seen!r:.600}; mend its chat_template"
+                f"{self.name}: the prompt {own!r:.300} is lost; the model would see {seen!r:.600}; mend its "
+                "chat_template"
             )
         for label in task.labels:
             answer = task.render_answer(label, "a reason")
             back = self.decode(self.answer_ids(answer))
             if parse_answer(task, back) != label:
                 raise InputError(
-                    f"{self.name}: its tokenizer turns the answer {answer!r} into {back!r}, from which the label {label!r} cannot be "
-                    "read; rename the label in a task file, take --answer_format label where only the line break is lost, or "
+                    f"{self.name}: its tokenizer turns the answer {answer!r} into {back!r}, from which the label "
+                    f"{label!r} cannot be "
+                    "read; rename the label in a task file, take --answer_format label where only the line break is "
+                    "lost, or "
                     "another model"
                 )
         if log:
@@ -154,14 +181,15 @@ class Encoder:
             unknown = sum(i == self.tokenizer.unk_token_id for i in ids)
             if unknown > MANY_UNKNOWN * len(ids):
                 log(
-                    f"warning: {unknown} of its {len(ids)} tokens are unknown to the tokenizer, which cannot write these texts"
+                    f"warning: {unknown} of its {len(ids)} tokens are unknown to the tokenizer, which cannot write "
+                    "these texts"
                 )
 
     def fit(self, examples, task, reserve, log=print):
         """The examples with texts cut so that prompt and `reserve` tokens of answer fit the context.
 
-        The longer text of a pair loses its end; the template and the answer never do. Cut rows are counted and the first
-        few named. Raises InputError where the template alone does not fit.
+        The longer text of a pair loses its end; the template and the answer never do. Cut rows are counted and the
+        first few named. Raises InputError where the template alone does not fit.
         """
         fitted = [self._cut(example, task, self._budget(task, reserve)) for example in examples]
         self._tell_cut([new.name for new, old in zip(fitted, examples) if new is not old], len(examples), log)
@@ -170,7 +198,8 @@ class Encoder:
     def _tell_cut(self, cut, total, log):
         if cut:
             log(
-                f"{len(cut)} of {total} texts were cut to fit the context of {self.context} tokens ({self.context_reason}): {_name(cut)}"
+                f"{len(cut)} of {total} texts were cut to fit the context of {self.context} tokens "
+                f"({self.context_reason}): {_name(cut)}"
             )
 
     def _budget(self, task, reserve, whose=""):
@@ -179,7 +208,8 @@ class Encoder:
         if empty >= self.context - reserve:
             remedy = "shorten the rationale" if whose else "shorten the prompt or lower --max_new_tokens"
             raise InputError(
-                f"{whose or f'task {task.name!r}'}: the prompt template takes {empty} tokens and the answer {reserve}, more than the "
+                f"{whose or f'task {task.name!r}'}: the prompt template takes {empty} tokens and the answer "
+                f"{reserve}, more than the "
                 f"model's context of {self.context} ({self.context_reason}); {remedy}"
             )
         return self.context - reserve
@@ -190,10 +220,10 @@ class Encoder:
         return self.empty_prompts[task]
 
     def rows(self, examples, task, write, reserve, log=print):
-        """[(prompt ids, answer ids, row id)] to learn from: `write(example)` gives the answer's text.
+        """[`AnswerRow`] to learn from: `write(example)` gives the answer's text.
 
-        examples: cut so that `reserve` tokens are left for an answer (`fit`). Longer answers are counted and named, and their texts
-        cut further, so that each row fits the context. InputError where an answer alone does not fit.
+        examples: cut so that `reserve` tokens are left for an answer (`fit`). Longer answers are counted and named,
+        and their texts cut further, so that each row fits the context. InputError where an answer alone does not fit.
         """
         rows, cut, long = [], [], []
         for example in examples:
@@ -202,24 +232,30 @@ class Encoder:
                 long.append((len(answer), example.name))
                 fitted = self._cut(example, task, self._budget(task, len(answer), f"row {example.name}"))
                 cut += [example.name] if fitted is not example else []
-            rows.append((self.prompt_ids(task.render_prompt(fitted.text, fitted.text_b)), answer, example.id))
+            rows.append(AnswerRow(self.prompt_ids(task.prompt_of(fitted)), answer, example.id, example.name))
         self._tell_cut(cut, len(examples), log)
         if long:
             log(
-                f"warning: {len(long)} of {len(examples)} answers are longer than --max_new_tokens {reserve}: {_name([i for _, i in long])}. "
-                f"The policy would learn to write what is then cut, without a label; raise it to {max(long)[0]}, or shorten the rationales"
+                f"warning: {len(long)} of {len(examples)} answers are longer than --max_new_tokens {reserve}: "
+                f"{_name([i for _, i in long])}. "
+                f"The policy would learn to write what is then cut, without a label; raise it to {max(long)[0]}, or "
+                "shorten the rationales"
             )
         return rows
 
     def _cut(self, example, task, budget):
-        # What cannot fit by its mere length is not tokenised first: ten megabytes would take half a minute and gigabytes.
+        # What cannot fit by its mere length is not tokenised first: ten megabytes would take half a minute and
+        # gigabytes.
         most = CHARACTERS_SPARE * budget * self.longest_token
         for name in ("text", "text_b"):
             if len(getattr(example, name) or "") > most:
                 example = dataclasses.replace(example, **{name: getattr(example, name)[:most]})
         while True:
-            excess = len(self.prompt_ids(task.render_prompt(example.text, example.text_b))) - budget
+            prompt = task.prompt_of(example)
+            ids = self.prompt_ids(prompt)
+            excess = len(ids) - budget
             if excess <= 0:
+                self.kept_ids[prompt] = array("i", ids)
                 return example
             longer = "text_b" if task.is_pair and len(example.text_b or "") > len(example.text) else "text"
             example = dataclasses.replace(example, **{longer: self._shorten(getattr(example, longer), excess)})

@@ -1,4 +1,4 @@
-"""Which rows serve which stage. Settled by the SFT run, recorded beside its model, and taken over by the later stages.
+"""Which rows serve which stage. The SFT run settles it and records it beside its model; the later stages inherit it.
 
 labelled    SFT and both reward models train on these
 held_out    labelled too, but set aside from all training: pairs that evaluate and stop a reward model
@@ -12,40 +12,58 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from ..common.config import Settings, flag
 from ..common.errors import InputError, brief
 from ..common.files import RECORD, ROWS, path_from_record, read_json
-from ..run.records import PATHS, check_same_task, read_record, resolve_task
+from ..model.records import PATHS, read_record, resolve_task
 from ..tasks import Task, load_task
 from .rows import NoSuchSplit, Source, load_examples, parse_mapping_flag, select_labelled, split_holdout, text_hash
 
 EVAL_SHARE = 0.1  # of the rows, where no evaluation data is given
 NAMED_CLASSES = 12  # labels, at most, whose rows a log line counts
-SOURCES = {"train_file", "eval_file", "dataset", "dataset_config", "train_split", "eval_split", "columns", "label_map", "delimiter",
-           "encoding"}  # fmt: skip
+SOURCES = frozenset(
+    "train_file eval_file dataset dataset_config train_split eval_split columns label_map delimiter encoding".split()
+)
 
 
 @dataclass
-class DataConfig:
-    """Settings of the data, shared by the three scripts. RM and PPO take what is not given from the policy's record."""
+class FileConfig(Settings):
+    """How a file of rows is read."""
 
-    task: str | None = None  # a built-in task's name or a .yaml/.json task file; without it the policy's, else demo
-    train_file: str | None = None  # JSONL, JSON, CSV, TSV or Parquet
-    eval_file: str | None = None  # dev rows; without it a tenth of the training rows is set aside
-    dataset: str | None = None  # instead of files: a hub name, or a directory that `datasets` saved
-    dataset_config: str | None = None  # the hub data set's configuration, e.g. sst2 of glue
-    train_split: str | None = None  # of the hub data set (train)
-    eval_split: str | None = None  # of the hub data set (validation; where it has none, a tenth of the training rows)
-    columns: str | None = None  # other column names: text=sentence,label=gold; score= leaves that column out
-    label_map: str | None = None  # other label words: Sci/Tech=technology,0=negative; -1= stands for no label
-    delimiter: str | None = None  # of CSV files: a character, or tab (recognised)
-    encoding: str | None = None  # of text files (UTF-8)
-    answer_format: str | None = None  # rationale: rationale, then the label line; label: the label line alone
-    labelled: int | None = None  # rows whose labels are used, the rest are PPO's prompts; without it all rows serve all
-    held_out: float | None = None  # share of the labelled rows set aside to evaluate reward models (0.1)
-    data_seed: int | None = None  # chooses the labelled and the held-out rows (--seed of the SFT run)
+    GROUP = "data"
+    columns: str | None = flag(None, "other column names: text=sentence,label=gold; score= leaves that column out")
+    delimiter: str | None = flag(None, "of CSV files: a character, or tab (recognised)")
+    encoding: str | None = flag(None, "of text files (UTF-8)")
+
+
+@dataclass
+class DataConfig(FileConfig):
+    """The data of the three scripts. RM and PPO inherit what is not given from the policy's record."""
+
+    GROUP = "data"
+    task: str | None = flag(
+        None, "a built-in task's name or a .yaml/.json task file; without it the policy's, else demo"
+    )
+    train_file: str | None = flag(None, "JSONL, JSON, CSV, TSV or Parquet")
+    eval_file: str | None = flag(None, "dev rows; without it a tenth of the training rows is set aside")
+    dataset: str | None = flag(None, "instead of files: a hub name, or a directory that `datasets` saved")
+    dataset_config: str | None = flag(None, "the hub data set's configuration, e.g. sst2 of glue")
+    train_split: str | None = flag(None, "of the hub data set (train)")
+    eval_split: str | None = flag(
+        None, "of the hub data set (validation; where it has none, a tenth of the training rows)"
+    )
+    label_map: str | None = flag(None, "other label words: Sci/Tech=technology,0=negative; -1= stands for no label")
+    answer_format: str | None = flag(None, "rationale: rationale, then the label line; label: the label line alone")
+    labelled: int | None = flag(
+        None, "rows whose labels are used, the rest are PPO's prompts; without it all rows serve all", at_least=0
+    )
+    held_out: float | None = flag(
+        None, "share of the labelled rows set aside to evaluate reward models (0.1)", between=(0.001, 0.9)
+    )
+    data_seed: int | None = flag(None, "chooses the labelled and the held-out rows (--seed of the SFT run)")
 
     def data_settings(self):
-        """These settings alone, of a script's whole configuration: what a model's record hands on to the later stages."""
+        """These settings alone, out of a script's settings: what a model's record hands on to the later stages."""
         return {field.name: getattr(self, field.name) for field in fields(DataConfig)}
 
 
@@ -56,14 +74,15 @@ class Splits:
     unlabelled: list
     eval: list
     sources: dict = field(default_factory=dict)  # {"train", "eval"}: digest of the rows as they were read
+    gold: dict = field(default_factory=dict)  # {row id: label} of every training row: only --reward gold looks at it
 
     def digests(self):
         """What a record keeps: of the rows that were read, and of each split, whatever their order."""
         own = {name: rows_digest(getattr(self, name)) for name in ("labelled", "held_out", "unlabelled", "eval")}
         return {f"read for {name}": digest for name, digest in self.sources.items()} | own
 
-    def reads(self):
-        """What a run is compared by when it is resumed."""
+    def fingerprints(self):
+        """What a run that is resumed is compared by."""
         return {f"--{name}_file": digest for name, digest in self.sources.items()}
 
     def text_hashes(self):
@@ -84,24 +103,26 @@ def rows_digest(rows):
     ).hexdigest()
 
 
-def load_splits(config: DataConfig, task: Task, log=print, record=None, taken_up=None) -> Splits:
+def load_splits(config: DataConfig, task: Task, log=print, record=None, resumed=None) -> Splits:
     """The rows of every stage. Raises InputError where a file, flag or row is at fault.
 
-    record: of the policy that a later stage starts from. Rows that were taken over from it must be those that it trained on;
-    rows that a flag names on purpose may be others, without those that trained or evaluated the policy. taken_up: a run that is
-    being resumed (`rllr.run.resume`), whose rows must be the same.
+    record: of the policy that a later stage starts from. Rows that its record names must be those that it trained on.
+    Rows that a flag names on purpose may be others, without those that trained or evaluated the policy. resumed: a run
+    that goes on (`rllr.run.resume`), whose rows must be the same.
     """
     rows = _load(config, task, "train", log)
     evaluation = _load(config, task, "eval", log)
     sources = {"train": rows_digest(rows)} | ({} if evaluation is None else {"eval": rows_digest(evaluation)})
-    if taken_up:
-        taken_up.check_reads(config, Splits([], [], [], [], sources).reads())
+    gold = {row.id: row.label for row in rows if row.label is not None}
+    if resumed:
+        resumed.check_fingerprints(config, Splits([], [], [], [], sources).fingerprints())
     rows, evaluation = _other_rows(config, record or {}, sources, rows, evaluation, log)
     seed = config.data_seed or 0
     labelled_rows = [row for row in rows if row.label is not None]
     if not labelled_rows:
         raise InputError(
-            f"{_source(config, 'train')}: no row has a label; name their column with --columns label=<column>, or map the words in it with "
+            f"{_source(config, 'train')}: no row has a label; name their column with --columns label=<column>, or map "
+            "the words in it with "
             "--label_map <theirs>=<ours>,..."
         )
     if evaluation is None:
@@ -113,7 +134,8 @@ def load_splits(config: DataConfig, task: Task, log=print, record=None, taken_up
         known = sum(row.label is not None for row in rows)
         if not 1 <= config.labelled <= known:
             raise InputError(
-                f"--labelled {config.labelled}{_origin(config, 'labelled')}: there are {known} training rows with a label; give 1 to {known}"
+                f"--labelled {config.labelled}{_origin(config, 'labelled')}: there are {known} training rows with a "
+                f"label; give 1 to {known}"
             )
         labelled, unlabelled = select_labelled(rows, config.labelled, seed)
     else:
@@ -124,7 +146,7 @@ def load_splits(config: DataConfig, task: Task, log=print, record=None, taken_up
     if config.held_out is not None and not 0 < config.held_out < 1:
         raise InputError(f"--held_out {config.held_out}: give a share of the labelled rows between 0 and 1")
     labelled, held_out = split_holdout(labelled, config.held_out or 0.1, seed)
-    splits = Splits(labelled, held_out, unlabelled, evaluation, sources)
+    splits = Splits(labelled, held_out, unlabelled, evaluation, sources, gold)
     tell_splits(splits, task, log)
     return splits
 
@@ -147,19 +169,22 @@ def tell_splits(splits, task, log):
         shared = [row for row in rows if _texts(row) in others]
         if shared:
             log(
-                f"warning: {len(shared)} of {len(rows)} {name} texts are among the {where} as well ({', '.join(r.name for r in shared[:3])}"
+                f"warning: {len(shared)} of {len(rows)} {name} texts are among the {where} as well "
+                f"({', '.join(r.name for r in shared[:3])}"
                 f"{', ...' if len(shared) > 3 else ''}): what is measured on them says little about new texts"
             )
     for name, rows in (("rows to train on", splits.labelled), ("evaluation rows", splits.eval)):
         present = {row.label for row in rows}
         if len(present) == 1:
             log(
-                f"warning: all {len(rows)} {name} are labelled {present.pop()!r}: always the same answer is 100 % right there"
+                f"warning: all {len(rows)} {name} are labelled {present.pop()!r}: always the same answer is 100 % "
+                "right there"
             )
     missing = [label for label in task.labels if label not in {row.label for row in splits.labelled}]
     if missing:
         log(
-            f"warning: no row to train on is labelled {', '.join(map(brief, missing))}: the policy cannot learn to say so"
+            f"warning: no row to train on is labelled {', '.join(map(brief, missing))}: the policy cannot learn to "
+            "say so"
         )
 
 
@@ -175,19 +200,21 @@ def _texts(row):
     return tuple("".join((text or "").casefold().split()) for text in (row.text, row.text_b))
 
 
-# ---- rows taken over, rows of another file -----------------------------------------------------------------------------
+# ---- rows taken over, rows of another file ---------------------------------------------------------------------------
 
 
 def _other_rows(config, record, sources, rows, evaluation, log):
-    """(training rows, evaluation rows) beside a policy's record: the same ones, or, where a flag names other data, those of them that
-    neither trained nor evaluated the policy. InputError where data that was taken over has changed."""
+    """(training rows, evaluation rows) beside a policy's record: the same ones, or, where a flag names other data,
+    those of them that neither trained nor evaluated the policy. InputError where data that was taken over has
+    changed."""
     recorded = record.get("rows", {})
     changed = [name for name, digest in sources.items() if recorded.get(f"read for {name}") not in (None, digest)]
     if not changed:
         return rows, evaluation
     if not SOURCES & set(getattr(config, "given", ())):
         raise InputError("; ".join(
-            f"{_source(config, name)}: its rows are other ones now (digest {sources[name][:12]}) than those that the policy was trained "
+            f"{_source(config, name)}: its rows are other ones now (digest {sources[name][:12]}) than those that the "
+            "policy was trained "
             f"with (digest {recorded[f'read for {name}'][:12]})"
             for name in changed
         ) + ". Restore them, or give the data by flag to use it on purpose")  # fmt: skip
@@ -200,7 +227,8 @@ def _other_rows(config, record, sources, rows, evaluation, log):
     )
     for name in changed:
         log(
-            f"warning: {_source(config, name)}: other rows than those that the policy was trained with, taken because a flag names them"
+            f"warning: {_source(config, name)}: other rows than those that the policy was trained with, taken because "
+            "a flag names them"
         )
     if "train" in changed:
         rows = _without(rows, trained | evaluated, "trained or evaluated the policy", config, "train", log)
@@ -241,8 +269,8 @@ def _origin(config, setting):
 def load_evaluation(config: DataConfig, task: Task, part="eval", log=print, record=None) -> list:
     """The evaluation rows alone; part "test" is the demo data's test split. Without evaluation data, those set aside.
 
-    record: of a model whose data settings were taken over; its evaluation rows must be the same ones still. Rows that a flag names
-    are taken as they are, with a warning where they trained the model.
+    record: of a model whose data settings were taken over; its evaluation rows must be the same ones still. Rows that
+    a flag names are taken as they are, with a warning where they trained the model.
     """
     if part == "test":
         if task.name != "demo" or config.eval_file:
@@ -260,15 +288,8 @@ def load_evaluation(config: DataConfig, task: Task, part="eval", log=print, reco
     return rows
 
 
-def gold_labels(config: DataConfig, task: Task) -> dict[str, str]:
-    """{row id: label} of every training row, for the `gold` reward, an upper bound that sees what PPO must not."""
-    return {row.id: row.label for row in _load(config, task, "train", lambda line: None) if row.label is not None}
-
-
 def _load(config, task, part, log):
-    settings = {
-        "columns": parse_mapping_flag(config.columns, "--columns"), "label_map": parse_mapping_flag(config.label_map, "--label_map"),
-    }  # fmt: skip
+    settings = {name: parse_mapping_flag(getattr(config, name), f"--{name}") for name in ("columns", "label_map")}
     path, fallback = getattr(config, f"{part}_file"), False
     if path:
         source = Source(path=path, delimiter=config.delimiter, encoding=config.encoding, **settings)
@@ -295,8 +316,8 @@ def _load(config, task, part, log):
 
 
 def inherit(config: DataConfig, record: dict, directory):
-    """Fill the data settings that were not given from the record of the model in `directory`; returns the names of those that
-    contradict it."""
+    """Fill the data settings that were not given from the record of the model in `directory`; returns the names of
+    those that contradict it."""
     recorded = record.get("data", {})
     contradictions, origin = [], str(Path(directory or "") / RECORD)
     config.inherited = dict(getattr(config, "inherited", {}))
@@ -313,21 +334,15 @@ def inherit(config: DataConfig, record: dict, directory):
     return contradictions
 
 
-def find_policy(config):
-    """(record, task) of the policy a later stage starts from; fills config.policy. InputError where there is none."""
-    config.policy = config.policy or f"runs/{load_task(config.task or 'demo').name}/sft"
-    if not Path(config.policy).is_dir() and config.policy.count("/") != 1:  # one slash may be a hub name
-        raise InputError(f"--policy {config.policy}: no such directory; train_sft.py makes one")
-    record = read_record(config.policy)
-    return record, resolve_task(config, record, config.policy)
+def find_start(config):
+    """(record, task) of the model that a stage starts from, which config.START names; fills in --policy.
 
-
-def take_over(config):
-    """(record, task, contradictions) of the policy a later stage starts from; fills config.policy and the data settings.
-
-    InputError where there is no such policy, or where it was trained on another task.
+    InputError where a later stage finds no policy.
     """
-    record, task = find_policy(config)
-    contradictions = inherit(config, record, config.policy)
-    check_same_task(record, task, f"--policy {config.policy}")
-    return record, task, contradictions
+    if config.START == "policy":
+        config.policy = config.policy or f"runs/{load_task(config.task or 'demo').name}/sft"
+        if not Path(config.policy).is_dir() and config.policy.count("/") != 1:  # one slash may be a hub name
+            raise InputError(f"--policy {config.policy}: no such directory; train_sft.py makes one")
+    start = getattr(config, config.START)
+    record = read_record(start)
+    return record, resolve_task(config, record, start)

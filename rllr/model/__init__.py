@@ -5,5 +5,12 @@ from .heads import RewardModel, ValueModel
 from .loading import allow_remote_code, fingerprint, load_policy, load_tokenizer
 
 __all__ = [
-    "RewardModel", "ValueModel", "allow_remote_code", "backbone_of", "fingerprint", "lm_logits", "load_policy", "load_tokenizer",
-]  # fmt: skip
+    "RewardModel",
+    "ValueModel",
+    "allow_remote_code",
+    "backbone_of",
+    "fingerprint",
+    "lm_logits",
+    "load_policy",
+    "load_tokenizer",
+]

@@ -1,6 +1,7 @@
 """Backbones: the two ways, beside rollouts, in which this project calls a model's insides.
 
-A backbone is a Hugging Face decoder without its head. An adapter that switches roles on a shared base has one place to stand here.
+A backbone is a Hugging Face decoder without its head. An adapter that switches roles on a shared base has one place to
+stand here.
 """
 
 import torch
@@ -12,7 +13,7 @@ PACK_BELOW = 0.8  # share of real tokens below which packing beats padding (atte
 
 
 def decoder_name(model):
-    """The attribute of a causal LM that holds its decoder: some families (Llama 4's text part) name another one as theirs."""
+    """The attribute of a causal LM that holds its decoder; some families (Llama 4's text part) name a wrong one."""
     return model.base_model_prefix if hasattr(model, model.base_model_prefix) else "model"
 
 
@@ -22,7 +23,7 @@ def decoder_of(model):
 
 
 def backbone_of(model):
-    """The decoder under a causal LM's head, or under our scalar head; a role's own view of it (`rllr.model.roles`) for a role."""
+    """The decoder under a causal LM's head, or our scalar head; of a role its own view of it (`model.roles`)."""
     model = getattr(model, "backbone", model)
     return decoder_of(model) if hasattr(model, "base_model_prefix") else getattr(model, "base_model", model)
 
@@ -34,14 +35,14 @@ def hidden_states(model, sequences):
         return backbone(input_ids=sequences, use_cache=False).last_hidden_state
 
 
-def hidden_at(model, sequences, prompt_lens, response_mask, rows, positions):
-    """Final hidden states [N, H] at N places (row, position) of right-padded sequences [B, T].
+def hidden_at(model, packed, rows, positions):
+    """Final hidden states [N, H] at N places (row, position) of packed sequences (`rllr.layout.Packed`).
 
     On CPU the padding is not even computed where the model's family allows it: the sequences go through packed, one
     behind the other (`rllr.engine.attention`).
     """
     backbone = backbone_of(model)
-    lengths = prompt_lens + response_mask.sum(1)
+    sequences, lengths = packed.sequences, packed.lengths
     little = sequences.device.type == "cpu" and int(lengths.sum()) < PACK_BELOW * sequences.numel()
     if little and can_pack(backbone, int(lengths.max())):
         real = torch.arange(sequences.shape[1]) < lengths.unsqueeze(1)
@@ -69,7 +70,7 @@ def lm_logits(model, hidden):
 
 @torch.no_grad()
 def width_of(backbone):
-    """Width of a decoder's final hidden states, which neither its configuration nor its embedding always tells (OPT-350m)."""
+    """Width of a decoder's final hidden states, which its configuration does not always tell (OPT-350m)."""
     was_training = backbone.training
     hidden = backbone.eval()(
         input_ids=torch.zeros(1, 1, dtype=torch.long, device=backbone.device), use_cache=False

@@ -6,10 +6,11 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from ..common.files import disk_faults, saving_into, write_json, write_safetensors
-from ..layout import response_places, unflatten
+from ..layout import Packed, response_places, unflatten
 from .backbone import backbone_of, hidden_at, width_of
 from .loading import HEAD_BIAS, HEAD_WEIGHT, _require_model_directory, load_backbone, load_merged, read_head
 from .peft_format import is_adapter
+from .precision import autocast
 
 
 class ScalarHeadModel(nn.Module):
@@ -24,6 +25,11 @@ class ScalarHeadModel(nn.Module):
             width_of(backbone), 1, bias=self.has_bias, device=backbone.device, dtype=backbone.dtype
         )
 
+    def read(self, packed, rows, positions):
+        """The head's number at N places (row, position) of packed sequences -> [N], float32 at least."""
+        with autocast(self.device):
+            return self.scores_at(hidden_at(self, packed, rows, positions))
+
     def scores_at(self, hidden):
         """The head's number for hidden states [..., H] -> [...], float32 at least (also under autocast)."""
         with torch.autocast(hidden.device.type, enabled=False):
@@ -37,7 +43,7 @@ class ScalarHeadModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, *, dtype=torch.float32, device="cpu", base=None):
-        """Backbone and head from a directory that `save_pretrained` wrote. A missing head is an InputError, never random."""
+        """Backbone and head from a directory that `save_pretrained` wrote. InputError where the head is missing."""
         _require_model_directory(path)
         weights = read_head(path)
         if is_adapter(path):
@@ -56,11 +62,12 @@ class ScalarHeadModel(nn.Module):
         return cls(backbone, head).eval()
 
     def save_pretrained(self, path, tokenizer=None, pad_token_id=None):
-        """Weights as safetensors, config and tokenizer; of a role on a shared base only its adapter and head (PEFT's format).
+        """Weights as safetensors, config and tokenizer; of a role on a shared base only its adapter and head (PEFT's
+        format).
 
-        The names are those of the family's sequence classifier, so where transformers has that class and the head has no
-        bias the directory loads as `AutoModelForSequenceClassification` with equal scores. That class reads the last token
-        that is not `pad_token_id`, which therefore must differ from every stop id (`reward_pad_token_id`).
+        The names are those of the family's sequence classifier, so where transformers has that class and the head has
+        no bias the directory loads as `AutoModelForSequenceClassification` with equal scores. That class reads the
+        last token that is not `pad_token_id`, which therefore must differ from every stop id (`reward_pad_token_id`).
         """
         head = {HEAD_WEIGHT: self.head.weight} | ({HEAD_BIAS: self.head.bias} if self.has_bias else {})
         with disk_faults(f"model {path}"), saving_into(path) as temporary:
@@ -105,20 +112,20 @@ class RewardModel(ScalarHeadModel):
 
     def forward(self, sequences, prompt_lens, response_mask):
         """sequences [B, T], prompt_lens [B], response_mask [B, R] -> scores [B], float32."""
-        # The last response token itself: EOS, or where the answer was cut.
-        last = prompt_lens + response_mask.sum(1) - 1
+        packed = Packed(sequences, prompt_lens, response_mask)
+        last = packed.lengths - 1  # the last response token itself: EOS, or where the answer was cut
         rows = torch.arange(len(sequences), device=sequences.device)
-        return self.scores_at(hidden_at(self, sequences, prompt_lens, response_mask, rows, last))
+        return self.read(packed, rows, last)
 
     def span_scores(self, sequences, prompt_lens, response_mask):
         """The head at every response token [B, R], 0 outside the mask; only `--loss span` trains on these."""
         rows, positions = response_places(prompt_lens, response_mask)
-        scores = self.scores_at(hidden_at(self, sequences, prompt_lens, response_mask, rows, positions + 1))
+        scores = self.read(Packed(sequences, prompt_lens, response_mask), rows, positions + 1)
         return unflatten(scores, response_mask)
 
 
 class ValueModel(ScalarHeadModel):
-    """V(s_t) for every response token, read at the position that predicts it. The head has a bias and starts at zero."""
+    """V(s_t) of every response token, read where it is predicted. The head has a bias and starts at zero."""
 
     has_bias = True
 
@@ -140,8 +147,7 @@ class ValueModel(ScalarHeadModel):
     def forward(self, sequences, prompt_lens, response_mask):
         """sequences [B, T], prompt_lens [B], response_mask [B, R] -> values [B, R], float32, 0 outside the mask."""
         rows, positions = response_places(prompt_lens, response_mask)
-        values = self.scores_at(hidden_at(self, sequences, prompt_lens, response_mask, rows, positions))
-        return unflatten(values, response_mask)
+        return unflatten(self.read(Packed(sequences, prompt_lens, response_mask), rows, positions), response_mask)
 
 
 def reward_pad_token_id(tokenizer, stop_ids, vocabulary_size):

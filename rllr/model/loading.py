@@ -24,7 +24,7 @@ from ..common.errors import InputError
 from ..common.files import RECORD, is_lfs_pointer, path_from_record
 from ..common.log import say
 from ..engine.limits import text_config
-from ..run.records import read_record
+from ..model.records import read_record
 from .backbone import decoder_name, decoder_of, hidden_states, lm_logits
 from .lora import merge_adapter
 from .peft_format import PREFIX, is_adapter, load_adapter, read_adapter_config

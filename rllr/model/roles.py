@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..common.config import check_choice, check_positive
+from ..common.config import Settings, flag
 from ..common.errors import InputError
 from ..common.files import RECORD, write_json
-from ..run.records import read_record
+from ..model.records import read_record
 from .backbone import decoder_of
 from .loading import cast_parameters, check_base, fingerprint, load_policy, read_head
 from .lora import add_adapter, get_adapter, merged_weights, use_adapter
@@ -25,23 +25,27 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
-class LoRAConfig:
+class LoRAConfig(Settings):
     """Settings of the adapters, shared by the three scripts."""
 
-    lora_rank: int = 0  # train adapters of this rank (16 is usual) on one frozen base; 0: train all weights
-    lora_alpha: int = 32  # adapters are scaled by alpha / rank
-    use_rslora: bool = (
-        False  # scale adapters by alpha / sqrt(rank) instead, which keeps large ranks from learning slower
+    GROUP = "adapters"
+    lora_rank: int = flag(
+        0, "train adapters of this rank (16 is usual) on one frozen base; 0: train all weights", at_least=0
     )
-    lora_targets: str | None = None  # adapted modules: comma list (q_proj,v_proj; Bloom query_key_value; GPT-2 c_attn)
-    base_dtype: str = "fp32"  # the frozen base in memory: fp32 or, with --precision bf16, bf16; adapters stay fp32
+    lora_alpha: int = flag(32, "adapters are scaled by alpha / rank", above=0)
+    use_rslora: bool = flag(False, "scale adapters by alpha / sqrt(rank): large ranks then learn as fast as small ones")
+    lora_targets: str | None = flag(
+        None, "adapted modules: comma list (q_proj,v_proj; Bloom query_key_value; GPT-2 c_attn)"
+    )
+    base_dtype: str = flag(
+        "fp32",
+        "the frozen base in memory: fp32 or, with --precision bf16, bf16; adapters stay fp32",
+        choices=tuple(DTYPES),
+    )
 
 
 def check_lora(config):
     """InputError where the settings of the adapters contradict each other."""
-    check_positive(config, "lora_rank", zero=True)
-    check_positive(config, "lora_alpha")
-    check_choice(config, "base_dtype", tuple(DTYPES))
     for name, default in (("lora_targets", None), ("base_dtype", "fp32"), ("use_rslora", False)):
         if not config.lora_rank and getattr(config, name) != default:
             raise InputError(f"--{name} {getattr(config, name)}: is for adapters; give --lora_rank 16, too")
@@ -49,10 +53,11 @@ def check_lora(config):
         raise InputError("--base_dtype bf16: needs --precision bf16")
 
 
-def rate_factor(config, tiny):
+def lora_rate_factor(config, tiny):
     """By how much default learning rates grow for adapters, whose one factor starts at 0.
 
-    Ten is usual for pretrained models; for the tiny one three is measured, at ten some runs collapse (benchmarks/results/lora.md).
+    Ten is usual for pretrained models; for the tiny one three is measured, at ten some runs collapse
+    (benchmarks/results/lora.md).
     """
     return (3 if tiny else 10) if config.lora_rank else 1
 
@@ -191,6 +196,3 @@ def load_scalar_role(kind, model, directory, role, base_fingerprint=None, flag="
     head = read_head(directory)
     load_adapter(model, directory, role)
     return kind.with_head(RoleBackbone(model, role), head)
-
-
-# ---- python -m rllr.lora merge ---------------------------------------------------------------------------------------

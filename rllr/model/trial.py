@@ -1,8 +1,8 @@
 """A model's trial before a run begins: do sampling and packing give the numbers of the model's own forward?
 
-Some families keep a memory that is no cache of keys and values, place tokens by themselves, or see a window of the text that
-neither argument nor mask tells of. They would run through all stages and answer nonsense. So a few rows, the run's longest
-among them, are decoded token by token here, and compared.
+Some families keep a memory that is no cache of keys and values, place tokens by themselves, or see a window of the
+text that neither argument nor mask tells of. They would run through all stages and answer nonsense. So a few rows, the
+run's longest among them, are decoded token by token here, and compared.
 """
 
 import torch
@@ -33,14 +33,14 @@ class _Teacher:
         return token, torch.zeros(len(token), device=token.device)
 
 
-def check_policy(model, encoder, task, examples, max_new_tokens, name, log=None, alike=()):
-    """What every stage asks of a policy before it begins: the prompts reach it, its answers can be read (`Encoder.check`), and
-    sampling from it is exact (`try_model`). InputError where that is not so. log gets one prompt as the model sees it."""
+def check_policy(model, encoder, task, examples, *, max_new_tokens, name, log=None, alike=()):
+    """What every stage asks of a policy before it begins: the prompts reach it, its answers can be read
+    (`Encoder.check`), and sampling from it is exact (`try_model`). InputError where that is not so. log gets one
+    prompt as the model sees it."""
     encoder.check(task, examples[0], log)
     by_size = sorted(examples, key=lambda e: len(e.text) + len(e.text_b or ""))
     few = by_size[:1] + by_size[-LONGEST:]  # the longest in tokens is among the longest in characters
-    prompts = [encoder.prompt_ids(task.render_prompt(e.text, e.text_b)) for e in few]
-    try_model(model, prompts, max_new_tokens, name, alike)
+    try_model(model, encoder.prompts(task, few), max_new_tokens, name, alike)
 
 
 def try_model(model, prompts, max_new_tokens, name, alike=()):
@@ -65,15 +65,18 @@ def try_model(model, prompts, max_new_tokens, name, alike=()):
             raise
         first = (str(error).strip().splitlines() or [""])[0]
         raise InputError(
-            f"{family} cannot be used: decoding it token by token failed ({type(error).__name__}: {first:.200}); rollouts need a "
+            f"{family} cannot be used: decoding it token by token failed ({type(error).__name__}: {first:.200}); "
+            "rollouts need a "
             "decoder that takes input_ids, position_ids and a cache of keys and values"
         ) from error
     finally:
         model.train(was_training)
     if not divergence <= MOST_KL.get(model.get_input_embeddings().weight.dtype, 0.1):
         raise InputError(
-            f"{family} cannot be used: decoded token by token, with rows of {min(map(len, rows))} to {max(map(len, rows))} tokens side by "
-            f"side, its distributions are {divergence:.2g} nats off those of its own forward. State-space and recurrent layers, "
+            f"{family} cannot be used: decoded token by token, with rows of {min(map(len, rows))} to "
+            f"{max(map(len, rows))} tokens side by "
+            f"side, its distributions are {divergence:.2g} nats off those of its own forward. State-space and "
+            "recurrent layers, "
             "own masks and own positions do that; take another model, or shorter texts where it is a window"
         )
 
@@ -89,7 +92,7 @@ def _filled(prompt, length):
 
 
 def _try(model, rows, alike):
-    """The largest KL divergence, in nats, between decoding and forward. Packing is forbidden where it gives other numbers."""
+    """The largest KL, in nats, between decoding and forward. Forbids packing where it gives other numbers."""
     backbone = backbone_of(model)
     alone = [backbone_alone(backbone, row) for row in rows]
     if model.device.type == "cpu" and takes_our_attention(backbone):

@@ -7,26 +7,25 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common.config import check_choice, parse_config
+from ..common.config import flag, parse_config
 from ..common.errors import InputError, command
 from ..data.rows import Source, load_examples, parse_mapping_flag
+from ..data.splits import FileConfig
+from ..run.settings import ModelConfig
 from ..tasks import load_task
 from .factory import WRITERS, make_writer
 
 
-@dataclass
-class Config:
-    output: str  # JSONL: the rows with the columns rationale (gold label) and rationales (every label)
-    writer: str = "evidence"  # given, evidence, demo or model
-    task: str = "demo"  # a built-in task's name or a task file
-    train_file: str | None = None  # labelled rows; without it the demo data
-    columns: str | None = None  # other column names: text=sentence,label=gold
-    label_map: str | None = None  # other label words: Sci/Tech=technology
-    delimiter: str | None = None  # of a CSV file: a character, or tab (recognised)
-    encoding: str | None = None  # of a text file (UTF-8)
-    rationale_model: str | None = None  # the causal LM, for --writer model
-    overwrite: bool = False  # replace an output file that is already there
-    trust_remote_code: bool = False  # let a model's own Python code run, as some hub models need
+@dataclass(kw_only=True)
+class Config(ModelConfig, FileConfig):
+    GROUP = "rationales"
+    output: str = flag(help="JSONL: the rows with the columns rationale (gold label) and rationales (every label)")
+    writer: str = flag("evidence", "given, evidence, demo or model", choices=WRITERS)
+    task: str = flag("demo", "a built-in task's name or a task file")
+    train_file: str | None = flag(None, "labelled rows; without it the demo data")
+    label_map: str | None = flag(None, "other label words: Sci/Tech=technology")
+    rationale_model: str | None = flag(None, "the causal LM, for --writer model")
+    overwrite: bool = flag(False, "replace an output file that is already there")
 
 
 @command
@@ -38,7 +37,6 @@ def main(argv=None):
 
     config = parse_config(Config, argv, __doc__)
     allow_remote_code(config.trust_remote_code)
-    check_choice(config, "writer", WRITERS)
     output = Path(config.output)
     if output.exists() and not config.overwrite:
         raise InputError(f"--output {output}: exists; give another name or --overwrite")
@@ -47,7 +45,7 @@ def main(argv=None):
     task = load_task(config.task)
     if not config.train_file and task.name != "demo":
         raise InputError("--train_file: give the labelled rows to write rationales for")
-    device, _ = set_up("fp32", seed=0)
+    device = set_up(config.precision, seed=0)
     examples = load_examples(
         Source(config.train_file or "demo:train", delimiter=config.delimiter, encoding=config.encoding), task,
         columns=parse_mapping_flag(config.columns, "--columns"), label_map=parse_mapping_flag(config.label_map, "--label_map"), log=say,

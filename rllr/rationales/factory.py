@@ -1,9 +1,25 @@
 """Which writer it is to be, and what each needs."""
 
+from dataclasses import dataclass
+
+from ..common.config import Settings, flag
 from ..common.errors import InputError
 from .writers import DemoWriter, EvidenceWriter, GivenWriter
 
 WRITERS = ("given", "evidence", "demo", "model")
+
+
+@dataclass
+class RationaleConfig(Settings):
+    """Who writes rationales, shared by SFT and the reward model."""
+
+    GROUP = "rationales"
+    rationales: str | None = flag(
+        None,
+        "who writes them: given, evidence, demo, model (SFT: by the data, see docs/real-data.md; RM: the policy's writer)",
+        choices=WRITERS,
+    )
+    rationale_model: str | None = flag(None, "the causal LM that writes them, for --rationales model")
 
 
 def make_writer(name, examples, task, *, config=None, device="cpu", directory=".", log=print, also=()):

@@ -4,77 +4,89 @@ import torch
 
 from ..common.files import disk_faults, write_safetensors
 from ..common.log import say
+from ..metrics import tell_parse_failures
 from ..ppo import explained_variance, kl_estimate, masked_mean
 
 
-def step_metrics(
-    step, config, rollout, batch, samples, judges, judged, scores, rewards, raw_advantages, stats, threshold, kl_coef
-):
-    """Every act in numbers, under the names that the README and the docs use."""
+def step_metrics(step, batch, samples, judges, judged, kl_coef):
+    """Acts 1 to 5 in numbers, under the names that the README and the docs use."""
+    rollout, mask = batch.rollout, batch.response_mask
     kl_tokens = kl_estimate(batch.logprobs, batch.ref_logprobs)
-    spread = (raw_advantages - masked_mean(raw_advantages, batch.mask)).square()
+    advantages = batch.returns - batch.values  # before whitening
     return {
         "step": step,
-        "episodes": step * config.rollout_prompts,
+        "episodes": step * len(samples.answers),
         "act/response_len": rollout.response_lens.float().mean(),
         "act/truncated": rollout.truncated.float().mean(),
-        "act/parse_failures": sum(label is None for label in samples.labels) / len(samples.labels),
-        "analyse/kl_sequence": kl_tokens.masked_fill(~batch.mask, 0.0).sum(1).mean(),
-        "analyse/kl_token": masked_mean(kl_tokens, batch.mask),
-        "analyse/entropy": masked_mean(batch.entropy, batch.mask),
-        "analyse/logprob_gap": masked_mean((batch.logprobs - rollout.rollout_logprobs).abs(), batch.mask),
-        **judge_metrics(judges, judged, samples, scores, threshold),
+        "act/parse_failures": samples.unlabelled.float().mean(),
+        "analyse/kl_sequence": kl_tokens.masked_fill(~mask, 0.0).sum(1).mean(),
+        "analyse/kl_token": masked_mean(kl_tokens, mask),
+        "analyse/entropy": masked_mean(batch.entropy, mask),
+        "analyse/logprob_gap": masked_mean((batch.logprobs - rollout.rollout_logprobs).abs(), mask),
+        **judge_metrics(judges, judged, samples, batch.scores),
         "shape/kl_coef": kl_coef,
-        "shape/reward": rewards.sum(1).mean(),
-        "credit/advantage_std": masked_mean(spread, batch.mask).sqrt(),
-        "credit/explained_variance": explained_variance(batch.values, batch.returns, batch.mask),
-        **{f"improve/{name}": value for name, value in stats.items()},
+        "shape/reward": batch.rewards.sum(1).mean(),
+        "credit/advantage_std": masked_mean((advantages - masked_mean(advantages, mask)).square(), mask).sqrt(),
+        "credit/explained_variance": explained_variance(batch.values, batch.returns, mask),
     }
 
 
-def judge_metrics(judges, judged, samples, scores, threshold):
+def judge_metrics(judges, judged, samples, scores):
     """Act 3 in numbers; accuracy only where PPO may know gold labels. Parse failures' mean score beside the others'."""
-    found = {f"judge/{name}_score": values.mean() for name, values in judged.items()}
-    found |= {
-        f"judge/{name}_clipped": judge.clipped_share
-        for name, judge in judges.items()
-        if hasattr(judge, "clipped_share")
-    }
-    failed = torch.tensor([label is None for label in samples.labels], device=scores.device)
-    found |= {"judge/score": scores.mean()}
+    found = {f"judge/{part}_score": part_scores.mean() for part, part_scores in judged.scores.items()}
+    found |= {f"judge/{part}_clipped": share for part, share in judges.clipped_shares().items()}
+    failed = samples.unlabelled
+    found["judge/score"] = scores.mean()
     if failed.any() and not failed.all():
         found |= {"judge/score_parse_failures": scores[failed].mean(), "judge/score_parsed": scores[~failed].mean()}
-    if threshold is not None:
-        found["judge/at_threshold"] = (judged["label"] >= threshold).float().mean()
+    if judged.threshold is not None:
+        found["judge/at_threshold"] = (judged.label_scores >= judged.threshold).float().mean()
     if all(label is not None for label in samples.gold_labels):
         found["judge/accuracy"] = sum(a == b for a, b in zip(samples.labels, samples.gold_labels)) / len(samples.labels)
     return found
 
 
-def step_line(step, config, line):
+def step_line(step, steps, line):
     """What a person wants to see of a step."""
     shown = {
-        "score": "judge/score", "label": "judge/label_score", "rationale": "judge/rationale_score",
-        "kl": "analyse/kl_sequence", "entropy": "analyse/entropy", "len": "act/response_len",
-        "clipfrac": "improve/clipfrac", "ev": "credit/explained_variance",
-    }  # fmt: skip
+        "score": "judge/score",
+        "label": "judge/label_score",
+        "rationale": "judge/rationale_score",
+        "kl": "analyse/kl_sequence",
+        "entropy": "analyse/entropy",
+        "len": "act/response_len",
+        "clipfrac": "improve/clipfrac",
+        "ev": "credit/explained_variance",
+    }
     numbers = "  ".join(f"{name} {float(line[key]):.3g}" for name, key in shown.items() if key in line)
-    return f"step {step}/{config.steps}  {numbers}  parse failures {100 * line['act/parse_failures']:.1f} %"
+    return f"step {step}/{steps}  {numbers}  parse failures {100 * float(line['act/parse_failures']):.1f} %"
+
+
+def tell_step(run, step, line, times):
+    """Write a step's metrics, and a line on the console every --log_every steps. times: seconds (`Clock.take`)."""
+    shown = step % run.config.log_every == 0
+    tokens = line["act/response_len"] * (line["episodes"] / step)
+    line |= {"act/tokens_per_second": tokens / max(times["time/rollout"], 1e-9), **times}
+    if shown:
+        tell_parse_failures(float(line["act/parse_failures"]), say, "sampled answers")
+    run.metrics.write(line, step_line(step, run.config.steps, line) if shown else None)
 
 
 def show_rollout(samples, judged, scores, count=2):
+    """The first answers of a step, each with its label and its scores."""
     for i in range(min(count, len(samples.answers))):
-        parts = "  ".join(f"{name} {values[i].item():+.2f}" for name, values in judged.items())
+        label, gold = samples.labels[i] or "parse failure", samples.gold_labels[i] or "not known here"
+        parts = "  ".join(f"{part} {part_scores[i].item():+.2f}" for part, part_scores in judged.scores.items())
         say(f"  prompt  {samples.prompts[i]!r}\n  answer  {samples.answers[i]!r}")
-        say(
-            f"  label   {samples.labels[i] or 'parse failure'} (gold: {samples.gold_labels[i] or 'not known here'})  {parts}  score {scores[i].item():+.2f}\n"
-        )
+        say(f"  label   {label} (gold: {gold})  {parts}  score {scores[i].item():+.2f}\n")
 
 
-def write_batch(path, rollout, batch):
+def write_batch(path, batch):
     """The tensors of a failed step, for whoever looks into it. Returns a sentence that says where they are."""
-    tensors = {name: value for name, value in vars(batch).items() if value is not None}
-    tensors |= {"rollout_logprobs": rollout.rollout_logprobs, "response_mask": tensors.pop("mask").to(torch.uint8)}
+    packed = {"sequences": batch.packed.sequences, "prompt_lens": batch.packed.prompt_lens}
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    tensors |= packed | {"rollout_logprobs": batch.rollout.rollout_logprobs}
+    tensors["response_mask"] = batch.response_mask.to(torch.uint8)
     with disk_faults(str(path)):
         write_safetensors(tensors, path)
     return f"The batch is in {path}."

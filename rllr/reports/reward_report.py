@@ -1,4 +1,4 @@
-"""What a reward model is worth before PPO spends hours on it: pairs by kind, its own choice of label, its scores' spread."""
+"""What a reward model is worth before PPO spends hours on it: pairs by kind, its choice of label, its spread."""
 
 import math
 import random
@@ -7,62 +7,62 @@ from pathlib import Path
 
 import torch
 
-from ..answers import answer_rows
+from ..answers import answer_rows, read_answers, write_answers
 from ..common.errors import InputError
 from ..common.files import read_json, write_json
 from ..common.log import say
 from ..judge import STATISTICS, ScoreStatistics, score_rows
-from ..layout import pack
+from ..layout import Packed, pack
 from ..metrics import accuracy, tell_parse_failures
-from ..rollout import generate
-from ..tasks import parse_answer, split_answer
+from ..tasks import split_answer
 
 MIN_PROMPTS = 512  # sampled answers wanted behind the stored statistics
 
 
 @dataclass
-class Sampled:
-    """Answers sampled by the SFT policy at PPO's temperature. batch: (sequences, prompt_lens, response_mask)."""
+class SampledAnswers:
+    """Answers that the SFT policy sampled at PPO's temperature."""
 
-    batch: tuple
+    packed: Packed
     truncated: int  # answers left out because the length limit cut them
 
 
-def sampled_scores(policy, encoder, task, examples, config, autocast) -> Sampled:
+def sample_answers(policy, encoder, task, examples, config) -> SampledAnswers:
     """Sample an answer for each of at most config.statistics_prompts rows that trained no stage."""
-    examples = random.Random(f"statistics/{config.seed}").sample(
-        examples, min(len(examples), config.statistics_prompts)
+    count = min(len(examples), config.statistics_prompts)
+    examples = random.Random(f"statistics/{config.seed}").sample(examples, count)
+    if count < MIN_PROMPTS:
+        say(
+            f"warning: score statistics rest on {count} prompts, fewer than {MIN_PROMPTS}; more unlabelled rows would "
+            "help"
+        )
+    prompts = encoder.prompts(task, examples)
+    rollout = write_answers(
+        policy,
+        encoder,
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        generator=torch.Generator(policy.device).manual_seed(config.seed),
+        batch_size=config.eval_batch_size,
     )
-    if len(examples) < MIN_PROMPTS:
-        say(
-            f"warning: score statistics rest on {len(examples)} prompts, fewer than {MIN_PROMPTS}; more unlabelled rows would help"
-        )
-    prompts = [encoder.prompt_ids(task.render_prompt(example.text, example.text_b)) for example in examples]
-    generator = torch.Generator(policy.device).manual_seed(config.seed)
-    with autocast():
-        rollout = generate(
-            policy, prompts, max_new_tokens=config.max_new_tokens, eos_token_id=encoder.stop_ids,
-            temperature=config.temperature, generator=generator, batch_size=config.eval_batch_size,
-        )  # fmt: skip
-    whole = [i for i, cut in enumerate(rollout.truncated.tolist()) if not cut]
-    responses = rollout.responses()
-    if len(whole) < len(prompts):
-        say(
-            f"{len(prompts) - len(whole)} of {len(prompts)} sampled answers were cut at {config.max_new_tokens} tokens and left out"
-        )
-    unlabelled = sum(parse_answer(task, encoder.decode(response)) is None for response in responses)
-    tell_parse_failures(unlabelled / len(responses), say, "answers sampled by the policy")
-    if len(whole) < 2:
+    answers, responses = read_answers(rollout, encoder, task), rollout.responses()
+    rows = [(prompt, ids) for prompt, ids, answer in zip(prompts, responses, answers) if not answer.truncated]
+    cut = count - len(rows)
+    if cut:
+        say(f"{cut} of {count} sampled answers were cut at {config.max_new_tokens} tokens and left out")
+    failures = sum(answer.label is None for answer in answers) / count
+    tell_parse_failures(failures, say, "answers sampled by the policy")
+    if len(rows) < 2:
         raise InputError(
-            f"only {len(whole)} of {len(prompts)} answers sampled by the policy ended within --max_new_tokens "
+            f"only {len(rows)} of {count} answers sampled by the policy ended within --max_new_tokens "
             f"{config.max_new_tokens}, too few for the statistics of its scores; raise it, or train the policy longer"
         )
-    rows = [(prompts[i], responses[i]) for i in whole]
-    return Sampled(pack(rows, encoder.pad_id, policy.device), len(prompts) - len(whole))
+    return SampledAnswers(pack(rows, encoder.pad_id, policy.device), cut)
 
 
 def pair_report(pairs, chosen, rejected) -> dict:
-    """{kind or "all": {pairs, accuracy, interval, margin}}: ties one half, 95 % interval, mean score difference. Printed."""
+    """{kind or "all": {pairs, accuracy, interval, margin}}: ties one half, 95 %, mean score difference. Printed."""
     margins, report = (chosen - rejected).double().cpu(), {}
     kinds = sorted({pair.kind for pair in pairs})
     for kind in [*(kinds if len(kinds) > 1 else []), "all"]:
@@ -76,7 +76,8 @@ def pair_report(pairs, chosen, rejected) -> dict:
             "margin": float(margin.mean()),
         }
         say(
-            f"held-out pairs  {kind:26}  n {len(margin):5}  accuracy {100 * share:5.1f} % ({100 * low:.1f} .. {100 * high:.1f})"
+            f"held-out pairs  {kind:26}  n {len(margin):5}  accuracy {100 * share:5.1f} % ({100 * low:.1f} .. "
+            f"{100 * high:.1f})"
             f"  margin {float(margin.mean()):+.3f}"
         )
     return report
@@ -86,7 +87,8 @@ def show_pairs(pairs, chosen, rejected, count=2):
     """The first held-out pairs with the scores of both sides."""
     for pair, high, low in list(zip(pairs, chosen.tolist(), rejected.tolist()))[:count]:
         say(
-            f"  prompt    {pair.prompt!r}\n  chosen    {high:+.2f}  {pair.chosen!r}\n  rejected  {low:+.2f}  {pair.rejected!r}\n"
+            f"  prompt    {pair.prompt!r}\n  chosen    {high:+.2f}  {pair.chosen!r}\n  rejected  {low:+.2f}  "
+            f"{pair.rejected!r}\n"
         )
 
 
@@ -97,30 +99,31 @@ def wilson_interval(share, n, z=1.959964):
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def classifier_report(model, policy, encoder, task, parts, writer, config, autocast) -> dict:
+def classifier_report(model, models, task, parts, writer, config) -> dict:
     """{part: {rows, reward_model, policy}}: accuracy of the best-scored label beside the policy's greedy accuracy.
 
-    Each label is scored with a rationale that argues for it, by the writer; where the writer has none for every label,
-    with the policy's own rationale. The gap between the two accuracies is what PPO can harvest. Printed.
+    models: the policy and its encoder. Each label is scored with a rationale that argues for it, by the writer; where
+    the writer has none for every label, with the policy's own rationale. The gap between the two accuracies is what
+    PPO can gain. Printed.
     """
-    report = {}
+    policy, encoder, report = models.policy, models.encoder, {}
+    limits = {"max_new_tokens": config.max_new_tokens, "batch_size": config.eval_batch_size}
     for part, examples in parts.items():
-        answers = answer_rows(policy, encoder, task, examples, config.max_new_tokens, config.eval_batch_size, autocast)
+        answers = answer_rows(policy, encoder, task, examples, **limits)
         rows = []
-        for example, answer in zip(examples, answers):
-            prompt = encoder.prompt_ids(task.render_prompt(example.text, example.text_b))
+        for example, prompt, answer in zip(examples, encoder.prompts(task, examples), answers):
             own = split_answer(task, answer.text)[0]
             for label in task.labels:
                 rationale = writer.write(example, label) if writer and writer.argues_for_all(example) else own
                 rows.append((prompt, encoder.answer_ids(task.render_answer(label, rationale))))
-        with torch.no_grad():
-            scores = score_rows(model, *pack(rows, encoder.pad_id, policy.device), config.eval_batch_size, autocast)
+        scores = score_rows(model, pack(rows, encoder.pad_id, policy.device), config.eval_batch_size)
         chosen = [task.labels[i] for i in scores.view(len(examples), len(task.labels)).argmax(1).tolist()]
         gold = [example.label for example in examples]
         judged, greedy = accuracy(gold, chosen), accuracy(gold, [answer.label for answer in answers])
         report[part] = {"rows": len(examples), "reward_model": judged, "policy": greedy}
         say(
-            f"as a classifier  {part:26}  n {len(examples):5}  reward model {100 * judged:.1f} %  policy {100 * greedy:.1f} %"
+            f"as a classifier  {part:26}  n {len(examples):5}  reward model {100 * judged:.1f} %  policy "
+            f"{100 * greedy:.1f} %"
             f"  to harvest {100 * (judged - greedy):+.1f} points"
         )
     return report

@@ -1,5 +1,9 @@
-"""The life of a run: begun, checkpointed, stopped, resumed; its records and its optimiser."""
+"""The life of a run: it begins, writes checkpoints, stops, goes on; its settings, its machine and its optimiser."""
 
-from .run import Run
 
-__all__ = ["Run"]
+def __getattr__(name):  # on demand: whoever needs the optimiser alone does not load checkpoints and file writing
+    if name == "Run":
+        from .run import Run
+
+        return Run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,9 @@
 """Checkpoints: everything a run needs to go on exactly where it stood, whole on disk or not there at all.
 
-    runs/sst2/ppo-label/checkpoints/step-000040/    state.safetensors   every tensor: trained weights, moments, generators
-                                                    state.json          every number: step, schedules, streams, settings
-                                                    manifest.json       size and SHA-256 of both
+    runs/sst2/ppo-label/checkpoints/step-000040/
+        state.safetensors   every tensor: trained weights, moments, generators
+        state.json          every number: step, schedules, streams, settings
+        manifest.json       size and SHA-256 of both
 
 A *part* is an object with a state: a model (of which the trained weights are kept, the frozen ones are where they came
 from), an optimiser, a schedule, a random stream, or anything with `state_dict` and `load_state_dict`.
@@ -80,7 +81,7 @@ def restore_part(part, state):
 
 
 def _restore_schedule(scheduler, steps):
-    """The learning rate that this schedule has after so many steps: the recorded one, unless the schedule was changed."""
+    """The learning rate that this schedule has after so many steps: the recorded one, unless it was changed."""
     scheduler.last_epoch, scheduler._step_count = steps, steps + 1
     for group, base, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
         group["lr"] = base * factor(steps)
@@ -158,9 +159,11 @@ def checkpoint_path(run_directory, step):
 
 
 def write_checkpoint(run_directory, step, state, keep_last):
-    """Write a checkpoint, then remove those that are too old, or that a run which went on from an earlier step left behind.
+    """Write a checkpoint, then remove those that are too old, and those of later steps (the run went on from before
+    them).
 
-    state: nested dicts and lists with tensors. RunError where the disk refuses; the older checkpoints are untouched then.
+    state: nested dicts and lists with tensors. RunError where the disk refuses; the older checkpoints are untouched
+    then.
     """
     path, tensors = checkpoint_path(run_directory, step), {}
     plain = split_tensors(state, tensors)
@@ -185,7 +188,7 @@ def write_checkpoint(run_directory, step, state, keep_last):
 def read_checkpoint(path):
     """The state that `write_checkpoint` was given. InputError, which says what is wrong, where it is not whole."""
     path = Path(path)
-    problem = damage(path)
+    problem = problem_with(path)
     if problem:
         raise InputError(f"checkpoint {path}: {problem}")
     try:
@@ -203,8 +206,8 @@ def run_of(path):
         return None
 
 
-def mend(run_directory):
-    """Give a checkpoint its name back that a killed run had moved aside, and had not replaced yet."""
+def restore_names(run_directory):
+    """Give a checkpoint its name back where a killed run had moved it aside and not yet replaced it."""
     folder = Path(run_directory) / FOLDER
     for old in folder.glob(".step-*.old") if folder.is_dir() else ():
         path = folder / old.name[1 : -len(".old")]
@@ -212,7 +215,7 @@ def mend(run_directory):
             os.rename(old, path)
 
 
-def damage(path):
+def problem_with(path):
     """What is wrong with a checkpoint on disk: its manifest, a size or a hash; None if it is whole."""
     path = Path(path)
     try:
@@ -239,11 +242,8 @@ def damage(path):
 def list_checkpoints(run_directory):
     """Paths of a run's checkpoints, whole or not, the newest first."""
     folder = Path(run_directory) / FOLDER
-    found = [
-        p
-        for p in (folder.iterdir() if folder.is_dir() else [])
-        if re.fullmatch(r"step-\d{6,18}", p.name) and p.is_dir()
-    ]
+    entries = folder.iterdir() if folder.is_dir() else ()
+    found = [path for path in entries if re.fullmatch(r"step-\d{6,18}", path.name) and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
 

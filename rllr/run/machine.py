@@ -1,4 +1,4 @@
-"""The machine a run is on: device, autocast, allocator, versions."""
+"""The machine a run is on: device, precision, allocator, versions."""
 
 import ctypes
 import os
@@ -6,6 +6,8 @@ import sys
 
 import torch
 import transformers
+
+from ..model.precision import set_precision
 
 
 def machine():
@@ -20,12 +22,10 @@ def machine():
 
 
 def set_up(precision, seed, deterministic=False):
-    """Quiet libraries, the device, allocator settings. Returns (device, autocast): use `with autocast():` in forwards.
+    """Set the precision of every forward, quiet the libraries, prepare the allocator; returns the device.
 
-    deterministic: a GPU computes the same bits every time; an operation that cannot is named in a warning.
+    deterministic: a GPU computes the same bits every time; an operation that cannot do so is named in a warning.
     """
-    import transformers
-
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -34,19 +34,15 @@ def set_up(precision, seed, deterministic=False):
     transformers.utils.logging.disable_progress_bar()
     keep_freed_memory()
     torch.manual_seed(seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def autocast():
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-    return device, autocast
+    set_precision(precision)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def keep_freed_memory():
     """Ask glibc to keep freed blocks instead of giving each large tensor back to the kernel.
 
-    On CPU every step frees and takes the same large blocks; without page faults training ran a third faster here
-    (docs). Elsewhere than on glibc this does nothing.
+    On a CPU every step frees and takes the same large blocks. Without the page faults training ran a third faster
+    (docs/performance.md). Without glibc this does nothing.
     """
     if not sys.platform.startswith("linux"):
         return

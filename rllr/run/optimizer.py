@@ -1,4 +1,4 @@
-"""AdamW and its schedule, and what must be finite before it moves a weight."""
+"""AdamW with its schedule, one optimiser step for every stage, and what must be finite before a weight moves."""
 
 import math
 
@@ -7,48 +7,83 @@ import torch
 from ..common.errors import RunError
 
 
-def make_optimizer(model, learning_rate, steps, *, warmup_share=0.0, schedule="linear", weight_decay=0.0):
-    """(AdamW, scheduler): linear warm-up over a share of the steps, then linear decay to 0, cosine to 0, or constant.
+class Optimizer:
+    """AdamW over a model's trainable weights: a learning rate that rises and decays, and a clipped gradient.
 
-    Weight decay spares biases and norms. The fused kernel goes over the weights once, and takes no memory of its own.
+    The rate rises linearly over `warmup` (a share of `steps`), then decays linearly to 0, as a cosine to 0, or stays.
+    Weight decay spares biases and norms. The fused kernel goes over the weights once, and needs no memory of its own.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    fused = bool(parameters) and parameters[0].device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, fused=fused)
-    warmup = int(warmup_share * steps)
 
-    def factor(step):
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / max(1, steps - warmup)
-        return {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * min(1, progress))), "constant": 1.0}[
-            schedule
+    def __init__(
+        self, model, learning_rate, steps, *, warmup=0.0, schedule="linear", weight_decay=0.0, max_grad_norm=1.0
+    ):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.max_grad_norm = max_grad_norm
+        groups = [
+            {"params": [p for p in self.parameters if p.dim() > 1], "weight_decay": weight_decay},
+            {"params": [p for p in self.parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
+        fused = bool(self.parameters) and self.parameters[0].device.type in ("cpu", "cuda")
+        self.adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=fused)
+        rising = int(warmup * steps)
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, factor(step)))
+        def factor(step):
+            if step < rising:
+                return (step + 1) / rising
+            progress = (step - rising) / max(1, steps - rising)
+            if schedule == "constant":
+                return 1.0
+            return max(0.0, 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * min(1, progress))))
+
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, factor)
+
+    @property
+    def learning_rate(self):
+        """The rate of the next step."""
+        return self.schedule.get_last_lr()[0]
+
+    def parts(self, of=""):
+        """What a checkpoint holds of it (`Run.track`): {"<of>_optimizer", "<of>_schedule"}, or the bare names."""
+        return {f"{of}_optimizer".lstrip("_"): self.adamw, f"{of}_schedule".lstrip("_"): self.schedule}
+
+    def clip_gradient(self):
+        """Scale the gradient down to `max_grad_norm`. Returns the norm before; RunError if it is not finite."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise RunError(f"the gradient's norm is {norm.item()}; stopped before the update.")
+        return norm
+
+    def step(self):
+        """Move the weights and the learning rate, clear the gradient."""
+        self.adamw.step()
+        self.schedule.step()
+        self.clear_gradient()
+
+    def clear_gradient(self):
+        self.adamw.zero_grad(set_to_none=True)
 
 
-def clip_gradient(model, max_grad_norm):
-    """Scale a gradient down to this norm. Returns the norm before; RunError if it is not finite."""
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
-    if not torch.isfinite(norm):
-        raise RunError(f"the gradient's norm is {norm.item()}; stopped before the update.")
-    return norm
+def gradient_step(optimizer, micro_batches, loss_of, what="the loss", names_of=lambda rows: ()):
+    """One optimiser step on a batch that comes in micro-batches: SFT, reward model and the tiny model's warm-up.
 
-
-def optimizer_step(optimizer, scheduler):
-    """Step optimiser and learning rate, clear the gradient."""
+    loss_of(micro_batch) gives its share of the batch's loss, so that any split adds up to the same gradient. Returns
+    (loss, gradient norm before clipping). RunError, with the rows' names, before a step whose loss or gradient is not
+    finite.
+    """
+    batch_loss = 0.0
+    for micro_batch in micro_batches:
+        loss = loss_of(micro_batch)
+        require_finite(loss, what, names_of(micro_batch))
+        loss.backward()
+        batch_loss += loss.item()
+    norm = optimizer.clip_gradient()
     optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad(set_to_none=True)
+    return batch_loss, norm
 
 
 def require_finite(values, what, ids=()):
-    """Stop a run whose loss (a scalar), or one of whose rows [B] or [B, R], is not finite, before an optimiser spreads it.
+    """RunError where a loss (a scalar), or one of the rows [B] or [B, R], is not finite, before an optimiser spreads
+    it.
 
     ids: of the prompts, one per row of `values` or all that a loss is of.
     """

@@ -1,49 +1,36 @@
 """--resume: which run, from which checkpoint, with which settings.
 
-Without the right to guess: what would make it another run is refused with all names and both values, and a run whose
-checkpoints are damaged or gone is never begun anew in silence.
+Nothing is guessed. Settings that would make it another run are refused, all of them by name and with both values. A
+run whose checkpoints are damaged or gone is refused too, and does not start from the beginning unless it is told to.
 """
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.config import convert_setting
 from ..common.errors import InputError
 from ..common.files import METRICS, RUN, is_empty, path_from_record, read_json
 from ..common.log import say
-from .checkpoint import FOLDER, damage, list_checkpoints, mend, run_of
-from .records import PATHS, other_format
+from ..model.records import PATHS, other_format
+from .checkpoint import FOLDER, list_checkpoints, problem_with, restore_names, run_of
+from .settings import NEWEST
 
 # On --resume these may differ from the run's own: they change what is printed or kept, or how long the run is;
 FREE = {"save_every", "keep_last", "steps", "epochs", "log_every", "show", "show_every", "max_ref_kl", "on_ref_kl"}
 # these as well, with a warning: the numbers agree to rounding, no longer to the bit;
 ROUNDING = {"micro_batch_size", "tokens_per_batch", "gradient_checkpointing", "eval_batch_size"}
-# these are compared by what they hold, not by name (`Run.reads`).
-BY_CONTENT = {"task", "train_file", "eval_file", "dataset", "delimiter", "encoding", "model", "policy", "label_rm", "rationale_rm",
-              "value_init"}  # fmt: skip
+# these are compared by what they hold, not by name (`input_fingerprints`).
+BY_CONTENT = frozenset(
+    "task train_file eval_file dataset delimiter encoding model policy label_rm rationale_rm value_init".split()
+)
 OWN = {"output_dir", "overwrite", "resume", "trust_remote_code"}  # of each command, never taken from the run
-NEWEST = "newest"
 RUN_FORMAT = 2  # of run.json; raised where what a run computes changes, with a line in CHANGELOG.md
 
 
 @dataclass
-class RunConfig:
-    """Settings of a run's directory and checkpoints, shared by the three scripts."""
-
-    overwrite: bool = False  # replace a run that is already there
-    resume: str | None = field(
-        default=None, metadata={"bare": NEWEST}
-    )  # go on from the newest whole checkpoint, or this one
-    save_every: int = 100  # optimiser steps between checkpoints (PPO: rollouts); 0: none but when asked to stop
-    keep_last: int = 2  # checkpoints kept, the newest ones
-    deterministic: bool = False  # on a GPU: deterministic kernels only, so that a resumed run is the same to the bit
-    trust_remote_code: bool = False  # let a model's own Python code run, as some hub models need
-
-
-@dataclass
-class TakenUp:
+class Resumed:
     """A run that is being resumed."""
 
     directory: Path
@@ -52,8 +39,8 @@ class TakenUp:
         dict  # its run.json: stage, config, reads, machine, steps, first_checkpoint (its step, once there was one)
     )
 
-    def check_reads(self, config, reads):
-        """InputError unless what the run reads, {"--flag" or what else it is: fingerprint}, is what it began with."""
+    def check_fingerprints(self, config, fingerprints):
+        """InputError unless what the run reads, {"--flag" or another name: fingerprint}, is what it began with."""
 
         def named(name):
             return f"{name} {getattr(config, name[2:], None) or ''}".strip() if name.startswith("--") else name
@@ -61,17 +48,18 @@ class TakenUp:
         began = self.recorded["reads"]
         changed = [
             f"{named(name)} holds {str(found)[:12]}, the run began with {str(began.get(name))[:12]}"
-            for name, found in reads.items() if began.get(name) != found
+            for name, found in fingerprints.items() if began.get(name) != found
         ]  # fmt: skip
         if changed:
             raise InputError(f"--resume {self.directory}: this would be another run: {'; '.join(changed)}")
 
 
-def take_up(stage, config, default_directory):
+def find_run_to_resume(stage, config, default_directory):
     """The run that --resume asks for, None without the flag. Settings that were not given become the run's own.
 
-    default_directory(config): where this script's run would be without --output_dir. Refuses settings that would make it
-    another run, damaged checkpoints where none is whole, directories that hold no run, and runs whose checkpoints are gone.
+    default_directory(): where this script's run would be without --output_dir. InputError for settings that would make
+    it another run, damaged checkpoints where none is whole, directories that hold no run, and runs whose checkpoints
+    are gone.
     """
     if config.resume is None:
         return None
@@ -82,7 +70,7 @@ def take_up(stage, config, default_directory):
         say(f"nothing to resume in {directory}: the run starts from the beginning")
         return None
     if not (directory / RUN).is_file():
-        raise InputError(f"--resume {directory}: holds no {RUN}, so it is no run that can be gone on with")
+        raise InputError(f"--resume {directory}: holds no {RUN}, so it is no run that can go on")
     checkpoint = _whole_checkpoint(directory, wanted)
     recorded = run_of(checkpoint) if checkpoint else read_json(directory / RUN)
     if not isinstance(recorded, dict) or not all(
@@ -97,25 +85,23 @@ def take_up(stage, config, default_directory):
         raise InputError(
             f"--resume {directory}: is a run of train_{recorded.get('stage')!s:.20}.py, not of train_{stage}.py"
         )
-    taken_up = TakenUp(directory, checkpoint, recorded)
-    _settle(config, taken_up)
-    lost = 0 if checkpoint else _steps_lost(taken_up)
+    resumed = Resumed(directory, checkpoint, recorded)
+    _take_settings(config, resumed)
+    lost = 0 if checkpoint else _steps_lost(resumed)
     if lost:
         raise InputError(
             f"--resume {directory}: {lost} steps were done, but there is no checkpoint; --overwrite starts again"
         )
     config.output_dir = str(directory)
-    return taken_up
+    return resumed
 
 
-def _steps_lost(taken_up):
-    """Steps that a run without a checkpoint had done; 0 where it never came to have one, though it would have: it can begin again."""
-    if "first_checkpoint" not in taken_up.recorded and taken_up.recorded["config"].get("save_every"):
+def _steps_lost(resumed):
+    """Steps that a run without a checkpoint had done; 0 where none was due yet, so that it can start again."""
+    if "first_checkpoint" not in resumed.recorded and resumed.recorded["config"].get("save_every"):
         return 0
-    done = 0
-    for line in (
-        (taken_up.directory / METRICS).read_bytes().splitlines() if (taken_up.directory / METRICS).is_file() else ()
-    ):
+    metrics, done = resumed.directory / METRICS, 0
+    for line in metrics.read_bytes().splitlines() if metrics.is_file() else ():
         try:
             done = max(done, int(json.loads(line)["step"]))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -126,7 +112,7 @@ def _steps_lost(taken_up):
 def _find_run(config, default_directory):
     """(run directory, checkpoint asked for or None) of --resume and --output_dir."""
     if config.resume == NEWEST:
-        return Path(config.output_dir or default_directory(config)), None
+        return Path(config.output_dir or default_directory()), None
     wanted = Path(config.resume)
     if not wanted.is_dir():
         raise InputError(f"--resume {wanted}: no such run or checkpoint directory")
@@ -144,11 +130,11 @@ def _find_run(config, default_directory):
 
 
 def _whole_checkpoint(directory, wanted):
-    """The one that was asked for, or the newest one that is whole; damaged ones are named. None if there was none yet."""
-    mend(directory)
+    """The one asked for, or the newest whole one; damaged ones are named. None if there was none yet."""
+    restore_names(directory)
     candidates = [wanted] if wanted else list_checkpoints(directory)
     for path in candidates:
-        problem = damage(path)
+        problem = problem_with(path)
         if problem is None:
             return path
         if wanted:
@@ -163,31 +149,32 @@ def _whole_checkpoint(directory, wanted):
     return None
 
 
-def _settle(config, taken_up):
+def _take_settings(config, resumed):
     """Settings not given become the run's; of those given, InputError for what would make it another run."""
-    refused, recorded = [], taken_up.recorded["config"]
+    refused, recorded = [], resumed.recorded["config"]
     config.inherited = {}
     for setting in dataclasses.fields(config):
         name = setting.name
         if name not in recorded or name in OWN:
             continue
-        theirs = convert_setting(setting, recorded[name], f"{taken_up.directory / RUN}: {name}")
-        recorded[name] = theirs = path_from_record(theirs, taken_up.directory) if name in PATHS else theirs
+        theirs = convert_setting(setting, recorded[name], f"{resumed.directory / RUN}: {name}")
+        recorded[name] = theirs = path_from_record(theirs, resumed.directory) if name in PATHS else theirs
         mine = getattr(config, name)
         if name not in config.given:
             setattr(config, name, theirs)
-            config.inherited |= {name: str(taken_up.directory / RUN)} if theirs is not None else {}
+            config.inherited |= {name: str(resumed.directory / RUN)} if theirs is not None else {}
         elif mine != theirs and name in ROUNDING:
             say(
-                f"warning: --{name} {mine} (the run began with {theirs}): equal to rounding from here on, not to the bit"
+                f"warning: --{name} {mine} (the run began with {theirs}): equal to rounding from here on, not to the "
+                "bit"
             )
         elif mine != theirs and name not in FREE | BY_CONTENT:
             refused.append(f"--{name} {mine} (the run has {theirs})")
     if refused:
-        raise InputError(f"--resume {taken_up.directory}: this would be another run: {'; '.join(refused)}")
+        raise InputError(f"--resume {resumed.directory}: this would be another run: {'; '.join(refused)}")
     if ":" in str(recorded.get("reward")) and "reward" not in config.given:  # code runs by a flag, never by a file
         raise InputError(
-            f"--resume {taken_up.directory}: its reward is code of yours; give --reward {recorded['reward']} again"
+            f"--resume {resumed.directory}: its reward is code of yours; give --reward {recorded['reward']} again"
         )
-    names = taken_up.recorded.get("given", [])
+    names = resumed.recorded.get("given", [])
     config.given |= set(names) if isinstance(names, list) else set()

@@ -20,38 +20,19 @@ RECORD_FORMAT = 2  # of rllr.json; raised where what a run computes changes, wit
 
 
 # Settings that may name a file or a directory. Records name them from where they lie (`files.path_for_record`).
-PATHS = {
-    "task",
-    "train_file",
-    "eval_file",
-    "dataset",
-    "model",
-    "policy",
-    "label_rm",
-    "rationale_rm",
-    "value_init",
-    "rationale_model",
-    "pairs",
-}
-
-
-WORDS = {
-    "tiny",
-    "label",
-    "rationale",
-}  # what stands in such a setting for something else, whatever lies in the directory
+PATHS = frozenset(
+    "task train_file eval_file dataset model policy label_rm rationale_rm value_init rationale_model pairs".split()
+)
+WORDS = {"tiny", "label", "rationale"}  # these words never name a path, whatever lies in the directory
+TASK_FILES = (".yaml", ".yml", ".json")
 
 
 def settings_for_record(settings, directory):
     """Settings as a record in `directory` keeps them."""
 
     def kept(name, value):
-        if (
-            name not in PATHS
-            or value in WORDS
-            or name == "task"
-            and Path(value or "").suffix.lower() not in (".yaml", ".yml", ".json")
-        ):
+        names_a_task = name == "task" and Path(value or "").suffix.lower() not in TASK_FILES
+        if name not in PATHS or value in WORDS or names_a_task:
             return value
         return path_for_record(value, directory)
 
@@ -59,7 +40,7 @@ def settings_for_record(settings, directory):
 
 
 def read_record(model_dir):
-    """The record beside a model we saved, {} for a model from elsewhere. InputError where it is damaged, or of another format."""
+    """The record beside a model we saved, {} for any other model. InputError for a damaged or older record."""
     path = Path(model_dir) / RECORD
     if not path.is_file():
         return {}
@@ -80,7 +61,8 @@ def read_record(model_dir):
 def other_format(path, found, own, remedy):
     """The sentence that refuses what another version of rllr wrote."""
     return (
-        f"{path}: has format {brief(found)}, this version of rllr has format {own}, and what a run computes has changed in between "
+        f"{path}: has format {brief(found)}, this version of rllr has format {own}, and what a run computes has "
+        "changed in between "
         f"(CHANGELOG.md); {remedy}, or use the version that wrote it"
     )
 
@@ -88,8 +70,8 @@ def other_format(path, found, own, remedy):
 def save_policy(model, encoder, path, record, merged=False, rows=None):
     """A policy as a plain Hugging Face directory with our record: weights, config, stop ids, tokenizer.
 
-    Of an adapter on a shared base (`rllr.model.roles`) only the adapter, in PEFT's format; `merged`: the plain model. rows: hashes of
-    the texts that trained and evaluated it (`Splits.text_hashes`).
+    Of an adapter on a shared base (`rllr.model.roles`) only the adapter, in PEFT's format; `merged`: the plain model.
+    rows: hashes of the texts that trained and evaluated it (`Splits.text_hashes`).
     """
     model.generation_config.eos_token_id = encoder.stop_ids if len(encoder.stop_ids) > 1 else encoder.stop_ids[0]
     with disk_faults(f"model {path}"), saving_into(path) as temporary:
@@ -101,7 +83,7 @@ def save_policy(model, encoder, path, record, merged=False, rows=None):
 
 
 def make_record(stage, task: Task, config, directory, **more):
-    """What a later stage, or a reader, must know of the model in `directory`: stage, task, data settings, the whole resolved config."""
+    """What a later stage, or a reader, must know of the model in `directory`: stage, task, data, all settings."""
     settings = settings_for_record(dataclasses.asdict(config), directory)
     if "base" in more:
         more["base"] = more["base"] | {"path": path_for_record(more["base"]["path"], directory)}
@@ -130,7 +112,7 @@ def task_of_record(record):
 
 
 def resolve_task(config, record, directory, default="demo"):
-    """The task that --task names, else the one in the record of the model in `directory`; --answer_format overrides either."""
+    """The task that --task names, else that of the model in `directory`; --answer_format overrides either."""
     recorded = task_of_record(record)
     theirs = path_from_record(record.get("data", {}).get("task"), directory)
     moved = config.task == theirs and not Path(config.task or "").exists()  # its file is gone
