@@ -4,7 +4,10 @@ import copy
 import io
 import json
 import shutil
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import peft
 import pytest
@@ -738,3 +741,9 @@ def test_flags_that_contradict_each_other(toy, rm, tmp_path, capsys):
     assert "nothing to adapt" in refused(capsys, train_sft.main, *toy.data, *LORA)
     assert "reward or value model's adapter" in refused(capsys, evaluate.main, "--models", rm)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_old_name_of_the_merge_command_tells_the_new_one():
+    command = [sys.executable, "-m", "rllr.lora", "merge", "--adapter", "a", "--output_dir", "b"]
+    ended = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert ended.returncode == 1 and "is python -m rllr.merge now" in ended.stderr and "Traceback" not in ended.stderr
