@@ -1,15 +1,22 @@
 """Everything that is measured on a GPU, in one call: decoding, updates, the three stages, a 7B iteration, a profile.
 
-    git archive c01a04e | tar x -C /tmp/c01a04e                                    # an older tree to compare with, if any
-    python benchmarks/gpu.py --old /tmp/c01a04e --out gpu.jsonl                    # one GPU, about five minutes
-    python benchmarks/gpu.py --device cpu --scale tiny --out /tmp/gpu.jsonl        # every row on toy sizes: does it run?
+    git archive c01a04e | tar x -C /tmp/c01a04e                             # an older tree to compare with, if any
+    python benchmarks/gpu.py --old /tmp/c01a04e --out gpu.jsonl             # one GPU, about five minutes
+    python benchmarks/gpu.py --device cpu --scale tiny --out /tmp/gpu.jsonl # every row on toy sizes: does it run?
 
-Rows (--only names some of them): limits (copy bandwidth and bf16 matrix product, what shares are of; always measured), decode (64 rows x
-128 new tokens against transformers' generate), update (forward and backward of 32 sequences), scripts (steps of train_sft.py,
-train_rm.py and train_ppo.py, this tree and the older one in turns), greedy (872 prompts, 48 tokens, both trees), mixed7b (an
-RLLR-mixed iteration with adapters on a 7B shape), profile (decoding steps and one PPO update), compiled (decode's opponent with
-a static cache and torch.compile). Weights are random, shapes true. Every result is a line of --out as soon as it is there; a row that
-fails leaves its error there, and the next one goes on. --budget_s ends the row it meets.
+Rows; --only names some of them, the first is always measured:
+
+limits    bandwidth of a copy and rate of a bf16 matrix product: what shares are of
+decode    64 rows x 128 new tokens, against transformers' generate
+update    forward and backward of 32 sequences
+greedy    872 prompts x 48 tokens, this tree and the older one in turns
+scripts   steps of train_sft.py, train_rm.py and train_ppo.py, both trees in turns
+mixed7b   an RLLR-mixed iteration with adapters on a 7B shape: seconds and peak memory per phase
+profile   kernels and host operations of decoding steps and of one PPO step; as text beside --out
+compiled  decode's opponent with a static cache and torch.compile (a minute of compiling per shape)
+
+Weights are random, shapes true. Every result is a line of --out as soon as it is there; a row that fails leaves its
+error there, and the next one goes on. --budget_s ends the row it meets.
 """
 
 import argparse
@@ -34,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-# Shapes: SmolLM2-135M, Qwen2.5-0.5B and -1.5B, Llama-2-7B, all as Llama models (the biases of Qwen's projections are left out).
+# SmolLM2-135M, Qwen2.5-0.5B and -1.5B, Llama-2-7B, all as Llama models (the biases of Qwen's projections are left out).
 SHAPES = {
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
              "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
@@ -105,9 +112,11 @@ class Bench:
         import transformers
 
         card = torch.cuda.get_device_name() if self.device == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
-        record = {"row": row, **values, "card": card, "python": platform.python_version(), "torch": torch.__version__,
-                  "transformers": transformers.__version__, "cuda": torch.version.cuda, "scale": self.args.scale,
-                  "at_s": round(time.monotonic() - self.start, 1)}  # fmt: skip
+        record = {
+            "row": row, **values, "card": card, "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "cuda": torch.version.cuda, "scale": self.args.scale,
+            "at_s": round(time.monotonic() - self.start, 1),
+        }  # fmt: skip
         with open(self.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         shown = [f"{name}={str(value)[:400]}" for name, value in values.items() if name not in ("traceback", "top")]
@@ -133,12 +142,14 @@ class Bench:
         return time.perf_counter() - start, result
 
     def model(self, shape, dtype="bfloat16", seed=0):
-        """A causal LM with random weights, made on the device. No token of it ends an answer in transformers' generate."""
+        """A causal LM with random weights, made on the device. To transformers' generate none of its tokens is an end."""
         import torch
         from transformers import AutoModelForCausalLM, LlamaConfig
 
         torch.manual_seed(seed)
-        settings = TOY | {"tie_word_embeddings": SHAPES[shape]["tie_word_embeddings"]} if self.size is TINY else SHAPES[shape]
+        settings = SHAPES[shape]
+        if self.size is TINY:
+            settings = TOY | {"tie_word_embeddings": settings["tie_word_embeddings"]}
         config = LlamaConfig(**settings, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None)
         torch.set_default_dtype(getattr(torch, dtype))
         try:
@@ -181,7 +192,7 @@ def rounded(values, digits=4):
 
 
 def limits(bench):
-    """What the card does at best here and now: a copy (bytes read and written), a bf16 matrix product of random numbers."""
+    """What the card does at best here and now: a copy (bytes read and written), a bf16 product of random matrices."""
     import torch
 
     size = bench.size
@@ -228,7 +239,8 @@ def theirs(model, prompts, new_tokens, **more):
 
 
 def floor_s(bench, model, prompts, new_tokens):
-    """Seconds that reading takes: weights once a step (an input embedding of its own not), each row's keys and values once a step."""
+    """Seconds that reading takes: each step every weight once (but an input embedding of its own), and every row's keys
+    and values once."""
     config = model.config
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if not config.tie_word_embeddings:
@@ -241,108 +253,108 @@ def floor_s(bench, model, prompts, new_tokens):
 
 def decode(bench):
     """64 rows x 128 tokens, all included, ours and transformers' in turns."""
+    for shape in bench.size.shapes:
+        decode_shape(bench, shape)
+        bench.forget()
+
+
+def decode_shape(bench, shape):
     import torch
 
-    size = bench.size
-    for shape in size.shapes:
-        model = bench.model(shape)
-        prompts = bench.prompts(size.rows, model.config.vocab_size)
-        draw = torch.Generator(bench.device).manual_seed(0)
-        tokens, floor = size.rows * size.new_tokens, floor_s(bench, model, prompts, size.new_tokens)
-        kinds = {
-            "dynamic": {},
-            "static": {"cache_implementation": "static", "disable_compile": True},
-        }
-        first, _ = bench.clocked(lambda: ours(bench, model, prompts, size.new_tokens, draw))
-        bench.clocked(lambda: ours(bench, model, prompts, size.new_tokens, draw))
-        bench.write(
-            "decode-first", shape=shape, parameters=sum(p.numel() for p in model.parameters()), seconds=round(first, 3)
-        )
-        times = {"ours": [], **{kind: [] for kind in kinds}}
-        for kind, settings in kinds.items():
-            theirs(model, prompts, 4, **settings)
-        for turn in range(max(size.repeats, size.hf_repeats)):
-            if turn < size.repeats:
-                times["ours"].append(
-                    bench.clocked(lambda: ours(bench, model, prompts, size.new_tokens, draw))[0]
-                )
-            for kind, settings in kinds.items():
-                if turn < (size.hf_repeats if kind == "dynamic" else 1):
-                    times[kind].append(bench.clocked(lambda: theirs(model, prompts, size.new_tokens, **settings))[0])
-        seconds = median(times["ours"])
-        bench.write(
-            "decode", shape=shape, tokens_per_s=round(tokens / seconds), step_ms=round(1000 * seconds / size.new_tokens, 3),
-            share_of_floor=round(floor / seconds, 4), floor_s=round(floor, 4), seconds=rounded(times["ours"]),
-            **{f"times_{kind}": round(min(times[kind]) / seconds, 2) for kind in kinds},
-            **{f"seconds_{kind}": rounded(times[kind]) for kind in kinds}, peak_gib=bench.peak_gib(),
-        )  # fmt: skip
-        del model
-        bench.forget()
+    size, model = bench.size, bench.model(shape)
+    prompts, draw = bench.prompts(size.rows, model.config.vocab_size), torch.Generator(bench.device).manual_seed(0)
+    tokens, floor = size.rows * size.new_tokens, floor_s(bench, model, prompts, size.new_tokens)
+    peers = {"dynamic": {}, "static": {"cache_implementation": "static", "disable_compile": True}}
+    runs = {"ours": lambda: ours(bench, model, prompts, size.new_tokens, draw)}
+    runs |= {name: lambda s=settings: theirs(model, prompts, size.new_tokens, **s) for name, settings in peers.items()}
+    turns = {"ours": size.repeats, "dynamic": size.hf_repeats, "static": 1}
+    first = bench.clocked(runs["ours"])[0]
+    bench.clocked(runs["ours"])
+    for settings in peers.values():
+        theirs(model, prompts, 4, **settings)
+    bench.write(
+        "decode-first", shape=shape, parameters=sum(p.numel() for p in model.parameters()), first_s=round(first, 3)
+    )
+    times = {name: [] for name in runs}
+    for turn in range(max(turns.values())):
+        for name, run in runs.items():
+            times[name] += [bench.clocked(run)[0]] if turn < turns[name] else []
+    seconds = median(times["ours"])
+    bench.write(
+        "decode", shape=shape, tokens_per_s=round(tokens / seconds), step_ms=round(1000 * seconds / size.new_tokens, 3),
+        share_of_floor=round(floor / seconds, 4), floor_s=round(floor, 4),
+        **{f"times_{name}": round(min(times[name]) / seconds, 2) for name in peers},
+        **{f"seconds_{name}": rounded(values) for name, values in times.items()}, peak_gib=bench.peak_gib(),
+    )  # fmt: skip
 
 
 def compiled(bench):
     """The opponent at its best: a static cache, the decoding step compiled by transformers."""
     import torch
 
-    size = bench.size
-    for shape in size.shapes:
-        model = bench.model(shape)
-        prompts = bench.prompts(size.rows, model.config.vocab_size)
-        draw = torch.Generator(bench.device).manual_seed(0)
-        settings = {"cache_implementation": "static"}
-        first, _ = bench.clocked(lambda: theirs(model, prompts, size.new_tokens, **settings))
-        bench.write("compiled-first", shape=shape, seconds=round(first, 2))
-        for _ in range(2):
-            ours(bench, model, prompts, size.new_tokens, draw)
-        times = {"ours": [], "compiled": []}
-        for _ in range(size.hf_repeats):
-            times["ours"].append(bench.clocked(lambda: ours(bench, model, prompts, size.new_tokens, draw))[0])
-            times["compiled"].append(
-                bench.clocked(lambda: theirs(model, prompts, size.new_tokens, **settings))[0]
-            )
-        bench.write(
-            "compiled", shape=shape, times_compiled=round(min(times["compiled"]) / median(times["ours"]), 2),
-            seconds=rounded(times["ours"]), seconds_compiled=rounded(times["compiled"]),
-        )  # fmt: skip
-        del model
+    for shape in bench.size.shapes:
+        compiled_shape(bench, shape)
         torch._dynamo.reset()
         bench.forget()
 
 
+def compiled_shape(bench, shape):
+    import torch
+
+    size, model = bench.size, bench.model(shape)
+    prompts, draw = bench.prompts(size.rows, model.config.vocab_size), torch.Generator(bench.device).manual_seed(0)
+
+    def peer():
+        theirs(model, prompts, size.new_tokens, cache_implementation="static")
+
+    def own():
+        ours(bench, model, prompts, size.new_tokens, draw)
+
+    bench.write("compiled-first", shape=shape, first_s=round(bench.clocked(peer)[0], 2))
+    own(), own(), peer()
+    times = [(bench.clocked(own)[0], bench.clocked(peer)[0]) for _ in range(size.hf_repeats)]
+    mine, its = zip(*times)
+    bench.write(
+        "compiled", shape=shape, times_compiled=round(min(its) / median(mine), 2),
+        seconds_ours=rounded(mine), seconds_compiled=rounded(its),
+    )  # fmt: skip
+
+
 def update(bench):
-    """Forward and backward of 32 sequences through `token_logprobs`, bf16 weights; products counted of real tokens alone, the
-    head's of answer tokens alone, attention's not at all."""
+    """Forward and backward of 32 sequences through `token_logprobs`, bf16 weights."""
+    for shape in bench.size.shapes:
+        if shape != "7B" or bench.size is TINY:
+            update_shape(bench, shape)
+            bench.forget()
+
+
+def update_shape(bench, shape):
+    """Products are counted of real tokens alone, the head's of answer tokens alone, attention's not at all."""
     from either_tree import logprobs_of, packed_rows
 
-    size, draw = bench.size, random.Random("answers")
-    for shape in size.shapes:
-        if shape == "7B" and bench.size is REAL:
-            continue
-        model = bench.model(shape).train()
-        vocab = model.config.vocab_size
-        prompts = bench.prompts(size.update_rows, vocab)
-        lengths = [max(1, min(size.answer_cap, int(draw.expovariate(1 / size.answer)))) for _ in prompts]
-        answers = [[draw.randrange(3, vocab) for _ in range(length)] for length in lengths]
-        rows = packed_rows(prompts, answers, bench.device)
-        written, real = sum(lengths), sum(lengths) + sum(map(len, prompts))
+    size, draw, model = bench.size, random.Random("answers"), bench.model(shape).train()
+    vocab = model.config.vocab_size
+    prompts = bench.prompts(size.update_rows, vocab)
+    lengths = [max(1, min(size.answer_cap, int(draw.expovariate(1 / size.answer)))) for _ in prompts]
+    answers = [[draw.randrange(3, vocab) for _ in range(length)] for length in lengths]
+    rows = packed_rows(prompts, answers, bench.device)
+    written, real = sum(lengths), sum(lengths) + sum(map(len, prompts))
 
-        def step():
-            model.zero_grad(set_to_none=True)
-            (-logprobs_of(model, rows).sum() / written).backward()
+    def step():
+        model.zero_grad(set_to_none=True)
+        (-logprobs_of(model, rows).sum() / written).backward()
 
-        for _ in range(3):
-            bench.clocked(step)
-        times = [bench.clocked(step)[0] for _ in range(5)]
-        head = model.get_output_embeddings().weight.numel()
-        body = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and "lm_head" not in n)
-        rate = 6 * (body * real + head * written) / median(times)
-        bench.write(
-            "update", shape=shape, ms=round(1000 * median(times), 2), share_of_product=round(rate / bench.limits["product"], 4),
-            tflop_s=round(rate / 1e12, 1), sequences=size.update_rows, real_tokens=real, answer_tokens=written,
-            padded_tokens=rows[0].numel(), seconds=rounded(times), peak_gib=bench.peak_gib(),
-        )  # fmt: skip
-        del model, rows
-        bench.forget()
+    for _ in range(3):
+        bench.clocked(step)
+    times = [bench.clocked(step)[0] for _ in range(5)]
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and "lm_head" not in n)
+    rate = 6 * (body * real + head * written) / median(times)
+    bench.write(
+        "update", shape=shape, ms=round(1000 * median(times), 2), tflop_s=round(rate / 1e12, 1),
+        share_of_product=round(rate / bench.limits["product"], 4), sequences=size.update_rows, real_tokens=real,
+        answer_tokens=written, padded_tokens=rows[0].numel(), seconds=rounded(times), peak_gib=bench.peak_gib(),
+    )  # fmt: skip
 
 
 # ---- the three scripts, and greedy answers, of both trees ------------------------------------------------------------
@@ -399,7 +411,7 @@ def start_workers(bench):
 
 
 def make_tokenizer(texts):
-    """A byte-level BPE tokenizer of these texts. A prompt of the task sst2 has about 45 tokens, as SmolLM2's own gives them."""
+    """A byte-level BPE tokenizer of these texts: a prompt of the task sst2 then has about 40 tokens, an answer 13."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -417,7 +429,7 @@ def make_tokenizer(texts):
 
 
 def make_data(bench):
-    """Rows of the demo's texts for the task sst2, and a random model of SmolLM2's shape with a tokenizer made of them."""
+    """The demo's texts as files for the task sst2, and a random model of SmolLM2's shape with a tokenizer of them."""
     from either_tree import find
 
     folder, size = bench.work / "data", bench.size
@@ -439,8 +451,8 @@ def make_data(bench):
 
 
 def step_times(path, name):
-    """Medians over a stage's metrics.jsonl, its first steps left out: seconds from one step's line to the next one's (lines of an
-    evaluation and the step after it left out), and the phases of a PPO step."""
+    """Medians over a stage's metrics.jsonl, its first steps left out: seconds from one step's line to the next one's (not
+    where an evaluation lies between), and the phases of a PPO step."""
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     key = "loss" if name != "ppo" else "time/update"
     gaps = [b["seconds"] - a["seconds"] for a, b in zip(lines, lines[1:]) if key in a and key in b][FIRST_STEPS - 1 :]
@@ -458,8 +470,10 @@ def step_times(path, name):
 
 
 def scripts(bench):
-    """SFT of 32 rows a step, reward model of 32 pairs (64 sequences), PPO of 64 prompts: bf16 autocast, this tree and the other in
-    turns. The second SFT run is shorter and only timed; reward model and PPO start from the first, in both trees from this tree's."""
+    """SFT of 32 rows a step, reward model of 32 pairs (64 sequences), PPO of 64 prompts; autocast, both trees in turns.
+
+    The second SFT run is shorter and only timed: reward model and PPO start from the first, in both from this tree's.
+    """
     data, size = make_data(bench), bench.size
     bench.both_ready()
     rows = ["--task", "sst2", "--train_file", str(data / "train.jsonl"), "--eval_file", str(data / "eval.jsonl"),
@@ -482,11 +496,12 @@ def scripts(bench):
                 argv = [str(a) for a in [*argv, "--output_dir", out, "--precision", bench.precision, "--seed", 0]]
                 try:
                     answer = worker.ask(script=f"train_{stage}", argv=argv)
-                    found = step_times(out / "metrics.jsonl", stage) | {k: answer[k] for k in ("wall_s", "peak_gib") if k in answer}
+                    found = step_times(out / "metrics.jsonl", stage)
+                    found |= {name: answer[name] for name in ("wall_s", "peak_gib") if name in answer}
                     medians.setdefault((stage, worker.name), []).append(found)
                     bench.write(stage, tree=worker.name, turn=turn, **found)
-                    if stage == "sft" and turn == 0 and worker is old:  # from here on both trees have the same policy
-                        shutil.copy(now.folder / "sft0" / "model.safetensors", old.folder / "sft0" / "model.safetensors")
+                    if stage == "sft" and turn == 0 and worker is old:  # from here on both have the same policy
+                        shutil.copy(now.folder / "sft0" / "model.safetensors", old.folder / "sft0")
                 except Exception as error:
                     bench.write(stage, tree=worker.name, turn=turn, error=f"{type(error).__name__}: {error}"[-3000:])
                     if worker.process.poll() is not None:
@@ -503,7 +518,7 @@ def scripts(bench):
 
 
 def greedy(bench):
-    """872 prompts answered greedily, 48 tokens each, fp32 weights under autocast, both trees in turns within their processes."""
+    """872 prompts answered greedily, 48 tokens each, fp32 weights under autocast, both trees in turns."""
     data, size = make_data(bench), bench.size
     bench.both_ready()
     vocab = SHAPES["135M"]["vocab_size"] if size is REAL else TOY["vocab_size"]
@@ -517,7 +532,8 @@ def greedy(bench):
             answer = worker.ask(greedy=request)
             first, *later = answer["answer"]["seconds"]
             times.setdefault(worker.name, []).extend(later)
-            bench.write("greedy", tree=worker.name, turn=turn, first_s=first, seconds=later, peak_gib=answer.get("peak_gib"))
+            peak = answer.get("peak_gib")
+            bench.write("greedy", tree=worker.name, turn=turn, first_s=first, seconds=later, peak_gib=peak)
     line = {f"seconds_{name}": median(values) for name, values in times.items()}
     if "old" in times:
         line["times"] = round(median(times["old"]) / median(times["now"]), 2)
@@ -532,8 +548,9 @@ class Iteration:
 
     def __init__(self, bench, policy, reference, value_model, reward_models, *, prompts, new_tokens, **settings):
         import torch
-        import train_ppo
         from either_tree import autocast_of_acts, by_name, find
+
+        import train_ppo
 
         self.analyse, self.improve, stream = (find(n, "rllr.update") for n in ("analyse", "improve", "PromptStream"))
         self.bench, self.prompts, self.new_tokens = bench, prompts, new_tokens
@@ -569,10 +586,10 @@ class Iteration:
         self.plan = self.plans.minibatch_plan(self.config.ppo_epochs, self.config.minibatches)
         rows = rows_of(self.rollout)
         sequences, prompt_lens, mask = rows
-        nothing = [None] * len(sequences)
+        texts = dict.fromkeys(("prompts", "answers", "labels", "gold_labels"), [None] * len(sequences))
         samples = by_name(
-            find("Samples", "rllr.judge"), prompts=nothing, answers=nothing, labels=nothing, gold_labels=nothing, sequences=sequences,
-            prompt_lens=prompt_lens, response_mask=mask, truncated=self.rollout.truncated, packed=getattr(self.rollout, "packed", None),
+            find("Samples", "rllr.judge"), **texts, sequences=sequences, prompt_lens=prompt_lens, response_mask=mask,
+            truncated=self.rollout.truncated, packed=getattr(self.rollout, "packed", None),
         )  # fmt: skip
         with self.inside():
             batch = by_name(self.analyse, **self.given(rollout=self.rollout, plan=self.plan))
@@ -595,11 +612,12 @@ class Iteration:
 
 
 def mixed7b(bench):
-    """RLLR-mixed of a 7B shape: one frozen bf16 base, adapters of rank 16 for policy, value and two reward models; 64 prompts, 256 new
-    tokens, two minibatches, eight answers a forward. Time and peak memory per phase, the second iteration's."""
+    """RLLR-mixed of a 7B shape: one frozen bf16 base, adapters of rank 16 for policy, value and two reward models; 64
+    prompts, 256 new tokens, two minibatches, eight answers a forward. Seconds and peak memory per phase; turn 1 counts."""
     import torch
-    import train_ppo
     from either_tree import find
+
+    import train_ppo
 
     size = bench.size
     config = train_ppo.Config(lora_rank=16, precision="bf16", base_dtype="bf16")
@@ -607,27 +625,29 @@ def mixed7b(bench):
     bench.write("mixed7b-base", gib=bench.peak_gib())
     role, new_role = find("RolePolicy", "rllr.model.roles"), find("new_role", "rllr.model.roles")
     reward_model, value_model = find("RewardModel", "rllr.model.heads"), find("ValueModel", "rllr.model.heads")
-    judges = [reward_model.from_policy(new_role(base, name, config, i), seed=i) for i, name in enumerate(("label_rm", "rationale_rm"))]
-    for judge in judges:
-        judge.eval().requires_grad_(False)
-    models = (new_role(base, "policy", config, 2), role(base, None), value_model.from_policy(new_role(base, "value", config, 3)).eval())
+    judges = [
+        reward_model.from_policy(new_role(base, "label_rm", config, 0), seed=0).eval().requires_grad_(False),
+        reward_model.from_policy(new_role(base, "rationale_rm", config, 1), seed=1).eval().requires_grad_(False),
+    ]
+    policy, value = new_role(base, "policy", config, 2), value_model.from_policy(new_role(base, "value", config, 3))
     iteration = Iteration(
-        bench, *models, judges, prompts=bench.prompts(size.mixed_prompts, base.config.vocab_size), new_tokens=size.mixed_tokens,
-        lora_rank=16, base_dtype="bf16", micro_batch_size=size.mixed_micro, reward="mixed",
+        bench, policy, role(base, None), value.eval(), judges, new_tokens=size.mixed_tokens,
+        prompts=bench.prompts(size.mixed_prompts, base.config.vocab_size), lora_rank=16, base_dtype="bf16",
+        micro_batch_size=size.mixed_micro, reward="mixed",
     )  # fmt: skip
     for turn in range(2):
-        total = {}
+        total, peaks = {}, []
         for phase in (iteration.generate, iteration.score, iteration.update):
-            bench.forget() if phase == iteration.generate and turn == 0 else None
             if bench.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            seconds, _ = bench.clocked(phase)
-            total |= {f"{phase.__name__}_s": round(seconds, 3), f"{phase.__name__}_gib": bench.peak_gib()}
-            bench.write("mixed7b-phase", turn=turn, phase=phase.__name__, seconds=round(seconds, 3), peak_gib=bench.peak_gib())
+            seconds, peak = round(bench.clocked(phase)[0], 3), bench.peak_gib()
+            total |= {f"{phase.__name__}_s": seconds, f"{phase.__name__}_gib": peak}
+            peaks.append(peak or 0)
+            bench.write("mixed7b-phase", turn=turn, phase=phase.__name__, seconds=seconds, peak_gib=peak)
         bench.write(
             "mixed7b", turn=turn, **total, iteration_s=round(sum(v for k, v in total.items() if k.endswith("_s")), 3),
-            peak_gib=max((v for k, v in total.items() if k.endswith("_gib") and v is not None), default=None),
-            prompts=size.mixed_prompts, new_tokens=size.mixed_tokens, micro_batch_size=size.mixed_micro,
+            peak_gib=max(peaks), prompts=size.mixed_prompts, new_tokens=size.mixed_tokens,
+            micro_batch_size=size.mixed_micro,
         )  # fmt: skip
 
 
@@ -658,7 +678,7 @@ def profile(bench):
 
 
 def profiled(bench, what, run):
-    """Write the 15 dearest kernels and host operations of a call, and the share of its time in which the GPU computed."""
+    """Write the 15 dearest kernels and host operations of a call, and the share of its time that the GPU computed."""
     import torch
     from torch.profiler import ProfilerActivity
 
@@ -667,7 +687,12 @@ def profiled(bench, what, run):
     with torch.profiler.profile(activities=activities) as prof:
         seconds, _ = bench.clocked(run)
     events = prof.events()
-    marks = ("Activity Buffer", "Optimizer.", "ProfilerStep", "## Call")  # spans on the GPU's timeline that are no kernels
+    marks = (
+        "Activity Buffer",
+        "Optimizer.",
+        "ProfilerStep",
+        "## Call",
+    )  # spans on the GPU's timeline that are no kernels
     kernels = [e for e in events if e.device_type != torch.autograd.DeviceType.CPU and not e.name.startswith(marks)
                and not getattr(e, "is_user_annotation", False)]  # fmt: skip
     spans, busy, end = sorted((e.time_range.start, e.time_range.end) for e in kernels), 0.0, 0.0
@@ -682,9 +707,12 @@ def profiled(bench, what, run):
         sums[e.name] = total + e.time_range.end - e.time_range.start, count + 1
     on_gpu = sorted(sums.items(), key=lambda item: -item[1][0])[:15]
     share = busy / 1e6 / plain if kernels else None
-    lines = [f"## {what}: {1000 * plain:.2f} ms ({1000 * seconds:.2f} ms under the profiler), {len(kernels)} kernels, "
-             f"GPU busy {busy / 1000:.2f} ms = {share if share is None else round(100 * share, 1)} % of the unprofiled time", "",
-             "GPU, ms, calls, kernel"]  # fmt: skip
+    percent = "none" if share is None else f"{100 * share:.1f} %"
+    title = (
+        f"## {what}: {1000 * plain:.2f} ms ({1000 * seconds:.2f} ms under the profiler), {len(kernels)} kernels, "
+        f"GPU busy {busy / 1000:.2f} ms = {percent} of the unprofiled time"
+    )
+    lines = [title, "", "GPU, ms, calls, kernel"]
     lines += [f"{total / 1000:9.3f} {count:6d}  {name[:150]}" for name, (total, count) in on_gpu]
     lines += ["", "host (self), ms, calls, operation"]
     lines += [f"{e.self_cpu_time_total / 1000:9.3f} {e.count:6d}  {e.key[:150]}" for e in on_host]
@@ -706,7 +734,9 @@ def main():
     parser.add_argument("--skip", nargs="+", default=[], choices=ROWS, help="all rows but these")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--scale", default="real", choices=("real", "tiny"))
-    parser.add_argument("--old", default=".gpu/c01a04e", help="an older tree, unpacked; rows go without it where it is missing")
+    parser.add_argument(
+        "--old", default=".gpu/c01a04e", help="an older tree, unpacked; rows go without it where it is missing"
+    )
     parser.add_argument("--out", default="gpu.jsonl")
     parser.add_argument("--budget_s", type=float, default=300, help="seconds for everything; what is left out says so")
     parser.add_argument("--threads", type=int, default=0)
@@ -735,17 +765,16 @@ def main():
             bench.both_ready()  # nobody imports while something is timed
         except Exception as error:
             bench.write("start", error=str(error)[-3000:])
-        bench.write("start", rows=wanted, old=str(args.old) if "old" in bench.workers else "not given", seconds=round(time.monotonic() - bench.start, 1),
-                    cores=os.cpu_count(), threads=torch.get_num_threads())  # fmt: skip
+        old = str(args.old) if "old" in bench.workers else "no older tree"
+        bench.write("start", rows=wanted, old=old, cores=os.cpu_count(), threads=torch.get_num_threads())
         for row in wanted:
             run_row(bench, row)
         bench.write("trl", result="not measured")
     finally:
         for worker in bench.workers.values():
             worker.close()
-        if bench.device == "cuda":
-            for worker in bench.workers.values():  # what the scripts printed, where something failed
-                shutil.copy(worker.log, bench.out.with_name(f"{bench.out.stem}-{worker.name}.log")) if worker.log.exists() else None
+            if worker.log.exists():  # what the scripts printed
+                shutil.copy(worker.log, bench.out.with_name(f"{bench.out.stem}-{worker.name}.log"))
         shutil.rmtree(bench.work, ignore_errors=True)
 
 
@@ -765,7 +794,7 @@ def run_row(bench, row):
         bench.write(row, error=f"{type(error).__name__}: {error}"[-3000:], traceback=traceback.format_exc()[-3000:])
         if bench.args.scale == "tiny":
             traceback.print_exc()
-        if isinstance(error, OutOfTime):  # a process may still be at what it was asked: its answer would be taken for another's
+        if isinstance(error, OutOfTime):  # a process may still be at it: its answer would be taken for another's
             for worker in bench.workers.values():
                 worker.close()
     bench.write("row-end", of=row, seconds=round(time.monotonic() - start, 1))

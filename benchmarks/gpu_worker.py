@@ -1,8 +1,8 @@
 """One tree's process for gpu.py: it imports torch and that tree once, then runs what it is told, one JSON line each.
 
-    python benchmarks/gpu_worker.py TREE LOG          # started by gpu.py, in the tree; what the scripts print goes to LOG
+    python benchmarks/gpu_worker.py TREE LOG      # started by gpu.py, in the tree; what the scripts print goes to LOG
 
-Asked {"script": "train_sft", "argv": [...]}: runs the script's own main. Asked {"greedy": {...}}: answers prompts greedily.
+Asked {"script": "train_sft", "argv": [...]}: runs the script's own main. Asked {"greedy": {...}}: answers greedily.
 """
 
 import gc
@@ -22,6 +22,7 @@ def main():
     sys.path[0] = tree  # the tree's scripts and its rllr, and after everything else this folder's helpers
     sys.path.append(here)
     import torch
+
     import train_ppo
     import train_rm
     import train_sft
@@ -55,14 +56,15 @@ def main():
 
 
 def greedy(model, prompts, new_tokens, batch_size, repeats, bf16=True):
-    """Seconds of `repeats` + 1 calls, the first of which warms up: as `--precision bf16` evaluates, fp32 weights under autocast.
+    """Seconds of `repeats` + 1 calls, the first of which warms up: fp32 weights under autocast, as in the scripts.
 
     No token ends an answer: the stop id lies beyond the vocabulary.
     """
     import torch
     from either_tree import autocast
-    from rllr.rollout import generate
     from transformers import AutoModelForCausalLM
+
+    from rllr.rollout import generate
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device).eval()
