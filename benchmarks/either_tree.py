@@ -46,8 +46,8 @@ def autocast(device, on=True):
 
 
 def autocast_of_acts(device):
-    """(context to be in, argument `autocast`) for `analyse`, `improve` and judges: older ones take the argument, for newer
-    ones the switch above is on."""
+    """(context to be in, argument `autocast`) for `analyse`, `improve` and judges: older ones take the argument, for
+    newer ones the switch above is on."""
     try:
         from rllr.model.backbone import set_autocast  # noqa: F401
     except ImportError:

@@ -128,10 +128,16 @@ class Bench:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def both_ready(self):
-        for worker in self.workers.values():
-            if not worker.is_ready:
-                worker.ready()
+    def await_workers(self):
+        """Wait until the trees' processes have imported; one that could not is left out."""
+        for name, worker in list(self.workers.items()):
+            try:
+                with at_most(120):
+                    worker.ready()
+            except (Exception, OutOfTime) as error:
+                self.write("start", tree=name, error=str(error)[-3000:])
+                worker.close()
+                del self.workers[name]
 
     def clocked(self, run):
         """(seconds, what it returns), the device's work included."""
@@ -142,7 +148,7 @@ class Bench:
         return time.perf_counter() - start, result
 
     def model(self, shape, dtype="bfloat16", seed=0):
-        """A causal LM with random weights, made on the device. To transformers' generate none of its tokens is an end."""
+        """A causal LM with random weights, made on the device. transformers' generate knows no end token of it."""
         import torch
         from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -366,7 +372,6 @@ class Worker:
     def __init__(self, name, tree, folder):
         self.name, self.folder = name, folder / name
         self.folder.mkdir(parents=True)
-        self.is_ready = False
         self.log = self.folder / "log"
         command = [sys.executable, str(HERE / "gpu_worker.py"), str(tree), str(self.log)]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -378,7 +383,6 @@ class Worker:
         answer = self.read()
         if not answer.get("ready"):
             raise RuntimeError(f"{self.name}: {answer}")
-        self.is_ready = True
 
     def read(self):
         line = self.process.stdout.readline()
@@ -451,8 +455,8 @@ def make_data(bench):
 
 
 def step_times(path, name):
-    """Medians over a stage's metrics.jsonl, its first steps left out: seconds from one step's line to the next one's (not
-    where an evaluation lies between), and the phases of a PPO step."""
+    """Medians over a stage's metrics.jsonl, its first steps left out: seconds from one step's line to the next one's
+    (not where an evaluation lies between), and the phases of a PPO step."""
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     key = "loss" if name != "ppo" else "time/update"
     gaps = [b["seconds"] - a["seconds"] for a, b in zip(lines, lines[1:]) if key in a and key in b][FIRST_STEPS - 1 :]
@@ -474,53 +478,59 @@ def scripts(bench):
 
     The second SFT run is shorter and only timed: reward model and PPO start from the first, in both from this tree's.
     """
-    data, size = make_data(bench), bench.size
-    bench.both_ready()
-    rows = ["--task", "sst2", "--train_file", str(data / "train.jsonl"), "--eval_file", str(data / "eval.jsonl"),
-            "--labelled", str(size.labelled), "--rationales", "evidence"]  # fmt: skip
-    medians, now, old = {}, bench.workers["now"], bench.workers.get("old")
-    for turn in range(size.rounds):
-        order = list(bench.workers.values())
+    data, found = make_data(bench), {}
+    try:
+        for turn in range(bench.size.rounds):
+            for stage in ("sft", "rm", "ppo"):
+                for worker in list(bench.workers.values())[:: -1 if turn % 2 else 1]:
+                    run_stage(bench, stage, turn, worker, data, found)
+    finally:
         for stage in ("sft", "rm", "ppo"):
-            for worker in order if turn % 2 == 0 else order[::-1]:
-                sft, rm, out = worker.folder / "sft0", worker.folder / "rm0", worker.folder / f"{stage}{turn}"
-                argv = {
-                    "sft": ["--model", data / "model", *rows, "--epochs", size.sft_epochs[min(turn, 1)],
-                            "--learning_rate", size.learning_rate, "--show", 0, "--save_every", 0],
-                    "rm": ["--policy", sft, "--pairs", "label", "--epochs", 1, "--pairs_per_row", size.rm_pairs,
-                           "--batch_size", 32, "--statistics_prompts", size.statistics, "--save_every", 0],
-                    "ppo": ["--policy", sft, "--reward", "label", "--label_rm", rm, "--steps", size.ppo_steps,
-                            "--rollout_prompts", size.ppo_prompts, "--minibatches", 2, "--eval_every", 1000,
-                            "--show_every", 1000, "--save_every", 0, "--kl_coef", 0.1],
-                }[stage]  # fmt: skip
-                argv = [str(a) for a in [*argv, "--output_dir", out, "--precision", bench.precision, "--seed", 0]]
-                try:
-                    answer = worker.ask(script=f"train_{stage}", argv=argv)
-                    found = step_times(out / "metrics.jsonl", stage)
-                    found |= {name: answer[name] for name in ("wall_s", "peak_gib") if name in answer}
-                    medians.setdefault((stage, worker.name), []).append(found)
-                    bench.write(stage, tree=worker.name, turn=turn, **found)
-                    if stage == "sft" and turn == 0 and worker is old:  # from here on both have the same policy
-                        shutil.copy(now.folder / "sft0" / "model.safetensors", old.folder / "sft0")
-                except Exception as error:
-                    bench.write(stage, tree=worker.name, turn=turn, error=f"{type(error).__name__}: {error}"[-3000:])
-                    if worker.process.poll() is not None:
-                        raise
-    for stage in ("sft", "rm", "ppo"):
-        both = {name: medians.get((stage, name), []) for name in bench.workers}
-        line = {}
-        for field in ("step_s", "rollout_s", "score_s", "update_s"):
-            values = {name: median([f[field] for f in found if f.get(field)]) for name, found in both.items()}
-            line |= {f"{field}_{name}": value for name, value in values.items() if value}
-            if values.get("now") and values.get("old"):
-                line[f"times_{field.removesuffix('_s')}"] = round(values["old"] / values["now"], 2)
-        bench.write(f"{stage}-summary", **line)
+            summarise(bench, stage, {name: found.get((stage, name), []) for name in bench.workers})
+
+
+def run_stage(bench, stage, turn, worker, data, found):
+    """One run of a script in one tree. Adds its medians to `found`."""
+    size, out, now = bench.size, worker.folder / f"{stage}{turn}", bench.workers["now"]
+    argv = {
+        "sft": ["--model", data / "model", "--task", "sst2", "--train_file", data / "train.jsonl",
+                "--eval_file", data / "eval.jsonl", "--labelled", size.labelled, "--rationales", "evidence",
+                "--epochs", size.sft_epochs[min(turn, 1)], "--learning_rate", size.learning_rate, "--show", 0],
+        "rm": ["--policy", worker.folder / "sft0", "--pairs", "label", "--epochs", 1, "--pairs_per_row", size.rm_pairs,
+               "--batch_size", 32, "--statistics_prompts", size.statistics],
+        "ppo": ["--policy", worker.folder / "sft0", "--reward", "label", "--label_rm", worker.folder / "rm0",
+                "--steps", size.ppo_steps, "--rollout_prompts", size.ppo_prompts, "--minibatches", 2,
+                "--eval_every", 1000, "--show_every", 1000],
+    }[stage]  # fmt: skip
+    argv += ["--output_dir", out, "--precision", bench.precision, "--seed", 0, "--save_every", 0]
+    try:
+        answer = worker.ask(script=f"train_{stage}", argv=[str(argument) for argument in argv])
+        medians = step_times(out / "metrics.jsonl", stage)
+        medians |= {name: answer[name] for name in ("wall_s", "peak_gib") if name in answer}
+        found.setdefault((stage, worker.name), []).append(medians)
+        bench.write(stage, tree=worker.name, turn=turn, **medians)
+        if stage == "sft" and turn == 0 and worker is not now:  # from here on both have the same policy
+            shutil.copy(now.folder / "sft0" / "model.safetensors", worker.folder / "sft0")
+    except Exception as error:
+        bench.write(stage, tree=worker.name, turn=turn, error=f"{type(error).__name__}: {error}"[-3000:])
+        if worker.process.poll() is not None:
+            raise
+
+
+def summarise(bench, stage, both):
+    """A stage's medians over the turns, and how many times faster this tree is. both: {tree: [medians of a run]}."""
+    line = {}
+    for field in ("step_s", "rollout_s", "score_s", "update_s"):
+        values = {name: median([run[field] for run in runs if run.get(field)]) for name, runs in both.items()}
+        line |= {f"{field}_{name}": round(value, 4) for name, value in values.items() if value}
+        if values.get("now") and values.get("old"):
+            line[f"times_{field.removesuffix('_s')}"] = round(values["old"] / values["now"], 2)
+    bench.write(f"{stage}-summary", **line)
 
 
 def greedy(bench):
     """872 prompts answered greedily, 48 tokens each, fp32 weights under autocast, both trees in turns."""
     data, size = make_data(bench), bench.size
-    bench.both_ready()
     vocab = SHAPES["135M"]["vocab_size"] if size is REAL else TOY["vocab_size"]
     prompts = bench.prompts(size.greedy_prompts, vocab, max(3, size.shortest // 2), max(5, size.longest // 2))
     request = {"model": str(data / "model"), "prompts": prompts, "new_tokens": size.greedy_tokens,
@@ -612,8 +622,8 @@ class Iteration:
 
 
 def mixed7b(bench):
-    """RLLR-mixed of a 7B shape: one frozen bf16 base, adapters of rank 16 for policy, value and two reward models; 64
-    prompts, 256 new tokens, two minibatches, eight answers a forward. Seconds and peak memory per phase; turn 1 counts."""
+    """RLLR-mixed of a 7B shape: one frozen bf16 base, adapters of rank 16 for policy, value and two reward models;
+    64 prompts, 256 new tokens, two minibatches, eight answers a forward. Turn 1 counts, turn 0 warms up."""
     import torch
     from either_tree import find
 
@@ -761,10 +771,7 @@ def main():
         import rllr.rollout  # noqa: F401
         import train_ppo  # noqa: F401
 
-        try:
-            bench.both_ready()  # nobody imports while something is timed
-        except Exception as error:
-            bench.write("start", error=str(error)[-3000:])
+        bench.await_workers()  # nobody imports while something is timed
         old = str(args.old) if "old" in bench.workers else "no older tree"
         bench.write("start", rows=wanted, old=old, cores=os.cpu_count(), threads=torch.get_num_threads())
         for row in wanted:
