@@ -415,7 +415,7 @@ def start_workers(bench):
 
 
 def make_tokenizer(texts):
-    """A byte-level BPE tokenizer of these texts: a prompt of the task sst2 then has about 40 tokens, an answer 13."""
+    """A byte-level BPE tokenizer of these texts: a prompt of the task sst2 then has about 40 tokens, an answer 15."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
