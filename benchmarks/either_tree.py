@@ -1,9 +1,8 @@
 """Calls that work in this tree and in older ones, whose functions take other arguments or lie in other files."""
 
 import importlib
-import inspect
 import pkgutil
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
@@ -23,36 +22,20 @@ def find(name, *likely):
     raise ImportError(f"no module of rllr defines {name}")
 
 
-def by_name(function, **values):
-    """function(...) with those of the values that it has parameters for."""
-    parameters = inspect.signature(function).parameters
-    return function(**{name: value for name, value in values.items() if name in parameters})
-
-
 @contextmanager
 def autocast(device, on=True):
     """bf16 products of fp32 weights within the block, by rllr's own switch where there is one."""
     try:
-        from rllr.model.backbone import set_autocast
+        from rllr.model.precision import set_precision
     except ImportError:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=on):
             yield
     else:
-        set_autocast(on)
+        set_precision("bf16" if on else "fp32")
         try:
             yield
         finally:
-            set_autocast(False)
-
-
-def autocast_of_acts(device):
-    """(context to be in, argument `autocast`) for `analyse`, `improve` and judges: older ones take the argument, for
-    newer ones the switch above is on."""
-    try:
-        from rllr.model.backbone import set_autocast  # noqa: F401
-    except ImportError:
-        return nullcontext, lambda: torch.autocast(device, dtype=torch.bfloat16)
-    return lambda: autocast(device), nullcontext
+            set_precision("fp32")
 
 
 def packed_rows(prompts, responses, device):
@@ -64,14 +47,4 @@ def logprobs_of(model, rows, temperature=1.0):
     """`token_logprobs` of rows [sequences, prompt_lens, response_mask]."""
     from rllr.logprobs import token_logprobs
 
-    try:
-        from rllr.layout import Packed
-    except ImportError:
-        return token_logprobs(model, *rows, temperature)
-    return token_logprobs(model, Packed(*rows), temperature)
-
-
-def rows_of(rollout):
-    """(sequences, prompt_lens, response_mask) of a rollout."""
-    packed = getattr(rollout, "packed", None)
-    return tuple(packed) if packed is not None else (rollout.sequences, rollout.prompt_lens, rollout.response_mask)
+    return token_logprobs(model, *rows, temperature)

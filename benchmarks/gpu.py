@@ -558,67 +558,65 @@ class Iteration:
 
     def __init__(self, bench, policy, reference, value_model, reward_models, *, prompts, new_tokens, **settings):
         import torch
-        from either_tree import autocast_of_acts, by_name, find
 
         import train_ppo
+        from rllr.judge import Judges, RewardModelScorer, ScoreStatistics
+        from rllr.run.optimizer import Optimizer
+        from rllr.update import PromptStream
 
-        self.analyse, self.improve, stream = (find(n, "rllr.update") for n in ("analyse", "improve", "PromptStream"))
         self.bench, self.prompts, self.new_tokens = bench, prompts, new_tokens
         self.config = train_ppo.Config(
             rollout_prompts=len(prompts), precision="bf16", learning_rate=1e-6, value_learning_rate=5e-6, **settings
         )
-        optimizer, self.plans = find("make_optimizer"), stream(list(prompts), len(prompts), 0)
-        self.models = {"policy": policy, "reference": reference, "value_model": value_model}
-        self.optimizers = {
-            "policy_optimizer": optimizer(policy, 1e-6, 1000), "value_optimizer": optimizer(value_model, 5e-6, 1000),
-        }  # fmt: skip
-        self.inside, self.autocast = autocast_of_acts(bench.device)
-        stored = find("ScoreStatistics", "rllr.judge")(mean=0.0, std=1.0, count=512, quantiles=[0.0] * 101)
-        settings = {"statistics": stored, "norm": "stored", "clip": 5.0, "batch_size": 64, "autocast": self.autocast}
-        self.judges = [by_name(find("RewardModelScorer", "rllr.judge"), model=m, **settings) for m in reward_models]
+        self.plans = PromptStream(list(prompts), len(prompts), 0)
+        self.models = SimpleNamespace(
+            policy=policy, reference=reference, value_model=value_model,
+            policy_optimizer=Optimizer(policy, 1e-6, 1000), value_optimizer=Optimizer(value_model, 5e-6, 1000),
+        )  # fmt: skip
+        stored = ScoreStatistics(mean=0.0, std=1.0, count=512, quantiles=[0.0] * 101)
+        scorers = [RewardModelScorer(model, stored) for model in reward_models]
+        parts = dict(zip(("label", "rationale"), scorers))
+        self.judges = Judges("mixed" if len(parts) > 1 else "label", parts, threshold=1.0)
         self.draw = torch.Generator(bench.device).manual_seed(0)
-
-    def given(self, **more):
-        """Whatever an act may ask for, by the name of its parameter."""
-        return {**self.models, **self.optimizers, "config": self.config, "autocast": self.autocast, "ids": (), **more}
 
     def generate(self):
         from either_tree import autocast
 
         with autocast(self.bench.device):
-            self.rollout = ours(self.bench, self.models["policy"], self.prompts, self.new_tokens, self.draw)
+            self.rollout = ours(self.bench, self.models.policy, self.prompts, self.new_tokens, self.draw)
 
     def score(self):
         """Acts 2 to 5."""
         import torch
-        from either_tree import by_name, find, rows_of
+        from either_tree import autocast
 
-        self.plan = self.plans.minibatch_plan(self.config.ppo_epochs, self.config.minibatches)
-        rows = rows_of(self.rollout)
-        sequences, prompt_lens, mask = rows
-        texts = dict.fromkeys(("prompts", "answers", "labels", "gold_labels"), [None] * len(sequences))
-        samples = by_name(
-            find("Samples", "rllr.judge"), **texts, sequences=sequences, prompt_lens=prompt_lens, response_mask=mask,
-            truncated=self.rollout.truncated, packed=getattr(self.rollout, "packed", None),
-        )  # fmt: skip
-        with self.inside():
-            batch = by_name(self.analyse, **self.given(rollout=self.rollout, plan=self.plan))
-            judged = [judge(samples) for judge in self.judges]
-        mixed = find("label_sensitive_reward", "rllr.rewards")
-        scores = mixed(judged[0], judged[1], 1.0, "mixed") if len(judged) > 1 else judged[0]
-        mask = getattr(batch, "mask", mask)
-        rewards = find("shape_rewards", "rllr.rewards")(scores, batch.logprobs, batch.ref_logprobs, mask, 0.1, "k1")
-        raw, batch.returns = find("gae", "rllr.ppo")(rewards, batch.values, mask, 1.0, 0.95)
-        batch.advantages = find("masked_whiten", "rllr.ppo")(raw, mask)
-        batch.scores = scores
+        from rllr.judge import Samples
+        from rllr.ppo import gae, masked_whiten
+        from rllr.rewards import label_sensitive_reward, shape_rewards
+        from rllr.update import analyse
+
+        self.plan, rollout = self.plans.minibatch_plan(self.config.ppo_epochs, self.config.minibatches), self.rollout
+        texts = [[None] * len(rollout.sequences)] * 4
+        with autocast(self.bench.device):
+            batch = analyse(self.models, rollout, self.plan, self.config)
+            judged = self.judges(Samples(*texts, *rollout.packed, rollout.truncated))
+        batch.scores = label_sensitive_reward(
+            judged.label_scores, judged.rationale_scores, judged.threshold, judged.mode
+        )
+        mask = batch.response_mask
+        batch.rewards = shape_rewards(batch.scores, batch.logprobs, batch.ref_logprobs, mask, 0.1, "k1")
+        raw, batch.returns = gae(batch.rewards, batch.values, mask, 1.0, 0.95)
+        batch.advantages = masked_whiten(raw, mask)
         self.batch = batch
         assert torch.isfinite(batch.advantages).all()
 
     def update(self):
-        from either_tree import by_name
+        from either_tree import autocast
 
-        with self.inside():
-            return by_name(self.improve, **self.given(batch=self.batch, plan=self.plan))
+        from rllr.update import improve
+
+        with autocast(self.bench.device):
+            return improve(self.models, self.batch, self.plan, self.config)
 
 
 def mixed7b(bench):

@@ -237,7 +237,7 @@ CASES = {
     "labelled below 0": ("sft", SFT + " --labelled -1", None, ["--labelled -1"]),
     "labelled in the rm": ("rm", RM + " --labelled 1000", None, ["--labelled 1000", "52"]),
     "held_out above 1": ("sft", SFT + " --held_out 1.5", None, ["--held_out 1.5", "between"]),
-    "held_out in the rm": ("rm", RM + " --held_out 1.5", None, ["--held_out 1.5", "between 0 and 1"]),
+    "held_out in the rm": ("rm", RM + " --held_out 1.5", None, ["--held_out 1.5", "between 0.001 and 0.9"]),
     "no data for a task": ("sft", "--task sst2 --output_dir {out}", None, ["'sst2'", "--train_file"]),
     "a row without rationale": ("sft", SFT_ROWS + " --rationales given", a_row_without_rationale,
         ["rows.jsonl:21", "rationale", "evidence"]),

@@ -223,8 +223,7 @@ def test_frozen_settings_change_by_one_door():
 def test_help_is_grouped_by_who_declares_a_flag(capsys):
     with pytest.raises(SystemExit):
         parse_config(Config, ["--help"])
-    text = capsys.readouterr().out
-    assert text.index("\ndata:") < text.index("--task TASK" if "--task TASK" in text else "--task STR")
+    text = capsys.readouterr().out.partition("\ndata:")[2]
     assert text.index("--task STR") < text.index("\noptimisation:") < text.index("--steps INT")
 
 

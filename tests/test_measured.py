@@ -41,13 +41,13 @@ def rows_of(rationale, text="x" * 60, reserve=16, context=64):
 
 
 def test_an_answer_within_the_limit_is_no_matter():
-    (prompt, answer, name), log = rows_of("ab")
+    (prompt, answer, name, _), log = rows_of("ab")
     assert (len(prompt), len(answer), name) == (48, len("ab\nLabel: good") + 1, "a") and len(log) == 1
 
 
 def test_a_longer_answer_is_counted_and_its_text_cut_for_it():
     """30 tokens of answer in a context of 64 leave 34 for the prompt, where 48 would do for the limit of 16."""
-    (prompt, answer, _), log = rows_of("r" * 17)
+    (prompt, answer, *_), log = rows_of("r" * 17)
     assert (len(prompt), len(answer)) == (34, 30)
     assert log[-1] == (
         "warning: 1 of 1 answers are longer than --max_new_tokens 16: a. The policy would learn to write what is then cut, without a "
@@ -57,7 +57,7 @@ def test_a_longer_answer_is_counted_and_its_text_cut_for_it():
 
 
 def test_a_longer_answer_to_a_short_text_cuts_nothing():
-    (prompt, answer, _), log = rows_of("r" * 17, text="x")
+    (prompt, answer, *_), log = rows_of("r" * 17, text="x")
     assert (len(prompt), len(answer), len(log)) == (3, 30, 1)
 
 
@@ -142,7 +142,7 @@ def test_in_ppo_a_tie_with_the_start_keeps_the_start(toy, tmp_path, monkeypatch,
 @pytest.mark.parametrize("reward", ["label", "rationale", "mixed", "gold"])
 def test_an_answer_without_a_label_earns_nothing(toy, tmp_path, monkeypatch, reward):
     """Every label is lost: with a reward model no score is above the SFT mean minus the penalty; gold has its own say."""
-    monkeypatch.setattr("rllr.update.parse_answer", lambda task, answer: None)
+    monkeypatch.setattr("rllr.answers.parse_answer", lambda task, answer: None)
     models = {"label": ["--label_rm", toy.label_rm], "rationale": ["--rationale_rm", toy.rationale_rm], "gold": []}
     models["mixed"] = models["label"] + models["rationale"]
     output = toy.ppo(
@@ -259,7 +259,7 @@ def test_a_value_may_begin_with_a_dash():
         ["--columns", "text=a", "--label_map", "-1=,-2=positive"],
     ):
         assert parse_config(train_sft.Config, flags).label_map.startswith("-1=")
-    assert parse_config(train_ppo.Config, ["--kl_coef", "-1"]).kl_coef == -1.0
+    assert parse_config(train_ppo.Config, ["--seed", "-1"]).seed == -1
     for flags in (["--label_map", "--overwrite"], ["-x"], ["--overwrite", "-1="]):
         with pytest.raises(InputError):
             parse_config(train_sft.Config, flags)
@@ -331,7 +331,11 @@ def test_the_settings_line_is_short():
             train_ppo.Config(policy="p" * 30, steps=7, kl_coef=0.2, gamma=1.0, output_dir="o" * 60), "train_ppo"
         )
     lines = out.getvalue().splitlines()
-    assert lines[0].startswith("train_ppo: policy=ppp") and all(len(line) <= 120 for line in lines)
+    assert (
+        lines[0].startswith("train_ppo: ")
+        and f"policy={'p' * 30}" in out.getvalue()
+        and all(len(line) <= 120 for line in lines)
+    )
     assert "steps=7" in out.getvalue() and "kl_coef=0.2" in out.getvalue() and "gamma" not in out.getvalue()
 
 

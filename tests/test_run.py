@@ -256,7 +256,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(copy_of, capsys):
     path = list_checkpoints(directory)[0]
     for harm, words in (
         (lambda s: s["parts"].pop("optimizer"), "optimizer"),
-        (lambda s: s["parts"]["at"].update(colour=1), "at: it counts"),
+        (lambda s: s["parts"]["loop"].update(colour=1), "loop: it counts"),
         (lambda s: s["parts"]["model"].popitem(), "model: its weights are other ones"),
         (lambda s: s["parts"].update(scheduler=3), "scheduler"),
         (lambda s: s["parts"]["streams"].update(python=[3, [1], None]), "streams"),

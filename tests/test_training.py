@@ -29,7 +29,7 @@ from rllr.run.machine import set_up
 from rllr.run.optimizer import Optimizer, gradient_step, require_finite
 from rllr.tasks import TASKS, Task
 from rllr.update import Batch, _losses, analyse, improve
-from train_rm import rm_loss
+from train_rm import PairRow, rm_loss
 from train_sft import sft_loss
 
 OWN = Task("own", ("x", "y"), "{text} {instruction}", metric="macro_f1", answer_format="label")
@@ -102,7 +102,9 @@ def test_inherit_fills_what_is_not_given_and_names_contradictions():
     record = {"data": asdict(DataConfig(task="sst2", train_file="a.jsonl", labelled=100, data_seed=0, held_out=0.2))}
     config = DataConfig(train_file="b.jsonl", labelled=100, eval_file="e.jsonl")
     assert inherit(config, record, "runs/sft") == []  # files are compared by what they hold
-    assert config == DataConfig("sst2", "b.jsonl", "e.jsonl", labelled=100, data_seed=0, held_out=0.2)
+    assert config == DataConfig(
+        task="sst2", train_file="b.jsonl", eval_file="e.jsonl", labelled=100, data_seed=0, held_out=0.2
+    )
     assert config.inherited == dict.fromkeys(("task", "data_seed", "held_out"), "runs/sft/rllr.json")
     assert inherit(DataConfig(labelled=3), record, "d") == ["--labelled 3 (the policy was trained with 100)"]
     assert inherit(DataConfig(labelled=3), {}, "d") == []
@@ -352,14 +354,16 @@ def test_sft_gradient_does_not_depend_on_the_split():
 
 @pytest.mark.parametrize("loss_name", ["eos", "span"])
 def test_rm_gradient_does_not_depend_on_the_split(loss_name):
-    model, rows = RewardModel.from_policy(policy_model()), random_rows(8, 2)
-    rows[0] = (rows[0][0], [5, 6, 7, EOS], [5, 6, 8, EOS])  # differ late
-    rows[1] = (rows[1][0], [5, 6, EOS], [5, 6, EOS, EOS])  # one is the other's beginning
+    model = RewardModel.from_policy(policy_model())
+    rows = [(*row, "a name") for row in random_rows(8, 2)]
+    rows[0] = (rows[0][0], [5, 6, 7, EOS], [5, 6, 8, EOS], "a name")  # differ late
+    rows[1] = (rows[1][0], [5, 6, EOS], [5, 6, EOS, EOS], "a name")  # one is the other's beginning
+    rows = [PairRow(*row) for row in rows]
     config = SimpleNamespace(loss=loss_name, margin=0.3, center_coef=0.01)
 
     def run(size):
         total = 0.0
-        for part in cut(rows, [sum(map(len, row)) for row in rows], size):
+        for part in cut(rows, [sum(map(len, row[:3])) for row in rows], size):
             loss = rm_loss(model, part, len(rows), FAKE_ENCODER, config)
             loss.backward()
             total += loss.item()
@@ -367,7 +371,7 @@ def test_rm_gradient_does_not_depend_on_the_split(loss_name):
 
     assert_split_invariant(run)
     expected = 0.0
-    for prompt, chosen, rejected in rows:
+    for prompt, chosen, rejected, _ in rows:
         scores = []
         for answer in (chosen, rejected):
             with torch.no_grad():

@@ -27,6 +27,13 @@ WORDS = {"tiny", "label", "rationale"}  # these words never name a path, whateve
 TASK_FILES = (".yaml", ".yml", ".json")
 
 
+def settings_of(config):
+    """All settings as a record keeps them, but --resume and --overwrite: they are of one command, not of the run."""
+    of_the_command = {"resume": None, "overwrite": False}
+    settings = dataclasses.asdict(config)
+    return settings | {name: value for name, value in of_the_command.items() if name in settings}
+
+
 def settings_for_record(settings, directory):
     """Settings as a record in `directory` keeps them."""
 
@@ -84,7 +91,7 @@ def save_policy(model, encoder, path, record, merged=False, rows=None):
 
 def make_record(stage, task: Task, config, directory, **more):
     """What a later stage, or a reader, must know of the model in `directory`: stage, task, data, all settings."""
-    settings = settings_for_record(dataclasses.asdict(config), directory)
+    settings = settings_for_record(settings_of(config), directory)
     if "base" in more:
         more["base"] = more["base"] | {"path": path_for_record(more["base"]["path"], directory)}
     data = settings_for_record(config.data_settings(), directory)

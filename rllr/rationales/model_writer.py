@@ -26,7 +26,7 @@ class ModelWriter(GivenWriter):
         question = encoder.prompt_ids(self.INSTRUCTION.format(question="", label=max(task.labels, key=len)))
         fitted = encoder.fit(examples, task, max_new_tokens + len(question), log)
         if fitted:
-            check_policy(model, encoder, task, fitted, max_new_tokens, "--rationale_model")
+            check_policy(model, encoder, task, fitted, max_new_tokens=max_new_tokens, name="--rationale_model")
         wanted = [(example, label) for example in fitted for label in task.labels]
         digests = {(example.id, label): self._digest(example, label, task, model) for example, label in wanted}
         cached = read_cache(cache_file)

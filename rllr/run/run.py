@@ -31,7 +31,7 @@ from ..common.files import METRICS, RUN, check_run_directory, disk_faults, open_
 from ..common.log import MetricsLog, say, show_config
 from ..data.splits import find_start, inherit
 from ..model.loading import allow_remote_code
-from ..model.records import check_same_task, make_record, settings_for_record
+from ..model.records import check_same_task, make_record, settings_for_record, settings_of
 from .checkpoint import (
     STATE,
     WEIGHTY,
@@ -160,11 +160,10 @@ class Run:
         else:
             open_run_directory(self.directory, config.overwrite, config.protected_paths())
         self.kept = {"tiny": self.tiny, "clock": clock, "rows": rows or {}}  # in every model's record
-        settings = dataclasses.asdict(config) | {"resume": None, "overwrite": False}  # of each command, not of the run
         self.record = {
             "format": RUN_FORMAT,
             "stage": self.stage,
-            "config": settings_for_record(settings, self.directory),
+            "config": settings_for_record(settings_of(config), self.directory),
             "given": sorted(config.given),
             "reads": fingerprints,
             "machine": machine(),
