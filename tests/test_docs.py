@@ -1,39 +1,91 @@
-"""The README names files, flags and functions that exist."""
+"""The README and the docs name files, flags, commands and functions that exist."""
 
 import re
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
+
+import rllr.evaluate
+import rllr.merge
+import rllr.predict
+import rllr.rationales.__main__
 import train_ppo
 import train_rm
 import train_sft
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {"README.md": README} | {
+    f"docs/{path.name}": path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))
+}
+SCRIPTS = {"train_sft.py", "train_rm.py", "train_ppo.py"}
+every_page = pytest.mark.parametrize("page", PAGES)
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
+def tree_of(page):
+    """The text of the first code block after a page's heading "The files"."""
+    return re.split(r"(?m)^##? The files$", PAGES[page])[1].split("```")[1]
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGES[page]):
+        assert ((ROOT / page).parent / link).exists(), link
+
+
+def test_the_readme_leads_to_every_page():
+    links = set(re.findall(r"\]\(([^)#:]+)\)", README))
     assert len(links) > 10
-    for link in links:
-        assert (ROOT / link).exists(), link
+    assert set(PAGES) - {"README.md"} <= links
+
+
+@every_page
+def test_links_to_headings_lead_somewhere(page):
+    for link, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", PAGES[page]):
+        text = ((ROOT / page).parent / link if link else ROOT / page).read_text(encoding="utf-8")
+        headings = re.findall(r"(?m)^#+ (.+)$", text)
+        assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, anchor
 
 
 def test_the_file_tree_is_the_package():
-    tree = README.split("## The files")[1].split("```")[1]
-    named = set(re.findall(r"(\w+\.py)", tree))
+    named = set(re.findall(r"(\w+\.py)", tree_of("docs/files.md")))
     present = {path.name for path in (*ROOT.glob("rllr/**/*.py"), *ROOT.glob("benchmarks/*.py"))} - {"__init__.py"}
     assert present <= named, present - named
-    assert named <= present | {"train_sft.py", "train_rm.py", "train_ppo.py", "mutate.py"}
+    assert named <= present | SCRIPTS | {"mutate.py"}
 
 
-def test_flags_in_the_readme_exist():
-    known = {field.name for module in (train_sft, train_rm, train_ppo) for field in fields(module.Config)}
-    known |= {"help", "config", "models", "input", "output", "writer"}  # every command, evaluate, predict, rationales
-    known |= {"adapter"}  # python -m rllr.lora merge
-    known |= {"dev_file", "seeds"}  # benchmarks/quality.py
-    for flag in re.findall(r"--(\w+)", README):
+def test_the_readmes_tree_has_every_folder_and_top_level_module():
+    tree = tree_of("README.md")
+    named, folders = set(re.findall(r"(\w+\.py)", tree)), set(re.findall(r"(?m)^ *(\w+)/", tree))
+    modules = {path.name for path in ROOT.glob("rllr/*.py")} - {"__init__.py"}
+    assert named == modules | SCRIPTS | {"mutate.py"}
+    rooms = {path.parent.name for path in ROOT.glob("rllr/**/*.py")}
+    assert folders == rooms | {"rllr", "tests", "benchmarks", "docs"}
+
+
+@every_page
+def test_files_named_in_the_text_exist(page):
+    for name in re.findall(r"`(?:python )?([\w/]+\.py)\b", PAGES[page]):
+        places = (ROOT, ROOT / "rllr", ROOT / "tests", ROOT / "benchmarks")
+        assert any((place / name).is_file() for place in places), name
+
+
+@every_page
+def test_flags_exist(page):
+    stages = (train_sft, train_rm, train_ppo, rllr.evaluate, rllr.predict, rllr.merge, rllr.rationales.__main__)
+    known = {field.name for module in stages for field in fields(module.Config)}
+    known |= {"help", "config"}  # of every command
+    known |= {"dev_file", "seeds", "workers", "methods", "no_label_only"}  # benchmarks/quality.py
+    known |= {"tiny", "sft", "rm", "ppo", "hidden_size", "heads", "layers"}  # what it hands on, and to whom
+    for flag in re.findall(r"--(\w+)", PAGES[page]):
         assert flag in known, flag
+
+
+def test_the_installed_commands_are_named():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    assert set(re.findall(r"`(rllr-\w+)`", README)) == set(scripts)
 
 
 def test_the_equation_map_names_functions_that_exist():

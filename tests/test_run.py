@@ -258,7 +258,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(copy_of, capsys):
         (lambda s: s["parts"].pop("optimizer"), "optimizer"),
         (lambda s: s["parts"]["loop"].update(colour=1), "loop: it counts"),
         (lambda s: s["parts"]["model"].popitem(), "model: its weights are other ones"),
-        (lambda s: s["parts"].update(scheduler=3), "scheduler"),
+        (lambda s: s["parts"].update(schedule=3), "schedule"),
         (lambda s: s["parts"]["streams"].update(python=[3, [1], None]), "streams"),
         (lambda s: s["parts"]["metrics"].update(bytes="many"), "metrics"),
         (lambda s: s["parts"]["streams"].update(torch=torch.zeros(3, dtype=torch.uint8)), "streams"),
