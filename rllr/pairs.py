@@ -62,8 +62,8 @@ def label_sensitive_pairs(examples, task, writer, *, rationales="independent", n
             else:
                 kind = "label/paper"
                 chosen_basis, rejected_basis = writer.basis(example, example.label), writer.basis(example, label)
-            chosen = task.render_answer(example.label, writer.word(chosen_basis, example.label))
-            rejected = task.render_answer(label, writer.word(rejected_basis, label))
+            chosen = task.render_answer(example.label, writer.phrase(chosen_basis, example.label))
+            rejected = task.render_answer(label, writer.phrase(rejected_basis, label))
             pairs.append(Pair(task.render_prompt(example.text, example.text_b), chosen, rejected, kind))
     return _refuse_identical(pairs, log)
 
@@ -88,7 +88,7 @@ def rationale_sensitive_pairs(examples, task, writer, *, seed=0, log=print):
                 other = examples[rng.randrange(len(examples))]
             worse, kind = writer.basis(other, _label(other)), "rationale/other_text"
         chosen, rejected = (
-            task.render_answer(example.label, writer.word(basis, example.label)) for basis in (better, worse)
+            task.render_answer(example.label, writer.phrase(basis, example.label)) for basis in (better, worse)
         )
         pairs.append(Pair(task.render_prompt(example.text, example.text_b), chosen, rejected, kind))
     return _refuse_identical(pairs, log)

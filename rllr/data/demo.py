@@ -202,7 +202,7 @@ def demo_examples(split: str) -> list[Example]:
     for number, review in enumerate(reviews(split)):
         wrong = LABELS[1 - LABELS.index(review.label)]
         quotes = {review.label: review.deciding, wrong: review.conceded}
-        rationales = {label: word_rationale(quotes[label], label) for label in LABELS}
+        rationales = {label: phrase_rationale(quotes[label], label) for label in LABELS}
         label = wrong if split == "train" and noise.random() < LABEL_NOISE else review.label
         rows.append(
             Example(
@@ -216,13 +216,13 @@ def demo_examples(split: str) -> list[Example]:
     return rows
 
 
-def word_rationale(quote: str, label: str) -> str:
+def phrase_rationale(quote: str, label: str) -> str:
     """The rationale that rests on a quoted statement and argues for a label."""
     return f"{RATIONALE_START}{quote}{RATIONALE_LINK}{label}"
 
 
 def quote_of(rationale: str) -> str:
-    """The statement that a rationale of `word_rationale` quotes."""
+    """The statement that a rationale of `phrase_rationale` quotes."""
     return rationale.removeprefix(RATIONALE_START).rpartition(RATIONALE_LINK)[0]
 
 

@@ -86,7 +86,7 @@ class SlotCache(Cache):
 
 
 def _zeros(shape, like):
-    """Zeros with the dtype and device of `like`. On CPU numpy makes them, which takes memory only when it is written."""
+    """Zeros with the dtype and device of `like`. On CPU numpy makes them, which takes memory when it is written."""
     if like.device.type != "cpu":
         return like.new_zeros(shape)
     return torch.from_numpy(np.zeros((*shape, like.element_size()), dtype=np.uint8)).view(like.dtype).squeeze(-1)
