@@ -77,7 +77,7 @@ def load_policy(name_or_path, *, dtype=torch.float32, device="cpu", base=None):
     _require_model_directory(name_or_path)
     if is_adapter(name_or_path):
         if _find_head(name_or_path):
-            raise InputError(f"{name_or_path}: holds the adapter of a reward or value model, not of a causal LM")
+            raise InputError(f"{name_or_path}: holds a reward or value model's adapter, not a causal LM's")
         return load_merged(name_or_path, dtype, device, base)
     try:
         config = _read_config(name_or_path)
@@ -192,7 +192,7 @@ def _require_whole_files(path):
 
 def _first_line(error):
     if "trust_remote_code" in str(error):
-        return "it contains Python code, which runs only with --trust_remote_code; read that code first"
+        return "it contains Python code, which runs with --trust_remote_code only; read that code first"
     if "couldn't connect" in str(error) or "offline" in str(error).lower():
         return "there is no such directory, and no model hub can be reached"
     return str(error).strip().split("\n")[0] or type(error).__name__
