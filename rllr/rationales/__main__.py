@@ -10,7 +10,8 @@ from typing import Any
 
 from ..common.config import check_choice, parse_config
 from ..common.errors import InputError, command
-from ..data.rows import Source, load_examples, parse_mapping_flag
+from ..data.row_reader import parse_mapping_flag
+from ..data.rows import Source, load_examples
 from ..tasks import load_task
 from .factory import WRITERS, make_writer
 
