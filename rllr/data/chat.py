@@ -68,8 +68,8 @@ class ChatTemplate:
 
     def _shows_another_time(self):
         now, clock = self.render(PROBE), self.clock
-        day = {"year": clock.year - 1, "month": 1 + clock.month % 12, "day": 1 + clock.day % 28}
-        self.clock = clock.replace(**day, hour=(clock.hour + 1) % 24)
+        year, month, day = clock.year - 1, 1 + clock.month % 12, 1 + clock.day % 28
+        self.clock = clock.replace(year=year, month=month, day=day, hour=(clock.hour + 1) % 24)
         other, self.clock = self.render(PROBE), clock
         return now != other
 

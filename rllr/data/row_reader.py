@@ -196,21 +196,24 @@ class RowReader:
         for word in words:
             if same_word(word) in self.label_map:
                 label = self.label_map[same_word(word)]
-                return self._no_label(word, name) if label is None else label
+                if label is None:
+                    self._count_missing(word, name)
+                return label
         # The first word only: the integer of a ClassLabel's name says nothing about the task's own digits.
         label = self.task.canonical_label(words[0])
         label = self._label_of_number(words[0]) if label is None else label
         if label is not None:
             return label
         if same_word(words[-1]) in NO_LABEL:
-            return self._no_label(words[-1], name)
+            self._count_missing(words[-1], name)
+            return None
         theirs = f" (the data set's labels: {', '.join(names)})" if names else ""
         hint = "; is it a score? --columns score=<column>" if self.task.ordinal and isinstance(value, float) else ""
         advice = "map it with --label_map <theirs>=<ours>,... (nothing behind the =: no label)"
         ours = f"a label of task {self.task.name}: {', '.join(self.task.labels)}"
         raise self._error(n, name, f"is {brief(words[0])}{theirs}, not {ours}; {advice}{hint}")
 
-    def _no_label(self, word: str, name: str) -> None:
+    def _count_missing(self, word: str, name: str) -> None:
         if name == "label":
             self.without_label[word.strip()] += 1
 

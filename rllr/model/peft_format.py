@@ -6,6 +6,7 @@ too.
 
 from pathlib import Path
 
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import InputError, brief
@@ -69,7 +70,8 @@ def load_adapter(model, directory, name) -> Adapter:
     InputError if a file is damaged, does not fit the model, or asks for arithmetic that is not plain LoRA.
     """
     config, state = read_adapter_config(directory), read_safetensors(Path(directory) / WEIGHTS_FILE)
-    modules, pairs = linear_modules(model), {}  # pairs: {path: {"A": tensor, "B": tensor}}
+    modules = linear_modules(model)
+    pairs: dict[str, dict[str, Tensor]] = {}  # {path: {"A": tensor, "B": tensor}}
     for key, tensor in state.items():
         path = key.removeprefix(PREFIX)
         if path in HEADS:
