@@ -153,7 +153,7 @@ def sha256_of(path):
 
 @contextmanager
 def disk_faults(what, kept=""):
-    """Turn errors of the disk (full, gone, read-only) into a RunError. what: being written; kept: what is safe."""
+    """Turn errors of the disk (full, gone, read-only) into a RunError. what: is being written; kept: what is safe."""
     try:
         yield
     except Exception as error:
@@ -194,7 +194,7 @@ def path_from_record(value, directory):
 
 
 def is_empty(path):
-    """Whether a directory does not exist, or holds only what a run leaves that was killed while it opened it."""
+    """Whether a directory does not exist, or holds only what is left by a run that was killed while it opened it."""
     path = Path(path)
     return not path.is_dir() or all(inside.name == PROBE or inside.name.endswith(PART) for inside in path.iterdir())
 
@@ -221,7 +221,7 @@ def check_run_directory(path, overwrite, inputs=()):
 
 
 def _check_overwriting(path, overwrite, inputs):
-    """InputError unless `check_run_directory` allows to replace this directory, which is not empty."""
+    """InputError if `check_run_directory` does not allow a run to replace this directory, which is not empty."""
     ours = any((path / name).is_file() for name in (RECORD, METRICS, RUN))
     if not overwrite:
         held = "a run; give another, --resume or --overwrite" if ours else "files; give another or --overwrite"

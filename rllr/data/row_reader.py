@@ -209,7 +209,7 @@ class RowReader:
             return None
         theirs = f" (the data set's labels: {', '.join(names)})" if names else ""
         hint = "; is it a score? --columns score=<column>" if self.task.ordinal and isinstance(value, float) else ""
-        advice = "map it with --label_map <theirs>=<ours>,... (nothing behind the =: no label)"
+        advice = "map it with --label_map <theirs>=<ours>,... (nothing after the =: no label)"
         ours = f"a label of task {self.task.name}: {', '.join(self.task.labels)}"
         raise self._error(n, name, f"is {brief(words[0])}{theirs}, not {ours}; {advice}{hint}")
 

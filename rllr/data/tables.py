@@ -110,7 +110,7 @@ def read_table(path, delimiter=None, encoding=None) -> Table:
         names, rows = _read_parquet(path, content)
         return Table(str(path), path.name, rows, "row", names)
     text = _decode(path, content, encoding)
-    if suffix == ".tsv" and not delimiter:
+    if suffix == ".tsv" and delimiter is None:
         rows = list(_read_tsv(path, text))
     elif suffix in (".csv", ".tsv"):
         rows = list(_read_csv(path, text, _delimiter(delimiter)))

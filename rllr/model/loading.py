@@ -229,7 +229,7 @@ def _find_head(path) -> dict[str, torch.Tensor]:
     for file in sorted(Path(path).glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as weights:
-                keys = weights.keys()  # the handle is no dict: it cannot be iterated over
+                keys = weights.keys()  # the handle is no dict: one cannot iterate over it
                 names = {key: key.removeprefix(PREFIX) for key in keys}  # names in adapters have this prefix
                 found |= {n: weights.get_tensor(key) for key, n in names.items() if n in (HEAD_WEIGHT, HEAD_BIAS)}
         except (SafetensorError, OSError) as error:

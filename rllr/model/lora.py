@@ -151,8 +151,9 @@ def checkpoint_contexts(model):
     """`context_fn` of `torch.utils.checkpoint` for the layers of a model; does nothing for a model without adapters.
 
     Backward computes the layer again, long after the `use_adapter` block of the forward has ended. Then the adapter
-    that is on now must be on: `checkpoint(layer, x, use_reentrant=False, context_fn=partial(checkpoint_contexts,
-    model))`.
+    that is on now must be on:
+
+        checkpoint(layer, x, use_reentrant=False, context_fn=partial(checkpoint_contexts, model))
     """
     adapters = _adapters(model)
     return nullcontext(), use_adapter(model, adapters.active if adapters else None)

@@ -1,7 +1,6 @@
 """Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-The configuration names the adapter's base (`base_model_name_or_path`); our record (`rllr.json`) has its fingerprint
-too.
+The configuration names the adapter's base (`base_model_name_or_path`); our record `rllr.json` has its fingerprint.
 """
 
 from pathlib import Path

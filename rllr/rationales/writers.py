@@ -1,4 +1,4 @@
-"""The writers of rationales behind one small interface: given in the data, evidence words, the demo's own.
+"""The writers of rationales behind one small interface: given in the data, the demo's own, evidence words.
 
 A writer builds a rationale in two steps: it chooses a *basis* (words of the text, a clause, a finished text), and it
 phrases that basis for a label. Pairs need the two steps apart: a label-sensitive pair may phrase one basis for both
