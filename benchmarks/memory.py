@@ -29,7 +29,7 @@ def make_roles(mode, shape):
         value, reward = ValueModel.from_policy(make_model(shape)), RewardModel.from_policy(make_model(shape))
         return policy, reference, value, reward.requires_grad_(False)
     base = make_model(shape).requires_grad_(False)
-    settings = SimpleNamespace(lora_rank=16, lora_alpha=32, lora_targets=None)
+    settings = SimpleNamespace(lora_rank=16, lora_alpha=32, lora_targets=None, use_rslora=False)
     policy, value, reward = (new_role(base, name, settings) for name in ("policy", "value", "label_rm"))
     reward_model = RewardModel.from_policy(reward).requires_grad_(False)
     return policy, RolePolicy(base, None), ValueModel.from_policy(value), reward_model
