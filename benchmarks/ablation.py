@@ -1,9 +1,9 @@
-"""What each technique of the rollout engine gives alone: the queue of 256 prompts with one of them taken away at a time.
+"""The gain of each technique of the rollout engine: rollouts of 256 prompts, each with one technique switched off.
 
     python benchmarks/ablation.py --shape S
 
-Rows are measured in turns in one process, with the forced answer lengths of rollout.py. Techniques that this machine does not
-use (oneDNN on processors that are not AMD's) show 1.00.
+The rows are measured in turns in one process, with the forced answer lengths of rollout.py. Techniques that this
+machine does not use (oneDNN on processors that are not AMD's) show 1.00.
 """
 
 import argparse
@@ -29,7 +29,7 @@ CAP = 64
 
 @contextmanager
 def decoders_with(**attributes):
-    """Within the block new decoders get these attributes."""
+    """Within the block, new decoders get these attributes."""
     from rllr.engine.decoder import Decoder
 
     plain = Decoder.__init__
@@ -43,7 +43,7 @@ def decoders_with(**attributes):
 
 
 def multinomial(self, scaled):
-    """How most libraries sample."""
+    """The sampling of most libraries, in place of `Sampler.on_host`."""
     probabilities = scaled.softmax(-1)
     token = torch.multinomial(probabilities, 1, generator=self.generator)
     return token.squeeze(1), probabilities.gather(1, token).squeeze(1).log()
@@ -51,27 +51,36 @@ def multinomial(self, scaled):
 
 @contextmanager
 def whole_batches():
-    with mock.patch("rllr.rollout.ADMIT_SHARE", 1.0), mock.patch("rllr.rollout.STEPS_PER_LOOK", {"cpu": CAP}):
+    """Within the block, a batch of answers is decoded to the end of its longest one."""
+    with no_refill(), mock.patch("rllr.rollout.STEPS_PER_LOOK", {"cpu": CAP}):
         yield
 
 
+def no_refill():
+    return mock.patch("rllr.rollout.ADMIT_SHARE", 1.0)
+
+
+def without_packed_weights(replacement):
+    """rllr's rollout with another context manager for the model's linear layers."""
+    return mock.patch("rllr.rollout.packed_linears", replacement)
+
+
 def techniques():
-    """{row of the table: (a function that returns a context without the technique, slots)}."""
+    """{row of the table: (a function that returns a context manager without the technique, slots)}."""
     from rllr.engine.linear import fast_linears
 
     return {
         "everything": (nullcontext, 128),
         "64 slots instead of 128": (nullcontext, 64),
-        "64 slots, no refill: each batch to its end, finished rows dropped": (
-            lambda: mock.patch("rllr.rollout.ADMIT_SHARE", 1.0), 64),
+        "64 slots, no refill: each batch to its end, finished rows dropped": (no_refill, 64),
         "64 slots, no refill, finished rows kept to the longest one's end": (whole_batches, 64),
         "sampling by torch.multinomial": (lambda: mock.patch("rllr.engine.sampling.Sampler.on_host", multinomial), 128),
         "prompts padded instead of packed": (lambda: decoders_with(packs_prompts=False), 128),
         "torch's fused attention to the slots": (lambda: decoders_with(in_pieces=False), 128),
         "transformers' attention to the slots": (lambda: decoders_with(own_attention=False, in_pieces=False), 128),
-        "oneDNN's products, weights laid out as torch has them": (lambda: mock.patch("rllr.rollout.packed_linears", fast_linears), 128),
-        "torch's own matrix products": (lambda: mock.patch("rllr.rollout.packed_linears", lambda model: nullcontext()), 128),
-    }  # fmt: skip
+        "oneDNN's products, weights laid out as torch has them": (lambda: without_packed_weights(fast_linears), 128),
+        "torch's own matrix products": (lambda: without_packed_weights(lambda model: nullcontext()), 128),
+    }
 
 
 def main():
@@ -92,8 +101,8 @@ def main():
     rows = {name: lambda settings=settings: run(*settings) for name, settings in techniques().items()}
     times = measure(rows, args.repeats)
     lines = [
-        f"{args.prompts} prompts of 16 to 96 tokens, {sum(lengths)} answer tokens, float32; median of {args.repeats}, in turns; "
-        f"matrix products {gemm_rate():.0f} GFLOP/s.",
+        f"{args.prompts} prompts of 16 to 96 tokens, {sum(lengths)} answer tokens, float32; median of {args.repeats}, "
+        f"in turns; matrix products {gemm_rate():.0f} GFLOP/s.",
         "",
         "| | CPU s | useful tokens/s | times slower than everything |",
         "|---|---|---|---|",

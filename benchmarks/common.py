@@ -1,4 +1,4 @@
-"""What the benchmarks share: model shapes, seeded workloads, interleaved timing, results with their command and machine."""
+"""Shared code of the benchmarks: model shapes, seeded workloads, timing in turns, results with command and machine."""
 
 import json
 import os
@@ -18,18 +18,29 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 EOS = 2
-SHAPES = {  # random Llama-like weights: speed does not need trained ones
-    "S": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4,
-          "vocab_size": 8192, "tie_word_embeddings": True},
-    "M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8,
-          "vocab_size": 32000, "tie_word_embeddings": False},
-    "L": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
-          "vocab_size": 32000, "tie_word_embeddings": True},
-}  # fmt: skip
+
+
+def llama_shape(hidden, intermediate, layers, heads, vocab, tied):
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+    }
+
+
+# Llama-like models with random weights: speed does not depend on the values.
+SHAPES = {
+    "S": llama_shape(256, 688, 4, 4, 8192, True),
+    "M": llama_shape(512, 1376, 6, 8, 32000, False),
+    "L": llama_shape(768, 2048, 12, 12, 32000, True),
+}
 
 
 def set_up(threads):
-    """One thread pool, allocator settings as in the scripts (for every engine alike), quiet libraries."""
+    """Set the number of threads, the scripts' allocator settings (for all engines), and quiet libraries."""
     from rllr.run.machine import keep_freed_memory
 
     torch.set_num_threads(threads)
@@ -44,14 +55,14 @@ def make_model(shape, dtype=torch.float32, seed=0):
 
 
 def draw_prompts(count, vocab, shortest=16, longest=96, seed=1):
-    """Prompts of 16..96 random tokens, none of them EOS."""
+    """Prompts of `shortest` to `longest` random tokens, none of them EOS."""
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=draw).tolist()
     return [torch.randint(3, vocab, (length,), generator=draw).tolist() for length in lengths]
 
 
 def draw_lengths(count, mean=24, cap=64, seed=2):
-    """Answer lengths: geometric, cut at `cap`, so that every engine writes the very same number of tokens per prompt."""
+    """Answer lengths from a geometric distribution, at most `cap`; every engine writes exactly these many tokens."""
     draw = torch.Generator().manual_seed(seed)
     return torch.empty(count).geometric_(1 / mean, generator=draw).clamp(1, cap).long().tolist()
 
@@ -66,10 +77,10 @@ def force(logits, at_end):
 
 @contextmanager
 def decoder_forced_to(lengths):
-    """Within the block our decoder writes answers of these lengths (one per prompt), by forcing EOS where it samples."""
+    """Within the block, our decoder writes answers of these lengths (one per prompt): EOS is forced when it samples."""
     from rllr.engine.decoder import Decoder
 
-    plain, target = Decoder._take, torch.tensor(lengths)
+    plain, target = Decoder._append_tokens, torch.tensor(lengths)
 
     def forced(self, hidden, slots):
         head = self.head
@@ -80,30 +91,28 @@ def decoder_forced_to(lengths):
         finally:
             self.head = head
 
-    Decoder._take = forced
+    Decoder._append_tokens = forced
     try:
         yield
     finally:
-        Decoder._take = plain
+        Decoder._append_tokens = plain
 
 
 def forced_rollout(model, prompts, lengths, draw=None, slots=128):
-    """`rllr.rollout.generate` with answers of these lengths; draw: the generator, default a new one. 128 slots are its default."""
+    """`rllr.rollout.generate` with answers of these lengths. draw: the generator; by default a new one."""
     from rllr.rollout import generate
 
-    draw = draw or torch.Generator().manual_seed(0)
+    options = {"generator": draw or torch.Generator().manual_seed(0), "batch_size": slots}
     with decoder_forced_to(lengths):
-        rollout = generate(
-            model, prompts, max_new_tokens=max(lengths), eos_token_id=EOS, generator=draw, batch_size=slots
-        )
+        rollout = generate(model, prompts, max_new_tokens=max(lengths), eos_token_id=EOS, **options)
     assert rollout.response_lens.tolist() == lengths
     return rollout
 
 
 def measure(engines, repeats):
-    """{name: [(CPU seconds, wall seconds)]} of callables run in turns, so that a noisy moment meets all of them.
+    """{name: [(CPU seconds, wall seconds)]} of functions that run in turns, so that noise affects all of them.
 
-    CPU time of this process is what is compared on a shared machine; both are reported. One warm-up each.
+    On a shared machine we compare the CPU time of this process; both times are reported. Each function has one warm-up.
     """
     for run in engines.values():
         run()
@@ -121,7 +130,7 @@ def median(times, which=0):
 
 
 def ratios(times, base):
-    """Median over the repeats of the ratio to the base within each turn."""
+    """{name: how many times faster than the base}: the median over the repeats of the ratio within each turn."""
     return {name: statistics.median(b[0] / t[0] for b, t in zip(times[base], values)) for name, values in times.items()}
 
 
@@ -136,13 +145,13 @@ def status_mb(field):
 
 
 def forget_peak():
-    """Start VmHWM again at what is held now."""
+    """Reset VmHWM to the memory held now."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
 
 def net_peak_mb(run):
-    """Peak memory of this process while `run()` runs, above what it holds before, in MB."""
+    """Peak memory in MB of this process during `run()`, minus the memory held before."""
     before = status_mb("VmRSS")
     forget_peak()
     run()
@@ -150,13 +159,13 @@ def net_peak_mb(run):
 
 
 def body_and_head(model):
-    """(weights of the layers, weights of the head): what each token, and each answer's token, is multiplied with."""
+    """(weights of the layers, weights of the head). Every token uses the former, tokens of answers also the latter."""
     body = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name)
     return body, model.get_output_embeddings().weight.numel()
 
 
 def gemm_rate(size=1024):
-    """GFLOP/s of a float32 matrix product here, now: the limit that shares of are quoted."""
+    """GFLOP/s of a float32 matrix product on this machine: the upper limit, of which results give a share."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     best = 0.0
     for _ in range(8):
@@ -167,6 +176,7 @@ def gemm_rate(size=1024):
 
 
 def machine():
+    """One line that describes processor, device and versions."""
     maker = ""
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -179,7 +189,7 @@ def machine():
 
 
 def write_result(name, title, lines, record):
-    """Append a section to benchmarks/results/<name>.md and a line to <name>.jsonl; print both."""
+    """Append a section to benchmarks/results/<name>.md and a line to <name>.jsonl, and print both."""
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     record = {"benchmark": name, "command": command, "machine": machine(), **record}
     text = "\n".join([f"## {title}", "", *lines, "", f"    {command}", "", machine(), ""])

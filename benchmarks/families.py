@@ -1,7 +1,7 @@
-"""Which of transformers' causal LM families rllr can sample from exactly: a tiny random model of each goes through the trial.
+"""Find the causal LM families of transformers from which rllr samples exactly, with a tiny random model of each.
 
-python benchmarks/families.py                    # a minute or two; writes benchmarks/results/families.md
-python benchmarks/families.py llama gpt_neo      # these alone, printed
+python benchmarks/families.py                    # one or two minutes; writes benchmarks/results/families.md
+python benchmarks/families.py llama gpt_neo      # only these families; prints the results
 """
 
 import inspect
@@ -20,40 +20,52 @@ from rllr.model.backbone import backbone_of
 from rllr.model.loading import _check_logits
 from rllr.model.trial import try_model
 
-LARGEST = 30_000_000  # parameters; a family whose configuration cannot be made smaller by these names is left out
+LARGEST = 30_000_000  # parameters; families that the settings below cannot make smaller are left out
 PROMPTS = [[5 + i % 50 for i in range(length)] for length in (40, 6)]
-# Every name under which a family may keep its size.
-SIZES = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "attention_hidden_size", "word_embed_proj_dim", "embedding_size"), 32),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner"), 48),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads"), 4),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 128),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
-    **dict.fromkeys(("head_dim", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "state_size"), 8),
-    "vocab_size": 64, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "d_inner": 64, "expand": 2, "rotary_dim": 4,
-    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "head_size": 8, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-VARIANTS = [  # tried in turn until one can be built and run
-    {"num_key_value_heads": 2, "sliding_window": None, "pad_token_id": None}, {"num_key_value_heads": 2, "sliding_window": 64, "pad_token_id": None},
-    {"num_key_value_heads": 4, "sliding_window": None, "pad_token_id": None}, {"num_key_value_heads": 4, "sliding_window": 64, "pad_token_id": 0},
-    {"attention_types": [[["global", "local"], 1]], "window_size": 64, "pad_token_id": None}, {"num_heads": 4, "head_dim": 16, "pad_token_id": 0},
-]  # fmt: skip
+# {size: the names that families use for it}
+NAMES = {
+    2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_experts_per_tok expand",
+    4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads num_experts "
+    "num_local_experts n_routed_experts rotary_dim mamba_n_heads",
+    8: "head_dim q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim state_size mamba_d_state "
+    "head_size",
+    16: "moe_intermediate_size shared_expert_intermediate_size mamba_d_head",
+    32: "hidden_size d_model n_embd dim attention_hidden_size word_embed_proj_dim embedding_size",
+    48: "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner",
+    64: "vocab_size d_inner",
+    128: "max_position_embeddings n_positions max_seq_len",
+}
+SIZES = {name: size for size, names in NAMES.items() for name in names.split()}
+SIZES |= {"n_group": 1, "topk_group": 1, "bos_token_id": 1, "eos_token_id": 2}
+# build() takes the first variant that can be built and run.
+VARIANTS = [
+    {"num_key_value_heads": 2, "sliding_window": None, "pad_token_id": None},
+    {"num_key_value_heads": 2, "sliding_window": 64, "pad_token_id": None},
+    {"num_key_value_heads": 4, "sliding_window": None, "pad_token_id": None},
+    {"num_key_value_heads": 4, "sliding_window": 64, "pad_token_id": 0},
+    {"attention_types": [[["global", "local"], 1]], "window_size": 64, "pad_token_id": None},
+    {"num_heads": 4, "head_dim": 16, "pad_token_id": 0},
+]
+# The kinds of reasons for which a family is refused; each is part of a message.
+REASONS = (
+    "layers that store only keys and values",
+    "nats off those of its own forward",
+    "the LM head",
+    "decoding it token by token failed",
+    "its forward fails",
+)
 
 
 def settings(config_class, wanted):
-    """Those of the wanted settings that a configuration has."""
-    known = set(inspect.signature(config_class.__init__).parameters) | set(
-        getattr(config_class, "__dataclass_fields__", {})
-    )
-    return {
-        name: value for name, value in wanted.items() if name in known | set(getattr(config_class, "attribute_map", {}))
-    }
+    """The wanted settings that a configuration has."""
+    known = set(inspect.signature(config_class.__init__).parameters)
+    for attribute in ("__dataclass_fields__", "attribute_map"):
+        known |= set(getattr(config_class, attribute, {}))
+    return {name: value for name, value in wanted.items() if name in known}
 
 
 def build(family):
-    """A tiny random model; None where no configuration of ours gives one. One that does not run is better than none."""
+    """A tiny random model, if possible one that runs; None if no variant can be built."""
     config_class, model = CONFIG_MAPPING[family], None
     for variant in VARIANTS:
         wanted = SIZES | variant
@@ -69,13 +81,13 @@ def build(family):
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config).eval()
             model(input_ids=torch.arange(3, 9).unsqueeze(0))
-        except Exception:  # whatever a family says of sizes that do not go together
+        except Exception:  # any error of a family for which these sizes do not fit
             continue
         break
     with torch.no_grad():
         for parameter in model.parameters() if model is not None else ():
             if parameter.dim() > 1:
-                parameter.mul_(6.0)  # fresh weights give a flat distribution, in which nothing shows
+                parameter.mul_(6.0)  # the initial weights give a flat distribution, which would hide differences
     return model
 
 
@@ -93,12 +105,8 @@ def verdict(family):
 
 
 def short(reason):
-    """The kind of reason, without this family's numbers."""
-    for words in ("layers that keep keys and values alone", "nats off those of its own forward", "the LM head", "decoding it token by token failed",
-                  "its forward fails"):  # fmt: skip
-        if words in reason:
-            return words
-    return reason
+    """The kind of reason, without the numbers of this family."""
+    return next((words for words in REASONS if words in reason), reason)
 
 
 def main():
@@ -113,7 +121,8 @@ def main():
     lines = [
         "# Families",
         "",
-        f"{len(families)} causal LM families of transformers, tiny random models, prompts of 40 and 6 tokens, answers of 8.",
+        f"{len(families)} causal LM families of transformers, tiny random models, prompts of 40 and 6 tokens, answers "
+        "of 8.",
         "",
     ]
     for (kind, reason), names in sorted(found.items()):

@@ -1,8 +1,8 @@
-"""A mutation fuzzer over everything that is read: data, pairs, tasks, configs, records, adapters, caches, checkpoints, answers.
+"""A mutation fuzzer for all inputs: data, pairs, tasks, configs, records, adapters, caches, checkpoints, answers.
 
     python benchmarks/fuzz.py --inputs 200000
 
-Every input must end in a result or in our own error with the file's name: no other exception, no hang, bounded memory.
+Every input must give a result or our own error with the file's name: no other exception, no hang, bounded memory.
 """
 
 import argparse
@@ -20,7 +20,24 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from fuzzing import TARGETS, Fuzzer, spoil  # noqa: E402
 
-PATIENCE = 25  # failures shown of one target before it is left alone
+PATIENCE = 25  # failures after which a target is not tested further
+
+
+def fuzz(name, root, inputs, seed):
+    """(counts of results, refusals and failures; messages of the failures) of one target."""
+    fuzzer, rng, count, failures = Fuzzer(name, root), random.Random(f"{seed}/{name}"), Counter(), []
+    for valid in fuzzer.seeds:
+        assert fuzzer(valid) == "result", f"{name}: the unchanged input is refused"
+    for _ in range(inputs):
+        try:
+            count[fuzzer(spoil(rng, fuzzer.seeds))] += 1
+        except AssertionError as failure:
+            count["failed"] += 1
+            failures.append(str(failure))
+            print(f"FAILED {failure}", flush=True)
+            if count["failed"] == PATIENCE:
+                break
+    return count, failures
 
 
 def main():
@@ -31,23 +48,9 @@ def main():
     args = parser.parse_args()
     root, failures, rows, began = Path(tempfile.mkdtemp(prefix="rllr-fuzz-")), [], {}, time.monotonic()
     for name in args.targets:
-        fuzzer, rng, count, started = (
-            Fuzzer(name, root),
-            random.Random(f"{args.seed}/{name}"),
-            Counter(),
-            time.monotonic(),
-        )
-        for seed in fuzzer.seeds:
-            assert fuzzer(seed) == "result", f"{name}: the seed itself is refused"
-        for _ in range(-(-args.inputs // len(args.targets))):
-            try:
-                count[fuzzer(spoil(rng, fuzzer.seeds))] += 1
-            except AssertionError as failure:
-                count["failed"] += 1
-                failures.append(str(failure))
-                print(f"FAILED {failure}", flush=True)
-                if count["failed"] == PATIENCE:
-                    break
+        started = time.monotonic()
+        count, failed = fuzz(name, root, -(-args.inputs // len(args.targets)), args.seed)
+        failures += failed
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         rows[name] = {
             **{k: count[k] for k in ("result", "refused", "failed")},
@@ -58,19 +61,15 @@ def main():
     total = sum(row["result"] + row["refused"] + row["failed"] for row in rows.values())
     columns = ("result", "refused", "failed", "seconds", "peak MB")
     lines = [
-        f"{total} inputs, seed {args.seed}, {time.monotonic() - began:.0f} s, {len(failures)} failures. Peak MB: of the process so far, torch "
-        "and transformers included.",
+        f"{total} inputs, seed {args.seed}, {time.monotonic() - began:.0f} s, {len(failures)} failures. Peak MB: of "
+        "the process so far, with torch and transformers.",
         "",
         "| target | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 1) + "|",
         *(f"| {name} | " + " | ".join(str(row[column]) for column in columns) + " |" for name, row in rows.items()),
     ]
-    write_result(
-        "fuzz",
-        "Mutated inputs",
-        lines,
-        {"seed": args.seed, "inputs": total, "failures": failures[:20], "targets": rows},
-    )
+    record = {"seed": args.seed, "inputs": total, "failures": failures[:20], "targets": rows}
+    write_result("fuzz", "Mutated inputs", lines, record)
     sys.exit(bool(failures))
 
 

@@ -1,10 +1,11 @@
-"""How time and memory grow with the number of prompts, the answers' length, the batch and the model.
+"""Measure how time and memory grow with the number of prompts, the length of answers, the batch and the model.
 
     python benchmarks/growth.py
 
-Each row is a process of its own: a rollout, the scoring of its answers without gradient, and one optimiser step's forward and
-backward over `batch` of them. Work is counted in floating-point operations of real tokens (prompts through the layers,
-answers through layers and head; three times that in the update), so a constant rate means: it grows as the work does.
+Each row is a separate process: a rollout, the scoring of its answers without gradient, and the forward and backward of
+one optimiser step over `batch` of them. Work is counted in floating-point operations of real tokens (prompts through
+the layers, answers through layers and head; three times that in the update). So a constant rate means that the time
+grows in proportion to the work.
 """
 
 import argparse
@@ -61,7 +62,9 @@ def one(setting):
     results = {}
     for name, run in zip(PHASES, (rollout, score, update)):
         run()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the first run freed goes back, so that the peak counts it
+        ctypes.CDLL("libc.so.6").malloc_trim(
+            0
+        )  # returns the memory that the first run freed, so that the peak counts it
         start = time.process_time()
         peak = net_peak_mb(run)
         results[name] = [gflop[name], time.process_time() - start, max(0.0, peak)]
@@ -76,8 +79,8 @@ def main():
         print(json.dumps(one(json.loads(args.one))))
         return
     lines = [
-        f"From {DEFAULT}, one setting changed at a time; every answer has the full length. One thread, float32, the second run of "
-        "each phase. MB: peak above what was held before the phase (weights, gradients and the sequences).",
+        f"From {DEFAULT}, one setting changed at a time; every answer has the full length. One thread, float32, the "
+        "second run of each phase. MB: peak minus the memory held before (weights, gradients, sequences).",
         "",
         "| | rollout s | GFLOP/s | MB | score s | GFLOP/s | MB | update s | GFLOP/s | MB |",
         "|---|" + "---|" * 9,

@@ -1,9 +1,9 @@
-"""Peak memory of a PPO update with four full models against adapters on one shared base (policy, reference, value, reward).
+"""Peak memory of a PPO update: four full models (policy, reference, value, reward) against adapters on a shared base.
 
     python benchmarks/memory.py --shape M
 
-One process per row; memory above what Python and the libraries take after import. The step scores a batch with all four
-roles, then trains policy and value model with AdamW, LoRA rank 16 on q_proj and v_proj.
+Each row is a separate process; its memory after the imports is subtracted. The step scores a batch with all four roles,
+then trains policy and value model with AdamW. The adapters have LoRA rank 16 on q_proj and v_proj.
 """
 
 import argparse
@@ -29,14 +29,10 @@ def make_roles(mode, shape):
         value, reward = ValueModel.from_policy(make_model(shape)), RewardModel.from_policy(make_model(shape))
         return policy, reference, value, reward.requires_grad_(False)
     base = make_model(shape).requires_grad_(False)
-    settings = SimpleNamespace(lora_rank=16, lora_alpha=32, lora_targets=None)
+    settings = SimpleNamespace(lora_rank=16, lora_alpha=32, lora_targets=None, use_rslora=False)
     policy, value, reward = (new_role(base, name, settings) for name in ("policy", "value", "label_rm"))
-    return (
-        policy,
-        RolePolicy(base, None),
-        ValueModel.from_policy(value),
-        RewardModel.from_policy(reward).requires_grad_(False),
-    )
+    reward_model = RewardModel.from_policy(reward).requires_grad_(False)
+    return policy, RolePolicy(base, None), ValueModel.from_policy(value), reward_model
 
 
 def one(mode, shape, sequences):
@@ -55,12 +51,9 @@ def one(mode, shape, sequences):
     for _ in range(2):
         start = time.process_time()
         with torch.no_grad():
-            old, _, _, _ = (
-                token_logprobs(policy, *packed),
-                token_logprobs(reference, *packed),
-                value(*packed),
-                reward(*packed),
-            )
+            old = token_logprobs(policy, *packed)
+            scored = token_logprobs(reference, *packed), value(*packed), reward(*packed)
+        del scored
         (token_logprobs(policy, *packed) - old).exp().sum().backward()
         value(*packed).square().sum().backward()
         for optimizer in optimizers:
@@ -80,22 +73,18 @@ def main():
     if args.one:
         print(json.dumps(one(args.one, args.shape, args.sequences[0])))
         return
-    rows, lines = (
-        {},
-        ["| sequences | | net peak, MB | weights, MB | CPU s per step | times smaller |", "|---|---|---|---|---|---|"],
-    )
+    rows, header = {}, "| sequences | | net peak, MB | weights, MB | CPU s per step | times smaller |"
+    lines = [header, "|---|---|---|---|---|---|"]
     for count in args.sequences:
         for mode in MODES:
             command = [sys.executable, __file__, "--shape", args.shape, "--sequences", str(count), "--one", mode]
             row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             rows[f"{mode}, {count}"] = row
             smaller = rows[f"{MODES[0]}, {count}"]["peak_mb"] / row["peak_mb"]
-            lines.append(
-                f"| {count} | {mode} | {row['peak_mb']:.0f} | {row['weights_mb']:.0f} | {row['seconds']:.2f} | {smaller:.2f} |"
-            )
-    write_result(
-        "memory", f"{args.shape}, one update of policy and value model", lines, {"shape": args.shape, "rows": rows}
-    )
+            cells = f"{row['peak_mb']:.0f} | {row['weights_mb']:.0f} | {row['seconds']:.2f} | {smaller:.2f}"
+            lines.append(f"| {count} | {mode} | {cells} |")
+    title = f"{args.shape}, one update of policy and value model"
+    write_result("memory", title, lines, {"shape": args.shape, "rows": rows})
 
 
 if __name__ == "__main__":

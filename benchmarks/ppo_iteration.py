@@ -1,15 +1,17 @@
-"""A whole PPO iteration, rollout to optimiser steps, against TRL 1.12.0, the last release with a PPO trainer.
+"""A whole PPO iteration, from rollout to optimiser steps, against TRL 1.12.0, the last release with a PPO trainer.
 
-    pip install trl==1.12.0 accelerate        # in an environment of its own beside torch, transformers and datasets
+    pip install trl==1.12.0 accelerate        # in a separate environment with torch, transformers and datasets
     python benchmarks/ppo_iteration.py --shape S
 
-64 answers an iteration, four separate models, one PPO epoch over four minibatches of 16, float32, and as many real optimiser
-steps on both sides: TRL runs with a batch of 64 and no accumulation, because with accumulation over the minibatches its
-`accelerate` wrapper makes one step of four. Two workloads: every answer 48 tokens long, and answers that end by a real EOS
-(lengths geometric, at most 64), where TRL goes on to the longest one in the batch.
+An iteration has 64 answers, four separate models, float32, and one PPO epoch over four minibatches of 16. Both sides
+make the same number of real optimiser steps: TRL runs with a batch of 64 and without accumulation, because with
+accumulation over the minibatches its `accelerate` wrapper makes only one step out of four. There are two workloads: all
+answers have 48 tokens, or answers end by a real EOS (geometric lengths, at most 64) and TRL continues to the longest
+one in the batch.
 """
 
 import argparse
+import importlib
 import multiprocessing
 import statistics
 import tempfile
@@ -24,7 +26,7 @@ BATCH, MINIBATCHES = 64, 4
 
 
 def our_iteration(shape, prompts, lengths):
-    """A function that runs one iteration and returns the seconds of CPU time per phase."""
+    """A function that runs one iteration and returns {phase: CPU seconds}."""
     from rllr.model.heads import RewardModel, ValueModel
     from rllr.ppo import gae, masked_whiten
     from rllr.rewards import shape_rewards
@@ -35,10 +37,8 @@ def our_iteration(shape, prompts, lengths):
     value_model = ValueModel.from_policy(make_model(shape, seed=1)).eval()
     reward_model = RewardModel.from_policy(make_model(shape, seed=2)).eval()
     optimizers = [make_optimizer(model, 1e-6, 1000) for model in (policy, value_model)]
-    config = SimpleNamespace(
-        temperature=1.0, clip=0.2, value_clip=0.2, max_grad_norm=1.0, precision="fp32", max_update_kl=None,
-        micro_batch_size=0, tokens_per_batch=0,
-    )  # fmt: skip
+    clips = {"clip": 0.2, "value_clip": 0.2, "max_grad_norm": 1.0, "max_update_kl": None}
+    config = SimpleNamespace(temperature=1.0, precision="fp32", micro_batch_size=0, tokens_per_batch=0, **clips)
     draw = torch.Generator().manual_seed(0)
 
     def run():
@@ -52,12 +52,11 @@ def our_iteration(shape, prompts, lengths):
         lap("rollout")
         order = torch.randperm(BATCH, generator=draw).tolist()
         size = BATCH // MINIBATCHES
+        parts = [list(range(i, i + size)) for i in range(0, BATCH, size)]
         plan = [[order[i : i + size] for i in range(0, BATCH, size)]]
         batch = analyse(policy, reference, value_model, rollout, plan, config, nullcontext)
         with torch.no_grad():
-            scores = torch.cat([
-                reward_model(*batch.rows(list(range(i, i + size)))) for i in range(0, BATCH, size)
-            ])  # fmt: skip
+            scores = torch.cat([reward_model(*batch.rows(part)) for part in parts])
         rewards = shape_rewards(scores, batch.logprobs, batch.ref_logprobs, batch.mask, 0.05)
         advantages, batch.returns = gae(rewards, batch.values, batch.mask)
         batch.advantages = masked_whiten(advantages, batch.mask)
@@ -70,55 +69,19 @@ def our_iteration(shape, prompts, lengths):
 
 
 def trl_iterations(shape, prompts, max_new_tokens, lengths, repeats):
-    """CPU seconds of each of TRL's iterations but the first, and the number of real optimiser steps per iteration."""
+    """CPU seconds of each of TRL's iterations except the first, and its real optimiser steps per iteration."""
     from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import (
-        AutoModelForSequenceClassification,
-        LogitsProcessor,
-        PreTrainedTokenizerFast,
-        TrainerCallback,
-    )
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    from transformers import AutoModelForSequenceClassification, TrainerCallback
+    from trl.experimental.ppo import PPOTrainer
 
     policy, reference = make_model(shape), make_model(shape)
-    vocab = policy.config.vocab_size
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token=f"w{EOS}", pad_token="w0", padding_side="left"
-    )
     heads = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         config = type(policy.config).from_dict(policy.config.to_dict() | {"num_labels": 1, "pad_token_id": 0})
         heads.append(AutoModelForSequenceClassification.from_config(config))
-    folder = tempfile.mkdtemp()
-    settings = PPOConfig(
-        output_dir=folder, per_device_train_batch_size=BATCH, gradient_accumulation_steps=1, num_mini_batches=MINIBATCHES,
-        num_ppo_epochs=1, total_episodes=BATCH * (repeats + 1), response_length=max_new_tokens, stop_token_id=EOS,
-        local_rollout_forward_batch_size=BATCH, temperature=1.0, learning_rate=1e-6, missing_eos_penalty=1.0, report_to=[],
-        num_sample_generations=0, bf16=False, gradient_checkpointing=False, use_cpu=True, save_strategy="no",
-        disable_tqdm=True, logging_steps=10_000,
-    )  # fmt: skip
     data = Dataset.from_dict({"input_ids": prompts * (repeats + 2)})
-    by_prompt = {tuple(prompt): length for prompt, length in zip(prompts, lengths)}
-
-    class Force(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            if Force.first is None:
-                Force.first = input_ids.shape[1]
-                Force.lengths = torch.tensor(
-                    [by_prompt[tuple(row[(row != 0).nonzero()[0, 0] :].tolist())] for row in input_ids]
-                )
-            return force(scores, Force.lengths <= input_ids.shape[1] - Force.first + 1)
-
-    real_generate = policy.generate
-
-    def generate(*arguments, **keywords):
-        Force.first = None
-        return real_generate(*arguments, logits_processor=[Force()], **keywords)
-
-    policy.generate = generate
+    force_lengths(policy, dict(zip(map(tuple, prompts), lengths)))
     ends, steps = [], []
 
     class Clock(TrainerCallback):
@@ -126,9 +89,16 @@ def trl_iterations(shape, prompts, max_new_tokens, lengths, repeats):
             ends.append(time.process_time())
 
     trainer = PPOTrainer(
-        args=settings, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=heads[0],
-        value_model=heads[1], train_dataset=data, eval_dataset=data.select(range(BATCH)), callbacks=[Clock()],
-    )  # fmt: skip
+        args=trl_settings(max_new_tokens, repeats),
+        processing_class=trl_tokenizer(policy.config.vocab_size),
+        model=policy,
+        ref_model=reference,
+        reward_model=heads[0],
+        value_model=heads[1],
+        train_dataset=data,
+        eval_dataset=data.select(range(BATCH)),
+        callbacks=[Clock()],
+    )
     inner = trainer.optimizer.optimizer
     real_step = inner.step
     inner.step = lambda *a, **k: (steps.append(1), real_step(*a, **k))[1]
@@ -137,20 +107,122 @@ def trl_iterations(shape, prompts, max_new_tokens, lengths, repeats):
     return spent, len(steps) / len(ends)
 
 
-def peak_mb(engine, shape, threads, prompts, cap, lengths):
-    """Net peak of two iterations, models included, in a process of its own: no engine finds memory that another left."""
-    set_up(threads)
-    if engine == "TRL":
-        import trl.experimental.ppo  # noqa: F401  the libraries themselves do not count
+def trl_settings(max_new_tokens, repeats):
+    from trl.experimental.ppo import PPOConfig
 
+    ppo = {
+        "num_mini_batches": MINIBATCHES,
+        "num_ppo_epochs": 1,
+        "total_episodes": BATCH * (repeats + 1),
+        "response_length": max_new_tokens,
+        "stop_token_id": EOS,
+        "temperature": 1.0,
+        "missing_eos_penalty": 1.0,
+        "local_rollout_forward_batch_size": BATCH,
+        "num_sample_generations": 0,
+    }
+    trainer = {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-6,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_steps": 10_000,
+    }
+    return PPOConfig(**ppo, **trainer)
+
+
+def trl_tokenizer(vocab):
+    """A tokenizer with one word per id."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
+    special = {"eos_token": f"w{EOS}", "pad_token": "w0", "padding_side": "left"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
+
+
+def force_lengths(policy, length_of):
+    """From now on `policy.generate` writes answers of these lengths. length_of: {prompt as a tuple: length}."""
+    from transformers import LogitsProcessor
+
+    class Force(LogitsProcessor):
+        def __init__(self):
+            self.prompt_width = None
+
+        def __call__(self, input_ids, scores):
+            if self.prompt_width is None:
+                self.prompt_width = input_ids.shape[1]
+                prompts = [row[(row != 0).nonzero()[0, 0] :] for row in input_ids]  # without the padding on the left
+                self.lengths = torch.tensor([length_of[tuple(prompt.tolist())] for prompt in prompts])
+            return force(scores, self.lengths <= input_ids.shape[1] - self.prompt_width + 1)
+
+    plain_generate = policy.generate
+
+    def generate(*arguments, **keywords):
+        return plain_generate(*arguments, logits_processor=[Force()], **keywords)
+
+    policy.generate = generate
+
+
+def peak_mb(engine, args, prompts, cap, lengths):
+    """Net peak of two iterations with their models. Runs in a separate process: no engine may reuse freed memory."""
+    shape = args.shape
+    set_up(args.threads)
+    if engine == "TRL":
+        importlib.import_module("trl.experimental.ppo")  # the memory of the libraries does not count
         return net_peak_mb(lambda: trl_iterations(shape, prompts, cap, lengths, 1))
-    import rllr.update  # noqa: F401
+    importlib.import_module("rllr.update")
 
     def ours():
         run = our_iteration(shape, prompts, lengths)
         run(), run()
 
     return net_peak_mb(ours)
+
+
+def compare_memory(args, workload, cap, lengths):
+    prompts = draw_prompts(BATCH, 8000)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peaks = {name: pool.apply(peak_mb, (name, args, prompts, cap, lengths)) for name in ("TRL", "rllr")}
+    lines = [
+        "64 answers, 4 steps; peak of two iterations with four models and two optimisers, minus the libraries.",
+        "",
+        "| | MB |",
+        "|---|---|",
+        *(f"| {engine} | {peak:.0f} |" for engine, peak in peaks.items()),
+        f"| times less | {peaks['TRL'] / peaks['rllr']:.2f} |",
+    ]
+    record = {"shape": args.shape, "workload": workload, "peaks_mb": peaks}
+    write_result("ppo_iteration", f"{args.shape}, {workload}, memory", lines, record)
+
+
+def compare_time(args, workload, cap, lengths):
+    prompts = draw_prompts(BATCH, 8000)
+    trl, real_steps = trl_iterations(args.shape, prompts, cap, lengths, args.repeats)
+    run = our_iteration(args.shape, prompts, lengths)
+    run()
+    ours = [run() for _ in range(args.repeats)]
+    totals = [sum(seconds.values()) for seconds in ours]
+    ratio = statistics.median(trl) / statistics.median(totals)
+    phases = ", ".join(f"{name} {statistics.median(s[name] for s in ours):.2f}" for name in ours[0])
+    lines = [
+        f"64 answers, {sum(lengths)} tokens, {MINIBATCHES} optimiser steps by rllr, {real_steps:g} by TRL; float32; "
+        f"median of {args.repeats}.",
+        "",
+        "| | CPU s per iteration |",
+        "|---|---|",
+        f"| TRL 1.12.0 | {statistics.median(trl):.2f} |",
+        f"| rllr | {statistics.median(totals):.2f} ({phases}) |",
+        f"| times faster | {ratio:.2f} |",
+    ]
+    record = {"shape": args.shape, "workload": workload, "trl": trl, "trl_optimizer_steps": real_steps}
+    write_result("ppo_iteration", f"{args.shape}, {workload}", lines, record | {"ours": ours, "ratio": ratio})
 
 
 def main():
@@ -161,53 +233,10 @@ def main():
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
     args = parser.parse_args()
     set_up(args.threads)
-    for workload, cap, lengths in (
-        ("48 tokens each", 48, [48] * BATCH),
-        ("real EOS, at most 64", 64, draw_lengths(BATCH)),
-    ):
-        prompts = draw_prompts(BATCH, 8000)
-        if args.memory:
-            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-                peaks = {
-                    e: pool.apply(peak_mb, (e, args.shape, args.threads, prompts, cap, lengths))
-                    for e in ("TRL", "rllr")
-                }
-            lines = ["64 answers, 4 optimiser steps; peak of two iterations above the libraries, four models and two optimisers included.", "",
-                     "| | MB |", "|---|---|", *(f"| {engine} | {peak:.0f} |" for engine, peak in peaks.items()),
-                     f"| times less | {peaks['TRL'] / peaks['rllr']:.2f} |"]  # fmt: skip
-            write_result(
-                "ppo_iteration",
-                f"{args.shape}, {workload}, memory",
-                lines,
-                {"shape": args.shape, "workload": workload, "peaks_mb": peaks},
-            )
-            continue
-        trl, real_steps = trl_iterations(args.shape, prompts, cap, lengths, args.repeats)
-        run = our_iteration(args.shape, prompts, lengths)
-        run()
-        ours = [run() for _ in range(args.repeats)]
-        totals = [sum(seconds.values()) for seconds in ours]
-        ratio = statistics.median(trl) / statistics.median(totals)
-        phases = ", ".join(f"{name} {statistics.median(s[name] for s in ours):.2f}" for name in ours[0])
-        lines = [
-            f"64 answers, {sum(lengths)} tokens, {MINIBATCHES} optimiser steps on our side, {real_steps:g} on TRL's; float32; "
-            f"median of {args.repeats}.",
-            "",
-            "| | CPU s per iteration |",
-            "|---|---|",
-            f"| TRL 1.12.0 | {statistics.median(trl):.2f} |",
-            f"| rllr | {statistics.median(totals):.2f} ({phases}) |",
-            f"| times faster | {ratio:.2f} |",
-        ]
-        record = {
-            "shape": args.shape,
-            "workload": workload,
-            "trl": trl,
-            "trl_optimizer_steps": real_steps,
-            "ours": ours,
-            "ratio": ratio,
-        }
-        write_result("ppo_iteration", f"{args.shape}, {workload}", lines, record)
+    workloads = [("48 tokens each", 48, [48] * BATCH), ("real EOS, at most 64", 64, draw_lengths(BATCH))]
+    for workload, cap, lengths in workloads:
+        compare = compare_memory if args.memory else compare_time
+        compare(args, workload, cap, lengths)
 
 
 if __name__ == "__main__":

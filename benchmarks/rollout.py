@@ -1,10 +1,11 @@
-"""Rollouts against transformers' own engines: the same prompts, the same number of tokens per answer, the same precision.
+"""Rollouts of rllr against those of transformers, with the same prompts, answer lengths and precision.
 
     python benchmarks/rollout.py --shape S --prompts 256
     python benchmarks/rollout.py --shape M --prompts 64 --dtype bf16 --peers generate batching
 
-The answers' lengths are drawn once and forced on every engine (EOS forbidden before, certain at the end), so that all do
-identical work and only useful tokens count. Log-probabilities of ours are checked against a float32 full forward.
+The lengths of the answers are drawn once and forced on every engine (EOS is impossible before the end and certain
+there), so all engines do the same work and only useful tokens count. The log-probabilities of rllr are checked against
+a full forward in float32.
 """
 
 import argparse
@@ -32,7 +33,7 @@ SLOTS, CAP = 64, 64
 
 
 class ForceLengths(LogitsProcessor):
-    """EOS never before a row's length is reached, and surely then; finished rows may write what they like."""
+    """Forces EOS at the given length of each row. What finished rows write after it does not matter."""
 
     def __init__(self, lengths, prompt_width):
         self.lengths, self.prompt_width = torch.tensor(lengths), prompt_width
@@ -42,30 +43,29 @@ class ForceLengths(LogitsProcessor):
 
 
 def hf_generate(model, prompts, lengths, **settings):
-    """transformers' generate, 64 left-padded prompts at a time. Returns nothing but does all the work."""
+    """transformers' `generate` with 64 left-padded prompts at a time; discards the answers."""
+    sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "pad_token_id": 0, "eos_token_id": EOS}
     for start in range(0, len(prompts), SLOTS):
         batch = prompts[start : start + SLOTS]
         width = max(map(len, batch))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
-        model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=CAP, do_sample=True, top_k=0, top_p=1.0, pad_token_id=0,
-            eos_token_id=EOS, logits_processor=[ForceLengths(lengths[start : start + SLOTS], width)], **settings,
-        )  # fmt: skip
+        forced = [ForceLengths(lengths[start : start + SLOTS], width)]
+        inputs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": CAP, "logits_processor": forced}
+        model.generate(**inputs, **sampling, **settings)
 
 
 def hf_continuous_batching(model, prompts, lengths):
     """transformers' paged continuous batching; each request has its own number of tokens.
 
-    Its pages are sized for 64 requests of this length: with the defaults it reserves gigabytes and takes ten times as long.
+    Its pages suffice for 64 requests of the longest length. The defaults reserve gigabytes and take ten times as long.
     """
     from transformers import ContinuousBatchingConfig
 
     config = GenerationConfig(max_new_tokens=CAP, do_sample=True, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
     pages = SLOTS * -(-(max(map(len, prompts)) + CAP) // 32)
-    paging = ContinuousBatchingConfig(
-        page_size=32, num_blocks=pages, max_batch_tokens=1024, max_requests_per_batch=SLOTS
-    )
+    limits = {"max_batch_tokens": 1024, "max_requests_per_batch": SLOTS}
+    paging = ContinuousBatchingConfig(page_size=32, num_blocks=pages, **limits)
     manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=paging)
     manager.start()
     try:
@@ -81,7 +81,7 @@ def hf_continuous_batching(model, prompts, lengths):
 
 @torch.no_grad()
 def worst_logprob_error(model, rollout, rows=16):
-    """Against a float32 full forward of each row alone, with EOS forced as in the run."""
+    """Largest difference to a float32 forward of each row alone, with EOS forced as in the run."""
     worst, exact = 0.0, model.float() if next(model.parameters()).dtype != torch.float32 else model
     for row in range(min(rows, len(rollout.sequences))):
         start, length = int(rollout.prompt_lens[row]), int(rollout.response_lens[row])
@@ -89,8 +89,8 @@ def worst_logprob_error(model, rollout, rows=16):
         logits = exact(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float()
         logits[:, EOS] = -torch.inf
         expected = logits.log_softmax(-1).gather(-1, ids[0, start:].unsqueeze(-1)).squeeze(-1)[: length - 1]
-        worst = max(worst, float((rollout.rollout_logprobs[row, : length - 1] - expected).abs().max())
-                    if length > 1 else 0.0)  # fmt: skip
+        if length > 1:
+            worst = max(worst, float((rollout.rollout_logprobs[row, : length - 1] - expected).abs().max()))
     return worst
 
 
@@ -109,12 +109,12 @@ def main():
     engines = {"rllr": lambda: forced_rollout(model, prompts, lengths)}
     if len(prompts) > SLOTS:
         engines["rllr, 64 slots"] = lambda: forced_rollout(model, prompts, lengths, slots=SLOTS)
+    static = {"cache_implementation": "static", "disable_compile": True}
     peers = {
         "generate": ("transformers generate", lambda: hf_generate(model, prompts, lengths)),
-        "static": ("generate, static cache", lambda: hf_generate(
-            model, prompts, lengths, cache_implementation="static", disable_compile=True)),
+        "static": ("generate, static cache", lambda: hf_generate(model, prompts, lengths, **static)),
         "batching": ("continuous batching", lambda: hf_continuous_batching(model, prompts, lengths)),
-    }  # fmt: skip
+    }
     engines |= dict(peers[name] for name in args.peers)
     times = measure(engines, args.repeats)
     memory, rate = peak_memory_mb(), gemm_rate()
@@ -124,9 +124,10 @@ def main():
     body, head = body_and_head(model)
     flops = 2 * (sum(map(len, prompts)) * body + useful * (body + head))
     lines = [
-        f"{len(prompts)} prompts of 16 to 96 tokens, {useful} answer tokens ({useful / len(prompts):.1f} a row, at most {CAP}), "
-        f"{SLOTS} at a time in the peers, {args.dtype}; median of {args.repeats}, in turns. Worst log-probability error against a float32 "
-        f"full forward: {error:.1e}. Peak memory of the process: {memory:.0f} MB.",
+        f"{len(prompts)} prompts of 16 to 96 tokens, {useful} answer tokens ({useful / len(prompts):.1f} a row, at "
+        f"most {CAP}), {SLOTS} at a time in the peers, {args.dtype}; median of {args.repeats}, in turns. Worst "
+        f"log-probability error against a float32 full forward: {error:.1e}. Peak memory of the process: "
+        f"{memory:.0f} MB.",
         "",
         f"| engine | useful tokens/s (CPU) | CPU s | wall s | times {base} |",
         "|---|---|---|---|---|",
@@ -135,12 +136,21 @@ def main():
         cpu, wall = median(times[name]), median(times[name], 1)
         lines.append(f"| {name} | {useful / cpu:.0f} | {cpu:.2f} | {wall:.2f} | {ratio:.2f} |")
     if args.dtype == "fp32":
-        lines += ["", f"Ours reaches {100 * flops / median(times['rllr']) / 1e9 / rate:.0f} % of this machine's measured matrix "
-                      f"product rate ({rate:.0f} GFLOP/s), counting real tokens only."]  # fmt: skip
+        share = 100 * flops / median(times["rllr"]) / 1e9 / rate
+        note = f"rllr reaches {share:.0f} % of this machine's measured matrix product rate ({rate:.0f} GFLOP/s)"
+        lines += ["", f"{note}, counting real tokens only."]
     record = {
-        "shape": args.shape, "prompts": len(prompts), "dtype": args.dtype, "useful_tokens": useful, "times": times,
-        "ratios": ratios(times, base), "base": base, "logprob_error": error, "peak_memory_mb": memory, "gemm_gflops": rate,
-    }  # fmt: skip
+        "shape": args.shape,
+        "prompts": len(prompts),
+        "dtype": args.dtype,
+        "useful_tokens": useful,
+        "times": times,
+        "ratios": ratios(times, base),
+        "base": base,
+        "logprob_error": error,
+        "peak_memory_mb": memory,
+        "gemm_gflops": rate,
+    }
     write_result("rollout", f"{args.shape}, {len(prompts)} prompts, {args.dtype}", lines, record)
 
 

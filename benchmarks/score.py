@@ -1,9 +1,9 @@
-"""Scoring a rollout, no gradient: old and reference log-probabilities, values and rewards of 64 answers, four models.
+"""Scoring a rollout without gradient: old and reference log-probabilities, values and rewards of 64 answers.
 
     python benchmarks/score.py --shape S
 
-Ours against the plain way (TRL 1.12's): one padded batch, full logits, log-softmax of all of them, hidden states of every
-layer kept for the value head. Same weights, same sequences; the numbers must agree.
+rllr against the plain way of TRL 1.12: one padded batch, full logits, log-softmax of all of them, and the hidden states
+of every layer kept for the value head. Both use the same four models and sequences, and the numbers must agree.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SEQUENCES = 64
 
 @torch.no_grad()
 def plain(models, packed):
-    """(log-probabilities, reference's, values, scores): the responses' columns [B, T - 1] where they apply."""
+    """(log-probabilities, the reference's log-probabilities, values [B, T - 1], scores [B]) of padded rows."""
     policy, reference, value_model, reward_model = models
     sequences, prompt_lens, mask = packed
     lengths = prompt_lens + mask.sum(1)
@@ -46,6 +46,7 @@ def plain(models, packed):
 
 @torch.no_grad()
 def ours(models, packed, tokens_per_batch):
+    """The same numbers by rllr, the first three as [B, R]."""
     from rllr.layout import split_rows, trim
     from rllr.logprobs import token_logprobs, token_logprobs_and_entropy
 
@@ -96,8 +97,8 @@ def main():
     flops = 2 * (4 * real * body + 2 * sum(lengths) * head)
     rate = gemm_rate()
     lines = [
-        f"{SEQUENCES} sequences, {real} real of {packed[0].numel()} padded tokens, {sum(lengths)} of them answers, float32; "
-        f"median of {args.repeats}, in turns. Largest difference of any number: {error:.0e}.",
+        f"{SEQUENCES} sequences, {real} real of {packed[0].numel()} padded tokens, {sum(lengths)} of them answers, "
+        f"float32; median of {args.repeats}, in turns. Largest difference of any number: {error:.0e}.",
         "",
         f"| variant | CPU s | times faster | share of the matrix product rate ({rate:.0f} GFLOP/s), real tokens |",
         "|---|---|---|---|",

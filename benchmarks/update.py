@@ -1,9 +1,9 @@
-"""One optimiser step's forward and backward: ours against the plain way, padded batches with full logits.
+"""Forward and backward of one optimiser step: rllr against the plain way, padded batches with full logits.
 
     python benchmarks/update.py --shape S --sequences 16
 
-Same weights, same sequences (prompts of 16 to 96 tokens, answers of 1 to 64), float32; the gradient's norm must agree.
-Peak memory is taken in a process of its own per variant, net of what it holds before the step.
+Both use the same weights and sequences (prompts of 16 to 96 tokens, answers of 1 to 64) in float32; the norms of the
+gradients must agree. Peak memory is measured in a separate process per variant, minus the memory held before the step.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 import torch
 from common import draw_lengths, draw_prompts, make_model, measure, median, net_peak_mb, ratios, set_up, write_result
 
-BATCHES = 4  # steps per measurement, so that one lucky draw of lengths does not decide
+BATCHES = 4  # steps per measurement, so that the result does not depend on one draw of lengths
 
 
 def draw_batches(count, vocab):
@@ -29,7 +29,7 @@ def draw_batches(count, vocab):
 
 
 def plain_step(model, packed, rows):
-    """[B, T] with a padding mask, logits [B, T, V], log-softmax of all of them."""
+    """Padded rows [B, T] with a mask, logits [B, T, V] and log-softmax of all of them."""
     sequences, prompt_lens, mask = packed
     attention = (torch.arange(sequences.shape[1]) < (prompt_lens + mask.sum(1)).unsqueeze(1)).long()
     logits = model(input_ids=sequences, attention_mask=attention, use_cache=False).logits[:, :-1]
@@ -40,7 +40,7 @@ def plain_step(model, packed, rows):
 
 
 def our_step(model, packed, rows, pack_below=None, micro_batch=0, tokens=0):
-    """`token_logprobs`; micro-batches add up to the same gradient."""
+    """The step with `token_logprobs`; micro-batches add up to the same gradient."""
     import rllr.model.backbone
     from rllr.layout import split_rows, trim
     from rllr.logprobs import token_logprobs
@@ -68,13 +68,13 @@ VARIANTS = {
 
 
 def one(name, shape, count):
-    """Peak memory above the resting level, in MB, and the gradient's norm, of a single step in this fresh process."""
+    """{net peak memory in MB, norm of the gradient} of a single step in this new process."""
     model = make_model(shape).train()
     packed = max((batch[0] for batch in draw_batches(count, model.config.vocab_size)), key=lambda p: p[0].numel())
-    for parameter in model.parameters():  # gradients are there at every step but the first
+    for parameter in model.parameters():  # gradients exist in every step except the first
         parameter.grad = torch.zeros_like(parameter)
     small = draw_batches(2, model.config.vocab_size)[0][0]
-    VARIANTS[name](model, small, [0, 1])  # libraries' own buffers
+    VARIANTS[name](model, small, [0, 1])  # lets the libraries allocate their buffers
     for parameter in model.parameters():
         parameter.grad.zero_()
     peak = net_peak_mb(lambda: VARIANTS[name](model, packed, list(range(count))))
@@ -115,24 +115,18 @@ def main():
     real = sum(len(text) for _, prompts, answers in batches for text in prompts + answers)
     padded = sum(packed[0].numel() for packed, _, _ in batches)
     lines = [
-        f"{BATCHES} steps of {args.sequences} sequences, {real} real of {padded} padded tokens, float32; median of {args.repeats}, "
-        f"in turns. Gradient norms agree within {(max(norms) - min(norms)) / max(norms):.0e}.",
+        f"{BATCHES} steps of {args.sequences} sequences, {real} real of {padded} padded tokens, float32; median of "
+        f"{args.repeats}, in turns. Gradient norms agree within {(max(norms) - min(norms)) / max(norms):.0e}.",
         "",
         "| variant | CPU s | times faster | peak memory of the largest step, MB | times smaller |",
         "|---|---|---|---|---|",
     ]
     for name, ratio in ratios(times, base).items():
         peak = memory[name]["peak_mb"]
-        lines.append(
-            f"| {name} | {median(times[name]):.3f} | {ratio:.2f} | {peak:.0f} | {memory[base]['peak_mb'] / peak:.2f} |"
-        )
-    record = {
-        "shape": args.shape,
-        "sequences": args.sequences,
-        "times": times,
-        "ratios": ratios(times, base),
-        "memory": memory,
-    }
+        smaller = memory[base]["peak_mb"] / peak
+        lines.append(f"| {name} | {median(times[name]):.3f} | {ratio:.2f} | {peak:.0f} | {smaller:.2f} |")
+    record = {"shape": args.shape, "sequences": args.sequences, "times": times}
+    record |= {"ratios": ratios(times, base), "memory": memory}
     write_result("update", f"{args.shape}, {args.sequences} sequences", lines, record)
 
 

@@ -1,12 +1,12 @@
-"""Preference pairs: where a reward model learns to be sensitive to the label (RLLR) or to the rationale (RLHF).
+"""Preference pairs, from which a reward model becomes sensitive to the label (RLLR) or to the rationale (RLHF).
 
     label-sensitive       gold label + a rationale   beats   wrong label + a rationale        (section 3.2 of the paper)
     rationale-sensitive   gold label + a better one  beats   gold label + a worse one
 
-The paper writes each side its own best rationale. With rationales that name evidence, that teaches the reward model to
-measure how strong the words are, and PPO answers every text with the strongest words of the language. So by default nine
-label pairs in ten draw their rationales without regard to which label is right; then only the label can tell the sides
-apart, and the text must be read. docs/label-pairs.md has the figures.
+In the paper, each side of a label pair has its own best rationale. If rationales name evidence words, the reward model
+then learns to measure how strong these words are, and PPO answers every text with the strongest words. So, for evidence
+words, nine label pairs in ten draw their rationales without knowing which label is right. Then only the label, compared
+with the text, tells the sides apart. docs/label-pairs.md has the measurements.
 """
 
 import hashlib
@@ -18,15 +18,15 @@ from dataclasses import asdict, dataclass
 from .common.errors import InputError
 
 LABEL_PAIRS = ("independent", "paper", "drawn")
-DRAWN_SHARE = 0.5  # of the label pairs under "drawn": the wrong label's rationale is any; the rest are as in the paper
-INDEPENDENT_SHARE = 0.9  # of the label pairs under "independent"; the rest are as in the paper
-SAME_RATIONALE_SHARE = 0.5  # of the independent pairs: both sides rest on the same basis
-OTHER_TEXT_SHARE = 0.5  # of the worse rationales in rationale-sensitive pairs: taken from another text
+DRAWN_SHARE = 0.5  # with "drawn": label pairs with a random basis on the wrong side; the others are as in the paper
+INDEPENDENT_SHARE = 0.9  # with "independent": label pairs with random bases; the others are as in the paper
+SAME_RATIONALE_SHARE = 0.5  # independent pairs in which both sides have the same basis
+OTHER_TEXT_SHARE = 0.5  # rationale-sensitive pairs whose worse rationale is from another text
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference. `prompt` is the unrendered prompt (no chat template), the answers are text without an end token."""
+    """A preference pair. `prompt` is without chat template; the answers are texts without an end token."""
 
     prompt: str
     chosen: str
@@ -35,18 +35,19 @@ class Pair:
 
 
 def label_sensitive_pairs(examples, task, writer, *, rationales="independent", negatives="one", seed=0, log=print):
-    """Chosen: the gold label with a rationale; rejected: a wrong label with a rationale for it.
+    """Pairs. Chosen: the gold label with a rationale; rejected: a wrong label with a rationale for it.
 
-    writer: an `rllr.rationales.writers.RationaleWriter`. rationales: "independent" (the module's docstring), "paper" (each side
-    the writer's own rationale for its label) or "drawn" (half as in the paper, half with any rationale, also one of
-    another text, on the wrong label's side: a policy that has lost the text writes such). negatives: "one" wrong label,
-    uniform among them, or "all" of them. Kinds: label/paper, label/independent, label/drawn. A row's pairs depend on the
-    seed and the row alone. Identical sides are refused and counted. Raises InputError for a row without a label.
+    writer: an `rllr.rationales.writers.RationaleWriter`. rationales: "independent" (see above), "paper" (each side has
+    the writer's own rationale for its label) or "drawn" (half as in the paper; in the other half the wrong side has any
+    rationale, perhaps of another text, as a policy that ignores the text writes it). negatives: "one" wrong label,
+    chosen uniformly, or "all" of them. Kinds of pairs: label/paper, label/independent, label/drawn.
+
+    The pairs of a row depend only on the seed and the row. Pairs with identical sides are dropped and counted.
+    InputError for a row without a label.
     """
     if rationales not in LABEL_PAIRS or negatives not in ("one", "all"):
-        raise InputError(
-            f"--label_pairs {rationales!r}: choose {', '.join(LABEL_PAIRS)}; negatives {negatives!r}: one or all"
-        )
+        choices = f"choose {', '.join(LABEL_PAIRS)}; negatives {negatives!r}: one or all"
+        raise InputError(f"--label_pairs {rationales!r}: {choices}")
     pairs = []
     for example in examples:
         rng = random.Random(f"label/{seed}/{example.id}")
@@ -62,18 +63,18 @@ def label_sensitive_pairs(examples, task, writer, *, rationales="independent", n
             else:
                 kind = "label/paper"
                 chosen_basis, rejected_basis = writer.basis(example, example.label), writer.basis(example, label)
-            chosen = task.render_answer(example.label, writer.word(chosen_basis, example.label))
-            rejected = task.render_answer(label, writer.word(rejected_basis, label))
+            chosen = task.render_answer(example.label, writer.phrase(chosen_basis, example.label))
+            rejected = task.render_answer(label, writer.phrase(rejected_basis, label))
             pairs.append(Pair(task.render_prompt(example.text, example.text_b), chosen, rejected, kind))
     return _refuse_identical(pairs, log)
 
 
 def rationale_sensitive_pairs(examples, task, writer, *, seed=0, log=print):
-    """The gold label on both sides; chosen: the writer's rationale for it, rejected: a worse one.
+    """Pairs with the gold label on both sides. Chosen: the writer's rationale for it; rejected: a worse one.
 
-    Half of the worse ones come from another text (kind rationale/other_text), half rest on what speaks for a wrong label
-    of the same text (rationale/wrong_evidence), all worded for the gold label. Which other text it is depends on the rows
-    given and their order. Otherwise as `label_sensitive_pairs`.
+    The worse rationale has the basis of another text (half of the pairs, kind rationale/other_text) or the basis for a
+    wrong label (the other half, rationale/wrong_evidence), phrased for the gold label. The choice of the other text
+    depends on all rows and their order. Otherwise as `label_sensitive_pairs`.
     """
     if len(examples) < 2:
         raise InputError(f"rationale-sensitive pairs need at least two rows, got {len(examples)}")
@@ -88,7 +89,7 @@ def rationale_sensitive_pairs(examples, task, writer, *, seed=0, log=print):
                 other = examples[rng.randrange(len(examples))]
             worse, kind = writer.basis(other, _label(other)), "rationale/other_text"
         chosen, rejected = (
-            task.render_answer(example.label, writer.word(basis, example.label)) for basis in (better, worse)
+            task.render_answer(example.label, writer.phrase(basis, example.label)) for basis in (better, worse)
         )
         pairs.append(Pair(task.render_prompt(example.text, example.text_b), chosen, rejected, kind))
     return _refuse_identical(pairs, log)
@@ -101,7 +102,7 @@ def _label(example):
 
 
 def _refuse_identical(pairs, log):
-    """Identical sides teach nothing (loss log 2, no gradient) and hide how many pairs there really are."""
+    """Drop pairs with identical sides: they teach nothing (loss log 2, no gradient). InputError if none is left."""
     kept = [pair for pair in pairs if pair.chosen.strip() != pair.rejected.strip()]
     if len(kept) < len(pairs):
         first = next(pair for pair in pairs if pair.chosen.strip() == pair.rejected.strip())
@@ -119,10 +120,12 @@ def write_pairs(path, pairs):
 
 
 def split_by_prompt(pairs, share=0.1):
-    """(train, held out) pairs of a file: a share of the prompts, chosen by a hash, is held out with all its pairs."""
-    prompts = sorted(
-        {pair.prompt for pair in pairs}, key=lambda p: hashlib.sha256(p.encode("utf-8", "replace")).digest()
-    )
+    """(train, held out) pairs: a hash chooses a share of the prompts, and all pairs of these prompts are held out."""
+
+    def digest(prompt):
+        return hashlib.sha256(prompt.encode("utf-8", "replace")).digest()
+
+    prompts = sorted({pair.prompt for pair in pairs}, key=digest)
     if len(prompts) < 2:
         raise InputError(f"--pairs: {len(pairs)} pairs over {len(prompts)} prompt: give at least two, one to hold out")
     held = set(prompts[: max(1, round(share * len(prompts)))])

@@ -1,27 +1,34 @@
 """The mathematics of PPO as pure tensor functions: one equation, one function. Imports torch and nothing else.
 
-Shapes: B rows, R response positions. A mask is boolean, True on real response tokens (EOS included). Nothing outside the
-mask influences any result, value or gradient, not even a NaN: masked inputs are filled *before* exp, square and product.
-Every function keeps the floating dtype it is given (float64 in, float64 out).
+Shapes: B rows, R response positions. A mask is boolean, True on real response tokens (EOS included). Nothing outside
+the mask influences a result or a gradient, not even a NaN: masked inputs are filled *before* exp, square and product.
+Every function keeps the floating dtype of its input (float64 in, float64 out).
 """
 
 import torch
 
 __all__ = [
-    "masked_mean", "masked_whiten", "gae", "policy_loss", "value_loss", "kl_estimate", "FixedKL", "AdaptiveKL",
+    "masked_mean",
+    "masked_whiten",
+    "gae",
+    "policy_loss",
+    "value_loss",
+    "kl_estimate",
+    "FixedKL",
+    "AdaptiveKL",
     "explained_variance",
-]  # fmt: skip
+]
 
 
 def _fill(x, mask):
-    """x with zeros outside the mask; a NaN there gets no gradient either (multiplying by 0 would keep it)."""
+    """x with zeros outside the mask. Multiplying by 0 would keep a NaN, in the value and in the gradient."""
     return x.masked_fill(~mask, 0.0)
 
 
 def masked_mean(x, mask, dim=None):
     """Sum of x over the mask / number of True cells; 0 where the mask is empty.
 
-    x, mask: any one shape, [B, R] as a rule. dim None gives a scalar, else the mean along that dimension.
+    x, mask: the same shape, usually [B, R]. dim None gives a scalar, else the mean along that dimension.
     """
     total = _fill(x, mask).sum() if dim is None else _fill(x, mask).sum(dim)
     count = mask.sum() if dim is None else mask.sum(dim)
@@ -29,11 +36,11 @@ def masked_mean(x, mask, dim=None):
 
 
 def masked_whiten(x, mask, shift_mean=True, unbiased=True, eps=1e-8):
-    """(x - mean) * rsqrt(var + eps), mean and variance over the mask; 0 outside it.
+    """(x - mean) * rsqrt(var + eps), with mean and variance over the mask; 0 outside it.
 
-    shift_mean=False adds the mean back, so only the scale changes (for rewards: shifting those would change what a
-    longer answer is worth). unbiased divides the variance by n - 1, as TRL and verl do; OpenAI's code divides by n.
-    With 0 or 1 valid elements there is no spread to divide by, and the result is 0.
+    shift_mean=False adds the mean back, so only the scale changes. Use it for rewards: a shift would change the value
+    of a longer answer. unbiased=True divides by n - 1 in the variance, as TRL and verl do; OpenAI's code divides by n.
+    With 0 or 1 valid elements the variance is not defined, and the result is 0.
     """
     count = mask.sum()
     if count < 2:
@@ -50,9 +57,10 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95, bootstrap=None):
 
         delta_t = r_t + gamma * V_{t+1} - V_t          A_t = delta_t + gamma * lam * A_{t+1}          returns = A + V
 
-    rewards, values, mask: [B, R]; each row's mask is a run of True followed by False. bootstrap [B] is the value after the
-    last token: 0 (None) for an answer that ended, and here also for one cut by the length limit, as all public
-    implementations but one do. Returns (advantages, returns), both [B, R], 0 outside the mask, before any whitening.
+    rewards, values, mask: [B, R]; each row's mask is True up to some position and False after it. bootstrap [B]: the
+    value after the last token, None for 0. It is 0 for an answer that ended; we use 0 also for one that the length
+    limit cut, as all public implementations except one do. Returns (advantages, returns), both [B, R], 0 outside the
+    mask, not whitened.
     """
     rewards, values = _fill(rewards, mask), _fill(values, mask)
     advantages = torch.zeros_like(values)
@@ -62,7 +70,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95, bootstrap=None):
         valid = mask[:, t]
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * next_advantage
-        # On padding the carry stays what it was after the end, so the recursion starts afresh at the last real token.
+        # On padding, next_value and next_advantage do not change, so the recursion starts at the last real token.
         next_value = torch.where(valid, values[:, t], next_value)
         next_advantage = torch.where(valid, advantage, next_advantage)
         advantages[:, t] = torch.where(valid, advantage, 0.0)
@@ -72,10 +80,10 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95, bootstrap=None):
 def policy_loss(new_logprobs, logprobs, advantages, mask, clip=0.2, reduce=masked_mean):
     """Clipped surrogate, PPO (arXiv:1707.06347) eq. 7, as a loss: E[max(-A * rho, -A * clip(rho, 1 - eps, 1 + eps))].
 
-    rho = exp(new_logprobs - logprobs). All inputs [B, R]; token mean over the mask. `reduce(x, mask)` replaces that mean
-    where a minibatch is split into micro-batches, which must share one divisor. Returns (loss, stats), stats detached:
-    clipfrac (share of tokens whose clipped branch is strictly larger), approx_kl (mean of half the squared log-ratio),
-    ratio_mean, ratio_max.
+    rho = exp(new_logprobs - logprobs). All inputs are [B, R]; the loss is the mean over the tokens in the mask. When a
+    minibatch is split into micro-batches, these must share one divisor, and `reduce(x, mask)` replaces that mean.
+    Returns (loss, stats), stats without gradient: clipfrac (share of tokens whose clipped branch is strictly larger),
+    approx_kl (mean of half the squared log-ratio), ratio_mean, ratio_max.
     """
     log_ratio = _fill(new_logprobs - logprobs, mask)
     advantages = _fill(advantages, mask)
@@ -96,8 +104,9 @@ def policy_loss(new_logprobs, logprobs, advantages, mask, clip=0.2, reduce=maske
 def value_loss(new_values, values, returns, mask, clip=0.2, reduce=masked_mean):
     """Clipped value loss: half the mean of max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2).
 
-    new_values, values (frozen since the rollout), returns, mask: [B, R]. From PPO's reference code; not in the paper.
-    Returns (loss, stats), stats: clipfrac (share of tokens whose clipped branch is strictly larger).
+    new_values, values (computed once, after the rollout), returns, mask: [B, R]. This loss is in the authors' code of
+    PPO, not in the paper. Returns (loss, stats), stats: clipfrac (share of tokens whose clipped branch is strictly
+    larger).
     """
     new_values, values, returns = _fill(new_values, mask), _fill(values, mask), _fill(returns, mask)
     clipped_values = torch.clamp(new_values, values - clip, values + clip)
@@ -111,7 +120,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     """Per-token estimate of KL(policy || reference) at the sampled tokens (J. Schulman, "Approximating KL divergence").
 
     With x = ref_logprobs - logprobs:  k1 = -x (unbiased),  k2 = x^2 / 2 (low variance, biased),
-    k3 = exp(x) - 1 - x (unbiased, never negative; by expm1, since the plain form cancels near 0). Any shape.
+    k3 = exp(x) - 1 - x (unbiased, never negative; expm1 avoids the cancellation near 0). Any shape.
     """
     x = ref_logprobs - logprobs
     if kind == "k1":
@@ -124,7 +133,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
 
 class FixedKL:
-    """A KL coefficient beta that stays what it is."""
+    """A KL coefficient beta that never changes."""
 
     def __init__(self, value):
         self.value = value
@@ -136,8 +145,8 @@ class FixedKL:
 class AdaptiveKL:
     """Proportional controller for beta (Ziegler et al., arXiv:1909.08593, section 2.2).
 
-    target: wanted KL in nats per *sequence*; horizon: in sequences. A per-token target copied from elsewhere is off by
-    the answer's length.
+    target: the desired KL in nats per *sequence*; some other code gives it per token, which is smaller by the length of
+    the answer. horizon: in sequences.
     """
 
     def __init__(self, init, target, horizon):
@@ -150,7 +159,7 @@ class AdaptiveKL:
 
 
 def explained_variance(values, returns, mask):
-    """1 - Var(returns - values) / Var(returns) over the mask: 1 is a perfect critic, 0 one that knows the mean only."""
+    """1 - Var(returns - values) / Var(returns) over the mask: 1 for a perfect critic, 0 for a constant mean."""
     spread = masked_mean(_fill(returns - masked_mean(returns, mask), mask).square(), mask)
     error = _fill(returns - values, mask)
     unexplained = masked_mean(_fill(error - masked_mean(error, mask), mask).square(), mask)

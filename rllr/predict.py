@@ -16,7 +16,8 @@ from .answers import answer_rows
 from .common.config import flag, parse_config
 from .common.errors import InputError, command
 from .data.encoding import Encoder
-from .data.rows import Source, load_examples, parse_mapping_flag
+from .data.row_reader import parse_mapping_flag
+from .data.rows import Source, load_examples
 from .data.splits import FileConfig
 from .data.tables import Table
 from .model.loading import allow_remote_code, load_policy, load_tokenizer

@@ -1,7 +1,7 @@
 """The label-sensitive reward, its mixed form, and how a score becomes per-token rewards. Imports torch and our KL.
 
-This is the paper's idea (RLLR, Liao et al., ACL 2024, arXiv:2405.19763) in arithmetic on [B] tensors. What makes a score
-label-sensitive is the data its reward model was trained on: `rllr.pairs.label_sensitive_pairs`.
+This is the paper's idea (RLLR, Liao et al., ACL 2024, arXiv:2405.19763) as arithmetic on [B] tensors. A score is
+label-sensitive because of the data that trained its reward model: `rllr.pairs.label_sensitive_pairs`.
 """
 
 import torch
@@ -19,8 +19,8 @@ def label_sensitive_reward(label_scores, rationale_scores=None, threshold=None, 
         rationale  rationale_scores                                     classic RLHF, for comparison
         mixed      min(label_scores, threshold) + rationale_scores      RLLR-mixed (section 3.4 of the paper)
 
-    All [B] -> [B]. The threshold says "the label is right enough": above it only a better rationale still pays, below it
-    the label counts as well, so a fine rationale cannot buy a wrong label without limit.
+    All [B] -> [B]. A label score above the threshold counts as "the label is right": there, only a better rationale
+    increases the reward. Below the threshold the label counts as well, so a good rationale does not hide a wrong label.
 
     >>> right, wrong, good, bad = 2.0, -2.0, 0.5, -0.5
     >>> label = torch.tensor([right, right, wrong, wrong])
@@ -45,12 +45,12 @@ def _required(value, name, mode):
 
 
 def incomplete_answer_rule(scores, truncated, unlabelled, missing_eos_penalty, missing_label_penalty, cap=None):
-    """The score of an answer that the length limit cut, or that has no readable label: at most `cap`, then minus one penalty.
+    """Scores in which an answer without its end, or without a readable label, gets at most `cap` minus a penalty.
 
-    scores [B]; truncated, unlabelled [B] bool -> [B]. Where both hold the larger penalty is paid. A reward model never saw an
-    answer without its end or its label, so what it says of one is not to be trusted upwards: `cap` is the mean score of the SFT
-    policy's answers (0 when standardised). cap None: a reward that does not come from a reward model; it is not capped, and what
-    a missing label costs is its own affair.
+    scores [B]; truncated, unlabelled [B] bool -> [B]. If both are true, the larger penalty applies. A reward model
+    never saw an answer without an end or a label, so its high scores for such answers mean nothing: `cap` is the mean
+    score of the SFT policy's answers (0 if scores are standardised). cap None is for a reward that does not come from a
+    reward model: it is not capped, and it must itself take care of missing labels.
     """
     if cap is None:
         unlabelled = torch.zeros_like(unlabelled)
@@ -64,8 +64,8 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, kind="k1"):
 
         r_t = -beta * KL_t + [t = last] * score        (Ziegler et al., arXiv:1909.08593, eq. 2; KL by `kl_estimate`)
 
-    scores [B]; logprobs, ref_logprobs, mask [B, R] -> [B, R], 0 outside the mask. The last token is EOS or, where the
-    length limit cut the answer, the last token there is. A row without any token gets no reward.
+    scores [B]; logprobs, ref_logprobs, mask [B, R] -> [B, R], 0 outside the mask. The last token is EOS or, if the
+    length limit cut the answer, the last token before the limit. A row without tokens gets no reward.
     """
     logprobs, ref_logprobs = logprobs.masked_fill(~mask, 0.0), ref_logprobs.masked_fill(~mask, 0.0)
     rewards = -kl_coef * kl_estimate(logprobs, ref_logprobs, kind)
@@ -77,8 +77,8 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, kind="k1"):
 def pairwise_loss(chosen, rejected, margin=0.0, center_coef=0.0, reduction="mean"):
     """Bradley-Terry loss of preference pairs: mean of -log sigmoid(chosen - rejected - margin).
 
-    chosen, rejected [B] scores. center_coef adds center_coef * mean((chosen + rejected)^2), which settles the zero that
-    Bradley-Terry leaves free (arXiv:2312.09244). reduction "none" gives the [B] terms.
+    chosen, rejected [B] scores. center_coef adds center_coef * mean((chosen + rejected)^2): it fixes the zero point,
+    which Bradley-Terry leaves open (arXiv:2312.09244). reduction "none" gives the [B] terms.
     """
     losses = -F.logsigmoid(chosen - rejected - margin) + center_coef * (chosen + rejected).square()
     return losses.mean() if reduction == "mean" else losses

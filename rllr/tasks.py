@@ -1,11 +1,11 @@
-"""What a task is: its labels, its prompt, its answer format, its metric. The paper's eight tasks are data here.
+"""Tasks: labels, prompt, answer format and metric. The paper's eight tasks are data in this file.
 
-A task turns a labelled text into the two strings everything else works on:
+A task turns a labelled text into the two strings that everything else works on:
 
     prompt   "Sentence: a dull and overlong mess\\nNegative or positive? Reason, then label:"
     answer   "the words dull and overlong suggest negative\\nLabel: negative"
 
-and it reads an answer back: `parse_answer` is the only judge of what a generated text says.
+and it reads an answer back: only `parse_answer` decides which label a generated text gives.
 """
 
 import re
@@ -19,23 +19,23 @@ from .common.errors import InputError, brief
 from .common.texts import check_text, read_mapping
 
 LABEL_PREFIX = "Label:"
-ANSWER_FORMATS = ("rationale", "label")  # rationale then label line (default); label line alone (the paper's plain SFT)
-INSTRUCTIONS = {"rationale": "Reason, then label:", "label": "Label:"}  # fills {instruction}
+ANSWER_FORMATS = ("rationale", "label")  # rationale and label line (default); label line only (the paper's plain SFT)
+INSTRUCTIONS = {"rationale": "Reason, then label:", "label": "Label:"}  # replaces {instruction}
 METRICS = ("accuracy", "macro_f1", "pearson", "spearman")
 
 
 def same_word(word: str) -> str:
-    """A word in the form in which spellings are compared: without case, outer space and Unicode's ways to write one letter."""
+    """A word in the form in which words are compared: NFC, without case and without space around it."""
     return unicodedata.normalize("NFC", word).strip().casefold()
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row of data: a text (or pair), its label where it is known, and what rationales come with it.
+    """One row of data: a text (or pair), its label if it is known, and its rationales.
 
-    `rationale` is the one for the gold label; `rationales` maps labels, wrong ones too, to a rationale for each.
-    `score` is the float gold of an ordinal task (stsb's similarity). `place` says where the row stands (file:line), for
-    messages; rows that differ in nothing else are equal.
+    `rationale` is the one for the gold label; `rationales` maps labels, also wrong ones, to a rationale for each.
+    `score` is the gold number of an ordinal task (stsb's similarity). `place` is the row's file and line, for messages;
+    rows that differ only in their place are equal.
     """
 
     id: str
@@ -49,7 +49,7 @@ class Example:
 
     @property
     def name(self):
-        """What a message calls this row: its own id and its place; its place alone where the id is but a hash (`data.text_hash`)."""
+        """The name of this row in messages: its id and its place, or only its place if the id is a hash of its text."""
         if self.place and re.fullmatch(r"[0-9a-f]{16}(#[0-9]+)?", self.id):
             return self.place
         return f"{self.id} ({self.place})" if self.place else self.id
@@ -59,10 +59,10 @@ class Example:
 class Task:
     """One text-understanding task.
 
-    `prompt` holds `{text}`, for pair tasks `{text_b}`, and `{instruction}` where the wording that goes with the answer
-    format belongs ("Reason, then label:"). `metric` names the figure that chooses
-    epochs and checkpoints (higher is better); `metrics` the ones that are reported. An `ordinal` task has integer labels
-    that lie on a scale, so Pearson and Spearman apply; they compare with the float `score` of a row where it has one.
+    `prompt` contains `{text}`, for pair tasks also `{text_b}`, and `{instruction}` in the place of the instruction of
+    the answer format ("Reason, then label:"). `metric` names the metric that chooses epochs and checkpoints (higher is
+    better); `metrics` are the ones that are reported. An `ordinal` task has integer labels on a scale, so Pearson and
+    Spearman apply; they compare with the `score` of a row if it has one.
     """
 
     name: str
@@ -74,50 +74,42 @@ class Task:
     answer_format: str = "rationale"
 
     def __post_init__(self):
-        if (
-            not isinstance(self.name, str)
-            or not re.fullmatch(r"\w[\w .+-]{0,79}", self.name)
-            or self.name.endswith((" ", "."))
-        ):
-            raise InputError(  # it names directories: runs/<task>/...
-                f"task {self.name!r:.90}: field 'name' must be letters, digits, spaces, and . _ + - inside, at most 80 of them"
-            )
-        where = f"task {self.name!r}"
+        name = self.name if isinstance(self.name, str) else ""
+        if not re.fullmatch(r"\w[\w .+-]{0,79}", name) or name.endswith((" ", ".")):  # directories get this name
+            rule = "must be letters, digits, spaces, and . _ + - inside, at most 80 of them"
+            raise InputError(f"task {self.name!r:.90}: field 'name' {rule}")
+        where, given = f"task {self.name!r}", brief(list(self.labels))
         check_text("\n".join((self.prompt, *self.labels)), f"{where}: prompt or labels")
         labels = [label.strip() for label in self.labels]
-        object.__setattr__(self, "labels", tuple(labels))  # frozen: the stripped spelling is the one in use
+        object.__setattr__(self, "labels", tuple(labels))  # the dataclass is frozen
         if len(labels) < 2:
-            raise InputError(f"{where}: field 'labels' needs at least two labels, got {brief(list(self.labels))}")
+            raise InputError(f"{where}: field 'labels' needs at least two labels, got {given}")
         if any(not label or "\n" in label for label in labels):
-            raise InputError(f"{where}: field 'labels' has an empty or many-line label: {brief(list(self.labels))}")
+            raise InputError(f"{where}: field 'labels' has an empty label or one of several lines: {given}")
         if len({same_word(label) for label in labels}) < len(labels):
-            raise InputError(
-                f"{where}: field 'labels' has two labels that differ only in case or space: {brief(list(self.labels))}"
-            )
+            raise InputError(f"{where}: field 'labels' has two labels that differ only in case or space: {given}")
         if "{text}" not in self.prompt:
             raise InputError(f"{where}: field 'prompt' must contain {{text}} (and {{text_b}} for a pair task)")
         for name in (self.metric, *self.metrics):
             if name not in METRICS:
                 raise InputError(f"{where}: unknown metric {brief(name)}; choose from {', '.join(METRICS)}")
         if self.metric not in self.metrics:
-            raise InputError(
-                f"{where}: field 'metric' is {brief(self.metric)}, which is not among 'metrics' {brief(list(self.metrics))}"
-            )
+            problem = f"is {brief(self.metric)}, which is not among 'metrics' {brief(list(self.metrics))}"
+            raise InputError(f"{where}: field 'metric' {problem}")
         if self.ordinal or {"pearson", "spearman"} & set(self.metrics):
             for label in labels:
                 if not re.fullmatch(r"-?[0-9]+", label):
                     raise InputError(f"{where}: Pearson and Spearman need integer labels, got {brief(label)}")
         if self.answer_format not in ANSWER_FORMATS:
-            raise InputError(
-                f"{where}: answer_format {brief(self.answer_format)}; choose from {', '.join(ANSWER_FORMATS)}"
-            )
+            choices = f"choose from {', '.join(ANSWER_FORMATS)}"
+            raise InputError(f"{where}: answer_format {brief(self.answer_format)}; {choices}")
 
     @property
     def is_pair(self) -> bool:
         return "{text_b}" in self.prompt
 
     def render_prompt(self, text: str, text_b: str | None = None) -> str:
-        """The prompt of one text (or pair), before any chat template. Braces inside the texts are left alone."""
+        """The prompt of one text (or pair), without chat template. Braces inside the texts do not change."""
         values = {"{text}": text, "{text_b}": text_b or "", "{instruction}": INSTRUCTIONS[self.answer_format]}
         return re.sub(r"\{(text|text_b|instruction)\}", lambda match: values[match.group()], self.prompt)
 
@@ -126,14 +118,14 @@ class Task:
         return self.render_prompt(example.text, example.text_b)
 
     def render_answer(self, label: str, rationale: str | None = None) -> str:
-        """The answer with this label: rationale, newline, `Label: <label>`; the label line alone for format 'label'."""
+        """The answer with this label: rationale, newline, `Label: <label>`; only the label line for format 'label'."""
         line = f"{LABEL_PREFIX} {label}"
         if self.answer_format == "label" or not rationale:
             return line
         return f"{rationale}\n{line}"
 
     def canonical_label(self, text: str) -> str | None:
-        """The task's own spelling of a label given with other case, outer space or composition (NFC); None if it is none of them."""
+        """The task's spelling of a label; case, outer space and Unicode form may differ. None if it is no label."""
         wanted = same_word(text)
         return next((label for label in self.labels if same_word(label) == wanted), None)
 
@@ -142,10 +134,10 @@ class Task:
 
 
 def parse_answer(task: Task, text: str) -> str | None:
-    """The label an answer gives, or None: a *parse failure*, counted and wrong.
+    """The label that an answer gives, or None: a *parse failure*, which is counted and is a wrong answer.
 
     The last non-empty line must be exactly `Label: <label>` with one of the task's labels; case and outer space are
-    ignored. Nothing is guessed: a label inside a sentence, two labels on the line, or text after it is a failure.
+    ignored. We guess nothing: a label inside a sentence, two labels on the line, or text after the label is a failure.
     """
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines or not lines[-1].casefold().startswith(LABEL_PREFIX.casefold()):
@@ -154,7 +146,7 @@ def parse_answer(task: Task, text: str) -> str | None:
 
 
 def split_answer(task: Task, text: str) -> tuple[str, str | None]:
-    """An answer as (rationale, label); label None on a parse failure, with the whole text as the rationale."""
+    """(rationale, label) of an answer; (whole text, None) on a parse failure."""
     label = parse_answer(task, text)
     if label is None:
         return text.strip(), None
@@ -209,9 +201,9 @@ TASKS: dict[str, Task] = {
 
 
 def load_task(name_or_path: str, answer_format: str | None = None) -> Task:
-    """A built-in task by name, or the user's own from a YAML or JSON file with the fields of `Task`.
+    """A built-in task by name, or a user's task from a YAML or JSON file with the fields of `Task`.
 
-    Raises InputError for an unknown name, an unreadable file, an unknown or missing field, or a field of the wrong kind.
+    InputError for an unknown name, an unreadable file, an unknown or missing field, or a field of the wrong type.
     """
     path = Path(name_or_path)
     if name_or_path in TASKS:
@@ -219,17 +211,15 @@ def load_task(name_or_path: str, answer_format: str | None = None) -> Task:
     elif path.suffix.lower() in (".yaml", ".yml", ".json"):
         task = _task_from_file(path)
     else:
-        raise InputError(
-            f"--task {name_or_path!r} is not a built-in task ({', '.join(TASKS)}) nor a .yaml or .json task file"
-        )
+        known = ", ".join(TASKS)
+        raise InputError(f"--task {name_or_path!r} is neither a built-in task ({known}) nor a .yaml or .json task file")
     return replace(task, answer_format=answer_format) if answer_format else task
 
 
 def _refuse_reread_words(path: Path, labels: list):
-    """InputError for a label that YAML takes for another number than is written: 010 is octal, 1_000 a thousand."""
-    document = yaml.compose(
-        path.read_text(encoding="utf-8-sig"), yaml.SafeLoader
-    )  # every scalar with the text it is written as
+    """InputError for a label that YAML reads as a number with another spelling: 010 is octal, 1_000 a thousand."""
+    # The nodes of the document have every scalar as it is written.
+    document = yaml.compose(path.read_text(encoding="utf-8-sig"), yaml.SafeLoader)
     written = next(node for key, node in document.value if key.value == "labels").value
     for value, word in zip(labels, (node.value for node in written)):
         if type(value) in (int, float) and str(value) != word:
@@ -237,6 +227,7 @@ def _refuse_reread_words(path: Path, labels: list):
 
 
 def _task_from_file(path: Path) -> Task:
+    """A user's task. Checks the types of the fields; `Task` itself checks their values."""
     mapping = read_mapping(path)
     mapping.setdefault("name", path.stem)
     known = {f.name for f in fields(Task)}
@@ -250,12 +241,10 @@ def _task_from_file(path: Path) -> Task:
         _refuse_reread_words(path, mapping["labels"])
     for key in ("labels", "metrics"):
         if key in mapping:
-            if not isinstance(mapping[key], list) or any(
-                isinstance(v, (list, dict, bool, type(None))) for v in mapping[key]
-            ):
-                raise InputError(
-                    f"{path}: field {brief(key)} must be a list of words (quote yes, no, on and off in YAML)"
-                )
+            no_words = (list, dict, bool, type(None))
+            if not isinstance(mapping[key], list) or any(isinstance(value, no_words) for value in mapping[key]):
+                rule = "must be a list of words (quote yes, no, on and off in YAML)"
+                raise InputError(f"{path}: field {brief(key)} {rule}")
             mapping[key] = tuple(str(value) for value in mapping[key])
     for key in ("name", "prompt", "metric", "answer_format"):
         if key in mapping and not isinstance(mapping[key], str):

@@ -66,7 +66,7 @@ def test_trimming_outer_space_is_no_loss():
 ])  # fmt: skip
 def test_a_template_that_fails_is_one_sentence(text, reason):
     with pytest.raises(
-        InputError, match="its chat template fails on a user's message: .*; mend chat_template in the"
+        InputError, match="its chat template fails on a user's message: .*; correct chat_template in the"
     ) as error:
         template_of(text)
     assert reason in str(error.value)

@@ -13,15 +13,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from rllr.common.errors import InputError
-from rllr.data.rows import (
-    Source,
-    load_examples,
-    load_hub_examples,
-    load_pairs,
-    parse_mapping_flag,
-    select_labelled,
-    split_holdout,
-)
+from rllr.data.row_reader import parse_mapping_flag
+from rllr.data.rows import Source, load_examples, load_hub_examples, load_pairs, select_labelled, split_holdout
 from rllr.tasks import TASKS, Example
 
 SST2, STSB, MRPC, AGNEWS = TASKS["sst2"], TASKS["stsb"], TASKS["mrpc"], TASKS["agnews"]

@@ -70,12 +70,12 @@ class Replay:
 
     def replay(self):
         decoder, self.graphs.replays = self.graphs.decoder, self.graphs.replays + 1
-        kept = decoder.owners, decoder.reach
-        decoder.owners = decoder.reach = None
+        kept = decoder.owners, decoder.host_positions
+        decoder.owners = decoder.host_positions = None
         try:
             decoder._step(*self.shape)
         finally:
-            decoder.owners, decoder.reach = kept
+            decoder.owners, decoder.host_positions = kept
 
 
 @pytest.fixture

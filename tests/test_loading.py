@@ -119,7 +119,7 @@ def test_gguf_alone(saved):
     (saved / "model.safetensors").rename(saved / "model.Q4_K_M.gguf")
     message = why(load_policy, saved)
     assert (
-        message.startswith(f"{saved}: holds GGUF weights only; make a plain directory of them with transformers: ")
+        message.startswith(f"{saved}: holds GGUF weights only; convert them with transformers: ")
         and "gguf_file=FILE" in message
     )
     (saved / "config.json").unlink()
@@ -170,7 +170,7 @@ def test_a_name_that_is_no_directory_without_a_hub(monkeypatch):
         message = why(load, "organisation/no-such-model")
         assert (
             message.startswith("organisation/no-such-model: ")
-            and "it is no directory here, and no model hub can be reached" in message
+            and "there is no such directory, and no model hub can be reached" in message
         )
 
 

@@ -236,7 +236,7 @@ def test_a_copy_has_its_own_adapters():
 def test_unknown_targets_list_the_names():
     names = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     with pytest.raises(InputError, match=f"--lora_targets query,self_attn: no such linear module; there are {names}"):
-        add_adapter(tiny_model("llama"), "a", 2, 4, ["q_proj", "query", "self_attn"])
+        add_adapter(tiny_model("llama"), "a", 2, 4, targets=["q_proj", "query", "self_attn"])
     model = tiny_model("llama")
     for module in ("q_proj", "v_proj"):
         for layer in model.model.layers:
@@ -307,7 +307,7 @@ def test_we_load_pefts(family, tmp_path):
 
 def test_some_layers_only_go_through_peft(tmp_path):
     model = tiny_model("llama")
-    add_adapter(model, "a", 2, 4, ["layers.1.self_attn.q_proj", "layers.0.mlp.up_proj"])
+    add_adapter(model, "a", 2, 4, targets=["layers.1.self_attn.q_proj", "layers.0.mlp.up_proj"])
     with torch.no_grad():
         for _, pair in get_adapter(model, "a").items():
             pair.B.fill_(0.1)
@@ -669,7 +669,7 @@ def test_a_changed_base_is_refused(toy, rm, tmp_path, capsys):
     record["base"]["path"] = "../gone"
     (tmp_path / "rm" / "rllr.json").write_text(json.dumps(record))
     with pytest.raises(
-        InputError, match="base_model_name_or_path: .*gone: no such model directory; has it moved.*--base DIR"
+        InputError, match="base_model_name_or_path: .*gone: no such model directory; if the base has moved.*--base DIR"
     ):
         RewardModel.from_pretrained(tmp_path / "rm")
     assert fingerprint(RewardModel.from_pretrained(tmp_path / "rm", base=toy.sft)) == fingerprint(

@@ -32,7 +32,7 @@ class Scripted(RationaleWriter):
     def draw(self, example, rng):
         return f"drawn {rng.random()}"
 
-    def word(self, basis, label):
+    def phrase(self, basis, label):
         return f"{basis} for {label}"
 
 

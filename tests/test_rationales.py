@@ -13,7 +13,7 @@ from families import tiny_model
 
 import rllr.rationales.model_writer
 from rllr.common.errors import InputError
-from rllr.data.demo import quote_of, word_rationale
+from rllr.data.demo import phrase_rationale, quote_of
 from rllr.data.encoding import Encoder
 from rllr.rationales.__main__ import main
 from rllr.rationales.factory import default_label_pairs, default_writer, make_writer
@@ -174,7 +174,7 @@ def test_evidence_of_a_pair_by_hand():
     ],
 )
 def test_wording(writer, kind, words, text):
-    assert writer.word((kind, words), "X") == text
+    assert writer.phrase((kind, words), "X") == text
 
 
 def test_words_with_apostrophes_and_hyphens():
@@ -200,7 +200,7 @@ def given_rows():
 
 
 def demo_rows():
-    return [replace(r, rationales={w: word_rationale(t, w) for w, t in r.rationales.items()}) for r in given_rows()]
+    return [replace(r, rationales={w: phrase_rationale(t, w) for w, t in r.rationales.items()}) for r in given_rows()]
 
 
 WRITERS = {
@@ -231,7 +231,7 @@ def test_drawn_bases_speak_for_either_label_alike(name):
     rows += [Example("3", "fine good", label=POS), Example("4", "poor bad", label=NEG)]
     if name != "evidence":
         rows = [replace(r, rationales={w: f"{w} {r.text}" for w in (POS, NEG)}) for r in rows]
-        rows = [replace(r, rationales={w: word_rationale(t, w) for w, t in r.rationales.items()}) for r in rows]
+        rows = [replace(r, rationales={w: phrase_rationale(t, w) for w, t in r.rationales.items()}) for r in rows]
     writer = {"evidence": EvidenceWriter, "given": GivenWriter, "demo": DemoWriter}[name](rows, SST2)
     counts = []
     for row in rows[:2]:  # two rows of which one is the other's mirror image
@@ -289,13 +289,13 @@ def test_a_row_without_a_rationale_is_named():
 def test_demo_rationales_round_trip():
     quotes = ["that the battery dies quickly", "a screen, which is dim", "which is positive, which is negative"]
     for quote in quotes:
-        assert quote_of(word_rationale(quote, POS)) == quote
-    rationales = {NEG: word_rationale(quotes[0], NEG), POS: word_rationale("x y", POS)}
+        assert quote_of(phrase_rationale(quote, POS)) == quote
+    rationales = {NEG: phrase_rationale(quotes[0], NEG), POS: phrase_rationale("x y", POS)}
     row = Example("a", "t", label=NEG, rationales=rationales)
     writer = DemoWriter([row], TASKS["demo"])
     assert writer.basis(row, NEG) == quotes[0] and writer.basis(row, POS) == "x y"
     assert {label: writer.write(row, label) for label in (POS, NEG)} == row.rationales
-    assert writer.word("x y", NEG) == "what decides is x y, which is negative"
+    assert writer.phrase("x y", NEG) == "what decides is x y, which is negative"
 
 
 # ---- a language model

@@ -156,7 +156,7 @@ def test_unless_the_task_has_such_a_label(tmp_path):
 
 def test_a_word_may_be_mapped_to_nothing(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "dull", "label": "?"}, {"text": "great", "label": "positive"}])
-    assert "nothing behind the =: no label" in error(read, path)
+    assert "nothing after the =: no label" in error(read, path)
     assert texts_and_labels(path, labels="optional", label_map="?=") == [("dull", None), ("great", "positive")]
 
 

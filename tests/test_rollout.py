@@ -330,7 +330,7 @@ def fake(**config):
 
 @pytest.mark.parametrize("kinds", [["full_attention", "linear_attention"], ["mamba"]])
 def test_recurrent_layers_are_refused(kinds):
-    with pytest.raises(ValueError, match="layers that keep keys and values alone"):
+    with pytest.raises(ValueError, match="layers that store only keys and values"):
         check_cache_support(fake(layer_types=kinds), 4)
 
 

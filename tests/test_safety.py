@@ -131,7 +131,7 @@ def test_a_models_own_code_does_not_run(toy, model_with_code, capsys):
     for load in (load_policy, RewardModel.from_pretrained, lambda path: model.load_backbone(path)):
         with pytest.raises(InputError):
             load(directory)
-    with pytest.raises(InputError, match="brings Python code of its own, which runs with --trust_remote_code only"):
+    with pytest.raises(InputError, match="contains Python code, which runs with --trust_remote_code only"):
         load_policy(directory)
     assert not mark.exists()
     with pytest.raises(SystemExit):

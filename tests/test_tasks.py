@@ -189,7 +189,7 @@ def test_a_missing_field(tmp_path, field):
         ({"labels": ["cat"]}, "at least two labels"),
         ({"labels": []}, "at least two labels"),
         ({"labels": ["cat", " "]}, "empty"),
-        ({"labels": ["cat", "a\nb"]}, "many-line"),
+        ({"labels": ["cat", "a\nb"]}, "one of several lines"),
         ({"labels": "cat, dog"}, "'labels' must be a list"),
         ({"labels": ["cat", None]}, "'labels' must be a list of words"),
         ({"labels": [True, False]}, "quote yes, no"),

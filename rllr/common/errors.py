@@ -1,10 +1,10 @@
-"""The errors a person is meant to read, and how a script ends on them.
+"""The errors that users read, and the exit codes of the scripts.
 
 exit code   0    done
-            1    the run cannot go on (RunError); what was good is saved
+            1    the run cannot continue (RunError); the good results so far are saved
             2    bad input (InputError); nothing was written
-            75   stopped by Ctrl-C or SIGTERM, state saved: the same command with --resume goes on
-            130  stopped at once by Ctrl-C, a second one or before training began (143: by SIGTERM)
+            75   stopped by Ctrl-C or SIGTERM, state saved: the same command with --resume continues
+            130  stopped at once by a second Ctrl-C, or by one before training began (143: by SIGTERM)
 """
 
 import functools
@@ -15,19 +15,19 @@ import torch
 
 
 class InputError(ValueError):
-    """Bad input. The message names the file, line, field or flag at fault and what to do about it. Exit code 2."""
+    """Bad input. The message names the file, line, field or flag that is wrong, and how to correct it. Exit code 2."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on (a loss that is not finite, a broken invariant). What was good is saved. Exit code 1."""
+    """The run cannot continue (a loss that is not finite, a broken invariant). Good results are saved. Exit code 1."""
 
 
 class Stopped(Exception):
-    """A run that was asked to stop, and has saved its state. Exit code 75 (sysexits.h: try again later)."""
+    """The run was asked to stop and has saved its state. Exit code 75 (EX_TEMPFAIL in sysexits.h: try again later)."""
 
 
 def command(main):
-    """Decorator for a script's `main`: the errors above become one line on stderr and an exit code, not a traceback."""
+    """Decorator for a script's `main`: turns the errors above into one line on stderr and an exit code."""
 
     @functools.wraps(main)
     def run(*args, **kwargs):
@@ -37,7 +37,7 @@ def command(main):
         except (InputError, RunError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2 if isinstance(error, InputError) else 1)
-        except OSError as error:  # what no other place has made a sentence of
+        except OSError as error:  # an error that no other code has explained
             print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
             sys.exit(1)
         except Stopped as stopped:
@@ -51,7 +51,7 @@ def command(main):
 
 
 def any_console():
-    """From now on a character that the console's encoding lacks is written as an escape: no run may die of printing a text."""
+    """From now on, print characters that the console's encoding lacks as escapes: printing must not end a run."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -63,20 +63,19 @@ _brief.maxlevel = 2
 
 
 def brief(value) -> str:
-    """A value as a message can show it: 60 characters, however long it is or deep (a small YAML file can hold a vast one)."""
+    """A value for a message: at most 60 characters. (A small YAML file can hold a huge value.)"""
     text = _brief.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def brief_list(values, shown=20) -> str:
-    """Names in a message: the first twenty."""
+    """Names for a message: the first `shown` of them."""
     values = list(values)
-    return ", ".join(brief(value) for value in values[:shown]) + (
-        f", ... ({len(values)} in all)" if len(values) > shown else ""
-    )
+    rest = f", ... ({len(values)} in all)" if len(values) > shown else ""
+    return ", ".join(brief(value) for value in values[:shown]) + rest
 
 
 def out_of_memory(error):
-    """Whether an exception says so: on a CPU torch raises a plain RuntimeError."""
+    """Whether an exception means that memory ran out. On a CPU, torch raises a plain RuntimeError."""
     on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or on_cpu

@@ -1,7 +1,7 @@
-"""Files that are whole or not there: what a killed run or a full disk leaves behind is the old file or the new one.
+"""Write files completely or not at all: after a kill or with a full disk, there is the old file or the new one.
 
-Everything is written under a temporary name, forced to the disk, and then renamed. The formats are JSON and safetensors:
-nothing this project reads can make code run.
+Every file is written under a temporary name, forced to the disk, and then renamed. The formats are JSON and
+safetensors: reading them cannot run code.
 """
 
 import hashlib
@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from .errors import InputError, RunError
 
-PART = ".part"  # ends the name of what is being written
-RECORD = "rllr.json"  # beside every model we save: which stage made it, from what, on which rows
-PROBE = ".writable"  # made and removed to see whether a directory can be written to
-ROWS = "rows.json"  # beside a policy: hashes of the texts that trained and evaluated it
-METRICS, RUN = "metrics.jsonl", "run.json"  # of a run's directory: a line per step; its settings and what it reads
+PART = ".part"  # the end of a temporary name
+RECORD = "rllr.json"  # in the directory of every saved model: which stage made it, from which inputs, on which rows
+PROBE = ".writable"  # created and removed to test whether a directory is writable
+ROWS = "rows.json"  # in a policy's directory: hashes of the texts that trained and evaluated it
+METRICS, RUN = "metrics.jsonl", "run.json"  # in a run's directory: a line per step; its settings and inputs
 
 
 def write_json(path, value):
-    """A JSON file, whole or not at all."""
+    """Write a JSON file completely or not at all."""
     path = Path(path)
     content = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
     with _replacing(path) as temporary:
@@ -32,7 +32,7 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """What a JSON file holds. InputError where it is not there or not JSON."""
+    """The content of a JSON file. InputError if there is no such file or it is not JSON."""
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -45,13 +45,14 @@ def read_json(path):
 
 
 def write_safetensors(state, path):
-    """Tensors to one safetensors file, whole or not at all."""
+    """Write {name: tensor} to a safetensors file completely or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with _replacing(Path(path)) as temporary:
-        save_file({n: tensor.detach().cpu().contiguous() for n, tensor in state.items()}, temporary, {"format": "pt"})
+        save_file(tensors, temporary, {"format": "pt"})
 
 
 def read_safetensors(path):
-    """{name: tensor} of a safetensors file. InputError where it is not there or not whole."""
+    """{name: tensor} of a safetensors file. InputError if there is no such file or it is incomplete."""
     try:
         return load_file(path)
     except FileNotFoundError:
@@ -62,7 +63,7 @@ def read_safetensors(path):
 
 @contextmanager
 def _replacing(path):
-    """A temporary path that takes the place of `path` when the block ends without an exception."""
+    """A temporary path, renamed to `path` when the block ends without an exception."""
     temporary = path.with_name(path.name + PART)
     try:
         yield temporary
@@ -76,10 +77,10 @@ def _replacing(path):
 
 @contextmanager
 def saving_into(directory):
-    """A temporary directory whose files move into `directory`, over those of the same name, when the block ends.
+    """A temporary directory. When the block ends, its files move into `directory` and replace those of the same name.
 
-    All of them are whole and on the disk before the first one moves; the record moves last, so that a record never speaks
-    of weights that are not there yet. An exception leaves `directory` as it was.
+    All files are complete and on the disk before the first one moves. The record moves last, so that it never describes
+    weights that are not there yet. An exception leaves `directory` as it was.
     """
     directory = Path(directory)
     temporary = directory / PART
@@ -101,7 +102,7 @@ def saving_into(directory):
 
 @contextmanager
 def new_directory(path):
-    """A temporary directory that becomes `path`, whole, when the block ends; in the place of one that is there already."""
+    """A temporary directory. When the block ends, it is renamed to `path` and replaces an existing directory."""
     path = Path(path)
     temporary, old = (path.with_name(f".{path.name}{end}") for end in (PART, ".old"))
     for leftover in (temporary, *([old] if path.exists() else ())):
@@ -117,14 +118,14 @@ def new_directory(path):
         force_to_disk(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if path.exists():  # else the old one is the only one there is
+        if path.exists():  # if not, the old directory is the only one left
             shutil.rmtree(old, ignore_errors=True)
 
 
 def force_to_disk(path):
-    """Wait until a file's content, or a directory's list of names, is on the disk: a rename alone is not a promise."""
+    """Wait until a file's content, or a directory's list of names, is on the disk. A rename does not wait for that."""
     if os.name != "posix" and Path(path).is_dir():
-        return  # only POSIX lets a directory be opened
+        return  # only POSIX can open a directory
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -133,7 +134,7 @@ def force_to_disk(path):
 
 
 def is_lfs_pointer(path_or_content):
-    """Whether a file (a path, or its content) is what git-lfs leaves in the place of one that was not fetched."""
+    """Whether a file (a path, or its content) is a pointer that git-lfs puts in place of a file it has not fetched."""
     start = b"version https://git-lfs.github.com/spec/"
     if isinstance(path_or_content, bytes):
         return path_or_content.startswith(start)
@@ -152,25 +153,27 @@ def sha256_of(path):
 
 @contextmanager
 def disk_faults(what, kept=""):
-    """What the disk refuses (full, gone, read-only) becomes a RunError that says what is safe."""
+    """Turn errors of the disk (full, gone, read-only) into a RunError. what: is being written; kept: what is safe."""
     try:
         yield
     except Exception as error:
-        # safetensors and tokenizers have errors of their own for what the system said
+        # safetensors and tokenizers wrap the system's error in errors of their own
         if not isinstance(error, (OSError, SafetensorError)) and "os error" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
-        raise RunError(
-            f"{what} cannot be written: {reason}. Make room and go on with --resume. {kept}".strip()
-        ) from None
+        message = f"{what} cannot be written: {reason}. Make room and go on with --resume. {kept}"
+        raise RunError(message.strip()) from None
 
 
-# ---- paths in records -----------------------------------------------------------------------------------------------------
+# ---- paths in records ------------------------------------------------------------------------------------------------
 
 
 def path_for_record(value, directory):
-    """How a record in `directory` names a path: from there, beginning with ./ or ../, so that both may be moved together and a later
-    stage may run anywhere. What is absolute, or no path here (a hub name), stays as it is."""
+    """A path as a record in `directory` names it: relative to that directory, with ./ or ../ at its beginning.
+
+    So both can be moved together, and a later stage can run anywhere. An absolute path, or a name that is no existing
+    path (a hub name), stays as it is.
+    """
     if not value or Path(value).is_absolute() or not Path(value).exists():
         return value
     try:
@@ -181,7 +184,7 @@ def path_for_record(value, directory):
 
 
 def path_from_record(value, directory):
-    """The path, from here, that `path_for_record` wrote."""
+    """The path, relative to the working directory, that `path_for_record` wrote into a record in `directory`."""
     if not isinstance(value, str) or not value.startswith(("./", "../")):
         return value
     return os.path.normpath(Path(directory) / value)
@@ -191,16 +194,16 @@ def path_from_record(value, directory):
 
 
 def is_empty(path):
-    """Whether a directory is not there, or holds nothing but what a run leaves that was killed while it opened it."""
+    """Whether a directory does not exist, or holds only what is left by a run that was killed while it opened it."""
     path = Path(path)
     return not path.is_dir() or all(inside.name == PROBE or inside.name.endswith(PART) for inside in path.iterdir())
 
 
 def check_run_directory(path, overwrite, inputs=()):
-    """The path of a run's output directory, once it is seen to be free; nothing is touched yet.
+    """The path of a run's output directory, after a check that the run may use it. Changes nothing.
 
-    InputError where it already holds something, unless `overwrite`. --overwrite replaces a directory only if a run of
-    ours made it, and never one that holds an input of this run (`inputs`: the paths it reads from).
+    InputError if the directory already holds something, unless `overwrite`. --overwrite replaces a directory only if a
+    run of ours made it, and never one that holds an input of this run (`inputs`: the paths that it reads).
     """
     path = Path(path)
     try:
@@ -208,30 +211,32 @@ def check_run_directory(path, overwrite, inputs=()):
             raise InputError(f"--output_dir {path}: is a file")
         ancestor = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
-            raise InputError(
-                f"--output_dir {path}: cannot be written: {ancestor} is no directory that you may write to"
-            )
+            problem = f"cannot be written: {ancestor} is no directory that you may write to"
+            raise InputError(f"--output_dir {path}: {problem}")
         if not is_empty(path):
-            ours = any((path / name).is_file() for name in (RECORD, METRICS, RUN))
-            if not overwrite:
-                raise InputError(
-                    f"--output_dir {path}: already holds "
-                    + ("a run; give another, --resume or --overwrite" if ours else "files; give another or --overwrite")
-                )
-            if not ours:
-                raise InputError(f"--output_dir {path}: holds files that no run of rllr wrote; not overwriting them")
-            for name in filter(None, inputs):
-                if Path(name).exists() and Path(name).resolve().is_relative_to(path.resolve()):
-                    raise InputError(
-                        f"--output_dir {path}: --overwrite would delete {name}, which this run reads; give another"
-                    )
+            _check_overwriting(path, overwrite, inputs)
     except OSError as error:
         raise InputError(f"--output_dir {path}: cannot be read: {error.strerror or error}") from None
     return path
 
 
+def _check_overwriting(path, overwrite, inputs):
+    """InputError if `check_run_directory` does not allow a run to replace this directory, which is not empty."""
+    ours = any((path / name).is_file() for name in (RECORD, METRICS, RUN))
+    if not overwrite:
+        held = "a run; give another, --resume or --overwrite" if ours else "files; give another or --overwrite"
+        raise InputError(f"--output_dir {path}: already holds {held}")
+    if not ours:
+        raise InputError(f"--output_dir {path}: holds files that no run of rllr wrote; not overwriting them")
+    for name in filter(None, inputs):
+        if Path(name).exists() and Path(name).resolve().is_relative_to(path.resolve()):
+            raise InputError(
+                f"--output_dir {path}: --overwrite would delete {name}, which this run reads; give another"
+            )
+
+
 def open_run_directory(path, overwrite, inputs=()):
-    """Make a run's output directory, empty. InputErrors as `check_run_directory`, and where it cannot be written."""
+    """Create a run's output directory, empty. InputErrors of `check_run_directory`, and if it cannot be written."""
     path = check_run_directory(path, overwrite, inputs)
     try:
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""Texts from files and flags: what no file system takes, and YAML or JSON mappings."""
+"""Texts from files and flags: a check for characters that cannot be used, and YAML or JSON mappings."""
 
 import json
 import re
@@ -10,14 +10,17 @@ from .errors import InputError, brief
 
 
 def check_text(text: str, where: str) -> str:
-    """The text itself. InputError for NUL and half characters, which no tokenizer takes (a JSON escape can be one)."""
+    """The text itself. InputError for NUL and for half of a character, which a JSON escape can spell.
+
+    File systems do not allow NUL, and tokenizers do not allow half a character.
+    """
     if "\0" in text or re.search(r"[\ud800-\udfff]", text):
         raise InputError(f"{where}: holds a NUL character or a lone surrogate; remove it (got {brief(text)})")
     return text
 
 
 def read_mapping(path: Path) -> dict:
-    """A YAML or JSON file that holds one mapping. Raises InputError with file, line and fix."""
+    """The mapping in a YAML or JSON file. InputError with the file, the line and what to change."""
     try:
         content = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

@@ -17,7 +17,8 @@ from ..common.errors import InputError, brief
 from ..common.files import RECORD, ROWS, path_from_record, read_json
 from ..model.records import PATHS, read_record, resolve_task
 from ..tasks import Task, load_task
-from .rows import NoSuchSplit, Source, load_examples, parse_mapping_flag, select_labelled, split_holdout, text_hash
+from .row_reader import parse_mapping_flag, text_hash
+from .rows import NoSuchSplit, Source, load_examples, select_labelled, split_holdout
 
 EVAL_SHARE = 0.1  # of the rows, where no evaluation data is given
 NAMED_CLASSES = 12  # labels, at most, whose rows a log line counts

@@ -1,7 +1,7 @@
-"""Files become rows, each with its line: JSONL, JSON, CSV, TSV by the standard library, Parquet through `datasets`.
+"""Read files as rows with line numbers: JSONL, JSON, CSV and TSV with the standard library, Parquet through `datasets`.
 
-`datasets` would lose the line numbers that a useful error needs, read the texts "NA" and "null" of a CSV file as missing,
-and guess column types; so text files are read here.
+Text files are not read through `datasets`: it loses the line numbers that a useful error message needs, reads the texts
+"NA" and "null" of a CSV file as missing, and guesses column types.
 """
 
 import csv
@@ -10,29 +10,25 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..common.errors import InputError, brief, brief_list
 from ..common.files import is_lfs_pointer
 
-NAMED_ROWS = 5  # how many dropped rows a log line names
+NAMED_ROWS = 5  # number of dropped rows that a log line names
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-DELIMITERS = {
-    "tab": "\t",
-    "\\t": "\t",
-    "comma": ",",
-    "semicolon": ";",
-    "pipe": "|",
-}  # by name, for shells that make a tab hard to type
+# Names of delimiters, because a tab is hard to type in a shell.
+DELIMITERS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
 NEWLINE = b"\n"
-SAVED_DATA_SET = ("state.json", "dataset_dict.json")  # in a directory that `datasets` wrote with save_to_disk
+SAVED_DATA_SET = ("state.json", "dataset_dict.json")  # files in a directory that save_to_disk of `datasets` wrote
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows as read, each with its 1-based place: the line of a text file, or the row of Parquet and the hub."""
+    """Rows as read, each with its number from 1: the line in a text file, or the row of Parquet and hub data."""
 
     name: str  # path or hub name, for messages
-    short: str  # what ids are made of: file name or hub name
+    short: str  # file name or hub name, for the places of rows
     rows: list[tuple[int, dict]]
     unit: str = "line"
     class_names: dict[str, list[str]] = field(default_factory=dict)  # column -> names of its integers (ClassLabel)
@@ -54,21 +50,24 @@ class Table:
         return f"{self.name}:{n}" if self.unit == "line" else f"{self.name}: row {n}"
 
     def error(self, n: int, name: str, column: str, problem: str) -> InputError:
+        """The error for a field of row n, to be raised by the caller."""
         source = f" (column {column!r})" if column != name else ""
         return InputError(f"{self.at(n)}: field {name!r}{source} {problem}")
 
     def text(self, n: int, row: dict, name: str, column: str | None = None, hint="") -> str | None:
-        """The text in a column, None if absent or blank; anything but text is an error, and so is broken Unicode. The hint ends
-        the error's sentence."""
+        """The text in a column, None if absent or blank. InputError for broken Unicode and for other types.
+
+        hint: ends the error message for other types.
+        """
         value = row.get(column or name)
         if value is not None and not isinstance(value, str):
             raise self.error(n, name, column or name, f"must be text, got {type(value).__name__} {brief(value)}{hint}")
-        if value and re.search(r"[\ud800-\udfff]", value):  # JSON can escape half a character; no tokenizer takes it
-            raise self.error(n, name, column or name, "has a lone surrogate (half of a \\u pair); mend or remove it")
+        if value and re.search(r"[\ud800-\udfff]", value):  # JSON can escape half a character, tokenizers refuse it
+            raise self.error(n, name, column or name, "has a lone surrogate (half of a \\u pair); correct or remove it")
         return value if value and value.strip() else None
 
     def report(self, dropped: dict[str, list[int]], repeated: list[int], kept: int, log) -> None:
-        """One log line with what was dropped and why; InputError if nothing is left."""
+        """Log one line that says which rows were dropped and why. InputError if none is left."""
         line = f"{len(self.rows)} rows read"
         for reason, places in dropped.items():
             line += f", {len(places)} dropped ({reason}): {self._some(places)}"
@@ -84,10 +83,10 @@ class Table:
 
 
 def read_table(path, delimiter=None, encoding=None) -> Table:
-    """All rows of a file, each with its line; the suffix tells the format. Raises InputError with file and line.
+    """All rows of a file with their lines; the file name's end tells the format. InputError with file and line.
 
-    delimiter: of a CSV or TSV file, else it is recognised (comma, semicolon, tab, |, or what a first line `sep=;` says).
-    encoding: of a text file, else UTF-8, or UTF-16 with a byte order mark.
+    delimiter: of a CSV or TSV file. By default it is recognised: comma, semicolon, tab, |, or the one in a first line
+    `sep=;`. encoding: of a text file. By default UTF-8, or UTF-16 with a byte order mark.
     """
     path = Path(path)
     if path.is_dir():
@@ -111,11 +110,13 @@ def read_table(path, delimiter=None, encoding=None) -> Table:
         names, rows = _read_parquet(path, content)
         return Table(str(path), path.name, rows, "row", names)
     text = _decode(path, content, encoding)
-    if suffix in (".csv", ".tsv"):
-        rows = list((_read_tsv if suffix == ".tsv" and not delimiter else _read_csv)(path, text, _delimiter(delimiter)))
+    if suffix == ".tsv" and delimiter is None:
+        rows = list(_read_tsv(path, text))
+    elif suffix in (".csv", ".tsv"):
+        rows = list(_read_csv(path, text, _delimiter(delimiter)))
     else:
         rows = list((_read_json if suffix == ".json" else _read_json_lines)(path, text))
-    if len({line for line, _ in rows}) < len(rows):  # several elements of a JSON array on one line: number them instead
+    if len({line for line, _ in rows}) < len(rows):  # several elements of a JSON array on one line: number the rows
         return Table(str(path), path.name, list(enumerate((row for _, row in rows), start=1)), "row")
     return Table(str(path), path.name, rows)
 
@@ -135,22 +136,20 @@ def _decode(path: Path, content: bytes, encoding: str | None) -> str:
     try:
         return content.decode(encoding).removeprefix("\ufeff")
     except LookupError:
-        raise InputError(
-            f"--encoding {brief(encoding)}: no such encoding; for example utf-8, cp1252, utf-16 or gb18030"
-        ) from None
+        known = "for example utf-8, cp1252, utf-16 or gb18030"
+        raise InputError(f"--encoding {brief(encoding)}: no such encoding; {known}") from None
     except UnicodeError as error:
         start = getattr(error, "start", 0)
         where = f"{path}:{content[:start].count(NEWLINE) + 1}"
         if encoding != "utf-8":
             raise InputError(f"{where}: not {encoding} text ({first_line(error)}); give its own --encoding") from None
         likely = _likely_encoding(content)
-        raise InputError(
-            f"{where}: not UTF-8 text (byte {start + 1}); it looks like {likely}: give --encoding {likely}, or save the file as UTF-8"
-        ) from None
+        advice = f"it looks like {likely}: give --encoding {likely}, or save the file as UTF-8"
+        raise InputError(f"{where}: not UTF-8 text (byte {start + 1}); {advice}") from None
 
 
 def _likely_encoding(content: bytes) -> str:
-    """The encoding of Windows' western programs where every byte has a meaning in it, else Latin-1's, in which all have."""
+    """cp1252 (Windows, western languages) if every byte is a character in it; else Latin-1, where every byte is one."""
     try:
         content.decode("cp1252")
         return "cp1252"
@@ -159,13 +158,13 @@ def _likely_encoding(content: bytes) -> str:
 
 
 def _read_json_lines(path: Path, content: str):
-    # Not str.splitlines: it also cuts at U+2028 and the like, which JSON strings may hold.
+    # str.splitlines would also cut at U+2028 and similar characters, which JSON strings may hold.
     lines = enumerate(re.split(r"\r\n|\n|\r", content), start=1)
     return ((n, _parse_json(path, n, line)) for n, line in lines if line.strip())
 
 
 def _read_json(path: Path, content: str):
-    """A JSON array of objects, one object, or JSON lines under the name .json."""
+    """Rows of a .json file: an array of objects, one object, or JSON lines."""
     if not content.lstrip().startswith("["):
         try:
             row = json.loads(content)
@@ -177,11 +176,11 @@ def _read_json(path: Path, content: str):
                 "df.to_json(path, orient='records', lines=True)"
             )
         return [(1, row)]
-    # Parsed as a whole for its errors, then by element: json.loads does not tell on which line an element begins.
-    rows, separator, position = [], re.compile(r"[\s,]*"), content.index("[") + 1
+    # Parse the whole array for its errors, then each element: json.loads does not tell on which line an element begins.
+    rows, value, position = [], re.compile(r"[^\s,]"), content.index("[") + 1
     line = 1 + content.count("\n", 0, position)
     for _ in _parse_json(path, 1, content):
-        start = separator.match(content, position).end()
+        start = next(value.finditer(content, position)).start()
         element, end = json.JSONDecoder().raw_decode(content, start)
         rows.append((line + content.count("\n", position, start), element))
         line, position = line + content.count("\n", position, end), end
@@ -198,21 +197,22 @@ def _parse_json(path: Path, line: int, text: str):
         raise InputError(f"{path}:{line}: JSON that cannot be read: {first_line(error)}") from None
 
 
-def _read_csv(path: Path, content: str, delimiter: str | None = None, quoting: int = csv.QUOTE_MINIMAL):
-    """Rows of a file with a header. A quoted field may hold delimiters and newlines; a row's line is its first.
+def _read_csv(path: Path, content: str, delimiter: str | None = None, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL):
+    """Rows of a file with a header. A quoted field may hold delimiters and newlines; a row's line is its first line.
 
-    Columns without a name (pandas' index, a spreadsheet's empty ones) are left out.
+    Columns without a name (the index of pandas, empty columns of a spreadsheet) are left out.
     """
-    csv.field_size_limit(2**31 - 1)  # Python's own limit of 131,072 characters is less than long texts have
+    csv.field_size_limit(2**31 - 1)  # Python's default of 131,072 characters is too small for long texts
     skip, delimiter = _dialect(content, delimiter)
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
-    header, next_line = None, 1
+    header: list[str] = []
+    next_line = 1
     try:
         for cells in reader:
             line, next_line = next_line, reader.line_num + 1
             if line <= skip:
                 continue
-            if header is None and cells:
+            if cells and not header:
                 header = [cell.strip() for cell in cells]
                 named = [name for name in header if name]
                 if len(set(named)) < len(named):
@@ -229,19 +229,24 @@ def _read_csv(path: Path, content: str, delimiter: str | None = None, quoting: i
 
 
 def _dialect(content: str, delimiter: str | None) -> tuple[int, str]:
-    """(lines before the header, delimiter): what a first line `sep=;` says, else comma, else what splits the header."""
-    said = re.match(r'"?sep=([^\r\n"])"?[ ]*(\r\n|\n|\r)', content, re.IGNORECASE)  # written for spreadsheet programs
-    if said:
-        return 1, delimiter or said[1]
+    """(lines before the header, delimiter).
+
+    The delimiter is the one in a first line `sep=;`. Without such a line it is the comma, if it splits the header, else
+    the character that splits the header into the most cells.
+    """
+    # Some programs write a line `sep=;` for spreadsheet programs.
+    stated = re.match(r'"?sep=([^\r\n"])"?[ ]*(\r\n|\n|\r)', content, re.IGNORECASE)
+    if stated:
+        return 1, delimiter or stated[1]
     if delimiter:
         return 0, delimiter
     header = next((line for line in content[:100_000].splitlines() if line.strip()), "")
     cells = {each: len(next(csv.reader([header], delimiter=each), [])) for each in ",;\t|"}
-    return 0, "," if cells[","] > 1 else max(cells, key=cells.get)
+    return 0, "," if cells[","] > 1 else max(cells, key=lambda each: cells[each])
 
 
-def _read_tsv(path: Path, content: str, delimiter=None):
-    """Quoted as in CSV; but with quotes as plain characters (GLUE's files) where that alone makes every line a row."""
+def _read_tsv(path: Path, content: str):
+    """Rows with quotes as in CSV, or as plain characters (GLUE's files) if only that makes every line a row."""
     try:
         plain = list(_read_csv(path, content, "\t", csv.QUOTE_NONE))
     except InputError:
@@ -257,9 +262,9 @@ def _read_parquet(path: Path, content: bytes):
     import datasets
     import pyarrow.parquet
 
-    try:  # not datasets.load_dataset, which leaves a copy in the cache and takes [ ] * in a path for a pattern
+    try:  # datasets.load_dataset would leave a copy in its cache and read [ ] * in a path as a pattern
         return dataset_rows(datasets.Dataset(pyarrow.parquet.ParquetFile(io.BytesIO(content)).read()))
-    except Exception as error:  # as in load_hub_examples
+    except Exception as error:  # pyarrow and datasets each raise their own errors, without a common base
         raise InputError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
 
 
@@ -270,4 +275,5 @@ def dataset_rows(dataset) -> tuple[dict[str, list[str]], list[tuple[int, dict]]]
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or the name of its type if it has none."""
     return (str(error).strip().splitlines() or [""])[0] or type(error).__name__

@@ -1,4 +1,4 @@
-"""The rollout engine's machinery: slots for keys and values, the sampler, the decoding loop, attention over packed rows.
+"""The parts of the rollout engine: slots for keys and values, the sampler, the decoding loop, packed attention.
 
-`rllr.rollout` and `rllr.logprobs` are the doors to it; nothing here is needed to follow how RLLR trains.
+Other modules use it through `rllr.rollout` and `rllr.logprobs`. You need nothing here to understand how RLLR trains.
 """

@@ -1,11 +1,13 @@
-"""Keys and values in slots: one row of memory per answer being written, every row with a write position of its own.
+"""A cache for keys and values in slots: each answer that is being written has one slot, with its own write position.
 
-transformers' caches hold one length for the whole batch, so rows must end together or be copied. Here a row that ends is
-replaced by another (its memory is moved, or a new prompt is written over it) while its neighbours go on.
+The caches of transformers hold one length for the whole batch, so all rows must end at the same time, or be copied.
+Here a row that ends is replaced (another slot moves into its memory, or a new prompt overwrites it) while the others
+continue.
 """
 
 import inspect
 import weakref
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,34 +16,37 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 
 def cache_argument(backbone):
-    """What this decoder's forward calls its cache: `cache`, or `past_key_values` as until transformers 5.23."""
-    backbone = getattr(backbone, "shared_backbone", backbone)  # a role on a shared base takes what its base takes
+    """The name of this decoder's cache argument: `cache`, or `past_key_values` until transformers 5.23."""
+    backbone = getattr(backbone, "shared_backbone", backbone)  # a role on a shared base has the arguments of its base
     own = inspect.signature(getattr(backbone, "forward", backbone)).parameters
-    library = inspect.signature(LlamaModel.forward).parameters  # for a forward that hands on whatever it is given
-    return next(
-        name for name in ("cache", "past_key_values") if name in own or name in library and "past_key_values" not in own
-    )
+    names = ("cache", "past_key_values")
+    if not any(name in own for name in names):  # this forward passes on whatever it gets
+        own = inspect.signature(LlamaModel.forward).parameters
+    return next(name for name in names if name in own)
 
 
 class SlotCache(Cache):
-    """What a Hugging Face decoder writes its keys and values into. Before each forward the decoder says where:
+    """The cache that a Hugging Face decoder writes its keys and values into.
 
-    `write_at(slots [B, T], columns [B, T], rows, width)`: token t of input row b goes to that slot and column. With `rows`
-    the forward attends to the first `rows` slots, `width` columns of them (decoding); without, to its own input alone
-    (a prompt that starts an answer).
+    Before each forward, `write_at(slots [B, T], columns [B, T], rows, width)` says where: token t of input row b goes
+    to that slot and column. With `rows`, the forward attends to `width` columns of the first `rows` slots (decoding).
+    Without, it attends to its own input only (a prompt that starts an answer).
     """
+
+    layers: list[Any]  # SlotLayers; transformers' annotation allows layers without keys and values
+    _places: tuple[torch.Tensor, torch.Tensor]  # slots, columns
+    _index: dict[int, torch.Tensor]  # by the number of heads
 
     def __init__(self, slots, length):
         super().__init__(layers=[])
         self.slots, self.length, self.rows, self.width = slots, length, None, 0
-        self._places, self._index = None, {}
 
     def write_at(self, slots, columns, rows=None, width=None):
         self._places, self._index = (slots, columns), {}
         self.rows, self.width = rows, columns.shape[1] if width is None else width
 
     def index(self, heads):
-        """Where the tokens' [B, heads, T] vectors go in a layer's memory, as rows of [slots * heads * length, D]."""
+        """Where the vectors of the tokens go: indices [B * heads * T] of [slots * heads * length, D]."""
         if heads not in self._index:
             slots, columns = self._places
             head = torch.arange(heads, device=slots.device).view(1, heads, 1)
@@ -54,13 +59,13 @@ class SlotCache(Cache):
         return self.layers[layer_idx].update(key_states, value_states)
 
     def move(self, sources, targets, width):
-        """Copy slots over others, `width` columns of them. Index tensors or lists; no slot is both source and target."""
+        """Copy `width` columns of some slots over others. Index tensors or lists; no slot is both source and target."""
         for layer in self.layers:
             for memory in (layer.keys, layer.values):
                 memory[targets, :, :width] = memory[sources, :, :width]
 
-    # What transformers asks when it builds a mask from a 2-D one. The number of past columns is one less than the width,
-    # so that causality leaves every column visible: the mask alone decides, as rows differ.
+    # transformers calls the next methods when it builds its mask from a 2-D one. The number of past columns is one less
+    # than the width, so that the causal mask hides no column: rows differ, and the 2-D mask alone decides.
     def get_seq_length(self, layer_idx=0):
         return 0 if self.rows is None else self.width - 1
 
@@ -73,7 +78,7 @@ class SlotCache(Cache):
     def get_max_length(self, layer_idx=0):
         return self.length
 
-    get_max_cache_shape = get_max_length  # its name in earlier releases
+    get_max_cache_shape = get_max_length  # the name in earlier releases
 
     @property
     def is_compileable(self):
@@ -81,33 +86,35 @@ class SlotCache(Cache):
 
 
 def _zeros(shape, like):
-    """Zeros of like's dtype and device. On CPU by way of numpy, whose zeros the kernel hands out when they are touched."""
+    """Zeros with the dtype and device of `like`. On CPU numpy makes them, which takes memory when it is written."""
     if like.device.type != "cpu":
         return like.new_zeros(shape)
     return torch.from_numpy(np.zeros((*shape, like.element_size()), dtype=np.uint8)).view(like.dtype).squeeze(-1)
 
 
 class SlotLayer(CacheLayerMixin):
-    """One decoder layer's memory: keys and values [slots, heads, length, head_dim], allocated at the first write.
+    """The memory of one decoder layer: keys and values [slots, heads, length, head_dim], allocated at the first write.
 
-    Zeros, not whatever was there: a masked column still meets the softmax's 0, and 0 * NaN is NaN.
+    The memory starts as zeros: a masked column is still multiplied by the softmax's 0, and 0 * NaN would be NaN.
     """
 
     is_sliding = False
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, cache):
         super().__init__()
-        self.cache = weakref.proxy(cache)  # no circle: the memory is to go with the cache, not with the next collection
+        # A weak reference, because a circle of references would keep the memory until the next garbage collection.
+        self.cache = weakref.proxy(cache)
 
     def lazy_initialization(self, key_states, value_states):
         slots, length = self.cache.slots, self.cache.length
-        self.keys, self.values = (
-            _zeros((slots, x.shape[1], length, x.shape[-1]), x) for x in (key_states, value_states)
-        )
+        self.keys = _zeros((slots, key_states.shape[1], length, key_states.shape[-1]), key_states)
+        self.values = _zeros((slots, value_states.shape[1], length, value_states.shape[-1]), value_states)
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Write [B, heads, T, D] where the cache says; returns what the forward attends to."""
+        """Write [B, heads, T, D] where the cache says; returns the keys and values that the forward attends to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         for memory, new in ((self.keys, key_states), (self.values, value_states)):

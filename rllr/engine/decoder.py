@@ -1,9 +1,9 @@
-"""The decoding loop's state: which answer is in which slot, and one step for all of them.
+"""The state of the decoding loop: which answer is in which slot, and one step for all of them.
 
-Live answers always fill the first slots, so a step works on views and computes nothing for empty ones. When an answer
-ends, the last live slot moves into its place; when enough slots are free, new prompts are written behind. On a GPU steps are
-recorded and replayed (`graphs`), in a few fixed shapes: slots beyond the live ones are computed as well, within the same
-limits, and never harvested.
+Live answers always fill the first slots, so a step works on views and computes nothing for empty slots. When an answer
+ends, the last live slot moves into its place; when enough slots are free, new prompts are added after the live ones. On
+a GPU, steps are recorded and replayed (`graphs`) in a few fixed shapes: some slots beyond the live ones are then
+computed as well, but nothing reads their results.
 """
 
 from contextlib import nullcontext
@@ -15,14 +15,14 @@ from .cache import SlotCache, cache_argument
 from .graphs import StepGraphs, shape_for
 from .linear import products_are_slow
 
-SPAN = 16  # slots whose keys and values are read together: about what fits a core's cache
+SPAN = 16  # slots whose keys and values are read in one piece: about as much as a core's cache holds
 
 
 class Decoder:
-    """Answers being written by one model in `slots` slots of `length` columns.
+    """Lets one model write answers in `slots` slots of `length` columns. Nothing here computes gradients.
 
-    head: hidden [n, H] -> logits [n, V]; sampler: logits -> (token, log-probability). `admit` starts answers, `step` gives
-    each live answer its next token, `harvest` hands out those that ended. All without gradient.
+    head: hidden [n, H] -> logits [n, V]; sampler: logits -> (token, log-probability). `admit` starts answers, `step`
+    gives each live answer its next token, `harvest` returns the answers that have ended and frees their slots.
     """
 
     def __init__(self, backbone, head, sampler, *, slots, length, max_new_tokens, stop_ids, device):
@@ -32,19 +32,20 @@ class Decoder:
         self.stop_ids, self.max_new_tokens = stop_ids, max_new_tokens
         long = {"dtype": torch.long, "device": device}
         self.tokens = torch.zeros(slots, **long)  # the newest token of each answer, not yet seen by the model
-        self.positions = torch.zeros(slots, **long)  # where that token stands
+        self.positions = torch.zeros(slots, **long)  # the position of that token
         self.counts = torch.zeros(slots, **long)  # tokens written so far
         self.answers = torch.zeros(slots, max_new_tokens, **long)
         self.logprobs = torch.zeros(slots, max_new_tokens, device=device)
         self.ended = torch.zeros(slots, dtype=torch.bool, device=device)
         self.columns = torch.arange(length, device=device)
         self.slot_ids = torch.arange(slots, device=device)
-        self.owners = []  # of each live slot: what `admit` was told
-        # The same positions as Python numbers, so that no step needs to ask the device for them; those of an answer that has
-        # ended go on until it is harvested, which only makes the view a little wider.
-        self.reach = []
+        self.owners = []  # of each live slot: the owner that `admit` got
+        # The positions as Python numbers, so that no step must read them from the device. For an answer that has ended
+        # they count on until `harvest`, which only makes the view a little wider.
+        self.host_positions = []
         self.graphs = StepGraphs(sampler.generator) if device.type == "cuda" else None
-        # A ready-made mask saves building one per step; families that read the 2-D mask themselves (alibi) must get that.
+        # A 4-D mask from here saves transformers from building one per step. Families that read the 2-D mask themselves
+        # (alibi) must get the 2-D one.
         self.ready_mask = takes_our_attention(backbone)
         self.own_attention = can_pack(backbone, length)
         self.packs_prompts = self.own_attention and device.type == "cpu"
@@ -60,9 +61,9 @@ class Decoder:
 
     @torch.no_grad()
     def admit(self, prompts, owners, copies=1):
-        """Run prompts (lists of ids) and sample the first token of `copies` answers each, in as many free slots.
+        """Run prompts (lists of ids) and sample the first token of `copies` answers to each; every answer takes a slot.
 
-        owners: one per answer, handed back by `harvest`; the copies of a prompt stand together.
+        owners: one per answer, returned by `harvest`; the copies of one prompt are neighbours.
         """
         lens = [len(prompt) for prompt in prompts]
         slots = slice(self.live, self.live + len(prompts) * copies)
@@ -74,10 +75,10 @@ class Decoder:
             hidden = hidden.repeat_interleave(copies, 0)
         positions = torch.tensor(lens, device=self.device).repeat_interleave(copies)
         self.owners += owners
-        self.reach += [length for length in lens for _ in range(copies)]
-        self.positions[slots] = positions - 1  # `_take` moves on by one
+        self.host_positions += [length for length in lens for _ in range(copies)]
+        self.positions[slots] = positions - 1  # `_append_tokens` adds one
         self.counts[slots], self.ended[slots] = 0, False
-        self._take(hidden, slots)
+        self._append_tokens(hidden, slots)
 
     def _prefill(self, prompts, lens, slots):
         """Hidden states [prompts, H] after the last prompt token; keys and values go to the slots."""
@@ -97,37 +98,38 @@ class Decoder:
 
     @torch.no_grad()
     def step(self):
-        """The next token of every live answer."""
-        rows, width = self.live, min(max(self.reach) + 1, len(self.columns))
+        """Write the next token of every live answer."""
+        rows, width = self.live, min(max(self.host_positions) + 1, len(self.columns))
         if self.graphs:
             self.graphs(self._step, *shape_for(rows, len(self.slot_ids), width, len(self.columns)))
         else:
             self._step(rows, width, self._spans() if self.in_pieces else None)
-        self.reach = [position + 1 for position in self.reach]
+        self.host_positions = [position + 1 for position in self.host_positions]
 
     def _step(self, rows, width, spans=None):
-        """One token more in the first `rows` slots, of which `width` columns are seen. No look at the device from here on:
-        what it needs is in this decoder's own tensors, so it can be recorded."""
+        """Write one more token in each of the first `rows` slots, which see `width` columns.
+
+        From here on the host reads nothing from the device and all data is in tensors of this decoder, so that the step
+        can be recorded as a CUDA graph.
+        """
         positions = self.positions[:rows].unsqueeze(1)
         self.cache.write_at(self.slot_ids[:rows].unsqueeze(1), positions, rows=rows, width=width)
-        mask = self.columns[:width] <= positions  # [rows, width]
+        visible = self.columns[:width] <= positions  # [rows, width]
+        mask = visible[:, None, None, :] if self.ready_mask else visible.long()
+        ids, options = self.tokens[:rows].unsqueeze(1), {"spans": spans} if spans else {}
         with attending_to_slots(self.backbone) if self.own_attention else nullcontext():
-            hidden = self.backbone(
-                input_ids=self.tokens[:rows].unsqueeze(1),
-                attention_mask=mask[:, None, None, :] if self.ready_mask else mask.long(),
-                position_ids=positions,
-                **self.with_cache,
-                **({"spans": spans} if spans else {}),
-            ).last_hidden_state[:, -1]
-        self._take(hidden, slice(0, rows))
+            output = self.backbone(
+                input_ids=ids, attention_mask=mask, position_ids=positions, **self.with_cache, **options
+            )
+        self._append_tokens(output.last_hidden_state[:, -1], slice(0, rows))
 
     def _spans(self):
-        """The live slots in pieces, each as wide as its longest answer."""
+        """[(first slot, last slot + 1, width)]: the live slots in pieces, each as wide as its longest answer."""
         starts = range(0, self.live, SPAN)
-        return [(a, min(a + SPAN, self.live), max(self.reach[a : a + SPAN]) + 1) for a in starts]
+        return [(a, min(a + SPAN, self.live), max(self.host_positions[a : a + SPAN]) + 1) for a in starts]
 
-    def _take(self, hidden, slots):
-        """Sample a token per slot (a slice) and write it down; an answer that has ended stands still."""
+    def _append_tokens(self, hidden, slots):
+        """Sample a token for each slot of a slice and append it to the slot's answer, unless that answer has ended."""
         token, logprob = self.sampler(self.head(hidden))
         going = ~self.ended[slots]
         place = self.counts[slots].clamp(max=self.max_new_tokens - 1).unsqueeze(1)
@@ -140,7 +142,7 @@ class Decoder:
         self.ended[slots] = ~going | stopped | (self.counts[slots] == self.max_new_tokens)
 
     def harvest(self):
-        """[(owner, tokens, log-probabilities [n])] of the answers that have ended; their slots are free again."""
+        """[(owner, tokens, log-probabilities [n])] of the answers that have ended; this frees their slots."""
         ended = self.ended[: self.live].tolist()
         if not any(ended):
             return []
@@ -155,14 +157,14 @@ class Decoder:
         return results
 
     def _close_gaps(self, done):
-        """Move the last live slots into those that ended, so that the live ones are the first again."""
+        """Move the last live slots into those that ended, so that the live slots are the first ones again."""
         kept = self.live - len(done)
         gaps = [slot for slot in done if slot < kept]
         movers = [slot for slot in range(kept, self.live) if slot not in done]
         if gaps:
             for state in (self.tokens, self.positions, self.counts, self.answers, self.logprobs, self.ended):
                 state[gaps] = state[movers]
-            self.cache.move(movers, gaps, max(self.reach[slot] for slot in movers))
+            self.cache.move(movers, gaps, max(self.host_positions[slot] for slot in movers))
             for gap, mover in zip(gaps, movers):
-                self.owners[gap], self.reach[gap] = self.owners[mover], self.reach[mover]
-        del self.owners[kept:], self.reach[kept:]
+                self.owners[gap], self.host_positions[gap] = self.owners[mover], self.host_positions[mover]
+        del self.owners[kept:], self.host_positions[kept:]

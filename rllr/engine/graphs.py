@@ -1,9 +1,9 @@
 """CUDA graphs of the decoding step: recorded once per shape, replayed as one launch.
 
-A step of a small model is hundreds of kernels of microseconds each, and launching them from Python takes longer than they
-run. A graph repeats the recorded kernels on the same memory, so whatever a step reads and writes must stand in tensors that
-live as long as the graph, its shapes must be fixed, and it must not look at the device from the host. The decoder's step
-keeps to that on every device; only recording needs a GPU.
+A step of a small model runs hundreds of kernels of a few microseconds each; launching them from Python takes longer
+than running them. A graph repeats the recorded kernels on the same memory. So all that a step reads and writes must be
+in tensors that live as long as the graph, the shapes must be fixed, and the host must not read values from the device.
+The decoder's step follows these rules on every device; only recording needs a GPU.
 """
 
 import warnings
@@ -12,35 +12,35 @@ import torch
 
 
 class StepGraphs:
-    """Runs a decoder's step: eagerly the first time a shape is met (which warms it up), then recorded and replayed.
+    """Runs a decoder's step: eagerly the first time a shape occurs (a warm-up), afterwards recorded and replayed.
 
-    generator: the private generator the step draws from, None for the device's own. The step, always the same, is given
-    with each call: kept here, it would keep its decoder and the cache alive in a circle.
+    generator: the generator that the step draws from, None for the device's default one. The step is always the same,
+    but each call passes it: a reference here would form a circle with the decoder and keep its cache alive.
     """
 
     def __init__(self, generator=None):
         self.generator = generator
-        self._met, self._graphs, self._memory, self._usable = set(), {}, None, True
+        self._seen, self._graphs, self._memory, self._usable = set(), {}, None, True
 
     def __call__(self, step, rows, width):
-        """`step(rows, width)`."""
+        """Run `step(rows, width)`."""
         shape = rows, width
-        if shape not in self._graphs and shape in self._met and self._usable:
+        if shape not in self._graphs and shape in self._seen and self._usable:
             try:
                 self._graphs[shape] = self.record(step, rows, width)
             except RuntimeError as error:  # an operation of this model that cannot be recorded
                 self._usable = False
-                warnings.warn(f"CUDA graphs are off, decoding goes on without: {error}", stacklevel=2)
-        self._met.add(shape)
+                warnings.warn(f"CUDA graphs are off, decoding continues without them: {error}", stacklevel=2)
+        self._seen.add(shape)
         if shape in self._graphs:
             self._graphs[shape].replay()
         else:
             step(rows, width)
 
     def record(self, step, rows, width):
-        """What `replay()` is called on. Recording computes nothing. All shapes share one pool of memory."""
+        """The graph, to be run by its `replay()`. Recording computes nothing. All shapes share one pool of memory."""
         graph = torch.cuda.CUDAGraph()
-        if self.generator is not None:  # so that each replay draws new numbers from it
+        if self.generator is not None:  # each replay then draws new numbers from it
             graph.register_generator_state(self.generator)
         with torch.cuda.graph(graph, pool=self._memory):
             step(rows, width)
@@ -51,7 +51,8 @@ class StepGraphs:
 def shape_for(live, slots, width, length):
     """(rows, width) to compute for `live` of `slots` rows and `width` of `length` columns: few shapes, so few graphs.
 
-    Rows double from an eighth of the slots, columns from 128: at most twice the work, in all but the smallest shapes.
+    Rows double from an eighth of the slots, columns double from 128. So each grows to less than twice what is needed,
+    except in the smallest shapes.
     """
     rows, columns = max(1, -(-slots // 8)), 128
     while rows < live:

@@ -1,9 +1,11 @@
 """Matrix products of linear layers by oneDNN, where torch's own choice is slow.
 
-On AMD processors torch hands float32 products to a library that is tuned for another maker's; oneDNN, which torch brings
-along as well, took 0.5 to 0.9 of the time there, and 0.5 to 0.8 of that where the weights are put into its own layout first,
-which pays while they stay the same: in rollouts. What is used depends on the processor's maker and on shapes alone, never
-on timing: runs must repeat to the bit, and scoring and training must compute the very same numbers.
+On AMD processors torch gives float32 products to a library that is tuned for another maker's processors. oneDNN, which
+is part of torch as well, took 0.5 to 0.9 of that time. With the weights copied into oneDNN's own layout it took 0.5 to
+0.8 of its time without; the copy pays while the weights do not change: in rollouts.
+
+The choice depends only on the processor's maker and on shapes, never on measured time: runs must repeat to the bit, and
+scoring and training must compute the same numbers.
 """
 
 from contextlib import contextmanager
@@ -13,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-FEW_ROWS = 16  # below, torch's own product is the faster one again,
-LARGE_WEIGHT = 4_000_000  # except with very large matrices (an LM head)
-LAYOUT_ROWS = 64  # rows of input that oneDNN lays weights out for; for 1 or 600 the product was as fast
-PACKED_BYTES = 2 << 30  # a model whose weights are larger than this is not copied into oneDNN's layout
+FEW_ROWS = 16  # with fewer rows of input torch's own product is faster,
+LARGE_WEIGHT = 4_000_000  # except for weights of at least this many numbers (an LM head)
+LAYOUT_ROWS = 64  # the number of input rows that oneDNN chooses its layout for; with 1 or 600 the speed was the same
+PACKED_BYTES = 2 << 30  # larger models are not copied into oneDNN's layout
 
 
 class OneDnnLinear(nn.Linear):
-    """`nn.Linear` whose float32 product on CPU goes through oneDNN. Instances are ordinary layers, lent this class."""
+    """`nn.Linear` whose float32 product on CPU goes through oneDNN. `fast_linears` lends it to ordinary layers."""
 
     def forward(self, x):
         small = x.numel() < FEW_ROWS * self.in_features and self.weight.numel() < LARGE_WEIGHT
@@ -32,6 +34,9 @@ class OneDnnLinear(nn.Linear):
 class PackedLinear(nn.Linear):
     """`nn.Linear` without gradient whose product reads a copy of the weights in oneDNN's layout (`rllr_packed`)."""
 
+    rllr_packed: torch.Tensor
+    rllr_bias: torch.Tensor | None
+
     def forward(self, x):
         return _onednn(x.to(self.rllr_packed.dtype), self.rllr_packed, self.rllr_bias)
 
@@ -41,7 +46,7 @@ def _onednn(x, weight, bias):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b and its gradients: dx = g W, dW = g^T x, db = the sum of g over the rows."""
+    """x W^T + b and its gradients: dx = g W, dW = g^T x, db = sum of g over the rows."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -56,7 +61,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for_x = _onednn(gradient, weight.t(), None)
         if ctx.needs_input_grad[1]:
-            for_weight = rows.t() @ x.reshape(-1, x.shape[-1])  # here torch's own is as fast
+            for_weight = rows.t() @ x.reshape(-1, x.shape[-1])  # torch's own product is as fast here
         if ctx.needs_input_grad[2]:
             for_bias = rows.sum(0)
         return for_x, for_weight, for_bias
@@ -64,16 +69,17 @@ class _Product(torch.autograd.Function):
 
 @contextmanager
 def fast_linears(model):
-    """Within the block a model's linear layers use the faster product where this machine has one."""
-    with _lent(_cpu_linears(model), OneDnnLinear):
+    """Within the block, a model's linear layers use the faster product if this machine has one."""
+    with _as_class(_cpu_linears(model), OneDnnLinear):
         yield
 
 
 @contextmanager
 def packed_linears(model):
-    """Within the block, which must not change the weights nor ask for gradients: products from weights in oneDNN's layout.
+    """Within the block, a model's linear layers use copies of their weights in oneDNN's layout.
 
-    Under autocast the copy has its precision. Large models are not copied, they get `fast_linears`.
+    The block must not change the weights and must not need gradients. Under autocast the copies have autocast's
+    precision. Large models are not copied; they get `fast_linears`.
     """
     autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     layers = [m for m in _cpu_linears(model) if _has_layout_for(autocast or m.weight.dtype)]
@@ -86,7 +92,7 @@ def packed_linears(model):
         module.rllr_packed = torch.ops.mkldnn._reorder_linear_weight(weight, LAYOUT_ROWS)
         module.rllr_bias = None if module.bias is None else module.bias.detach().to(weight.dtype)
     try:
-        with _lent(layers, PackedLinear):
+        with _as_class(layers, PackedLinear):
             yield
     finally:
         for module in layers:
@@ -94,21 +100,21 @@ def packed_linears(model):
 
 
 def _has_layout_for(dtype):
-    """Whether oneDNN multiplies this precision on this processor: bfloat16 needs AVX-512 or better."""
+    """Whether oneDNN multiplies in this precision on this processor: bfloat16 needs AVX-512 or better."""
     return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _cpu_linears(model):
-    """The plain linear layers this machine has a faster product for."""
+    """The plain linear layers for which this machine has a faster product."""
     if not (products_are_slow() and isinstance(model, nn.Module)):
         return []
-    layers = getattr(model, "shared_model", model).modules()  # a role's layers are those of its base
+    layers = getattr(model, "shared_model", model).modules()  # the layers of a role are those of its base
     return [m for m in layers if type(m) is nn.Linear and m.weight.device.type == "cpu"]
 
 
 @contextmanager
-def _lent(modules, kind):
-    """The modules' class replaced within the block."""
+def _as_class(modules, kind):
+    """Replace the class of these `nn.Linear` modules within the block."""
     for module in modules:
         module.__class__ = kind
     try:
@@ -120,7 +126,7 @@ def _lent(modules, kind):
 
 @cache
 def products_are_slow():
-    """Whether oneDNN's are faster than torch's own: on AMD processors, with a torch that has the operators."""
+    """Whether oneDNN's products are faster than torch's own: on AMD processors, if torch has the operators."""
     operators = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
     if not (torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)):
         return False

@@ -1,14 +1,14 @@
-"""One token per row from softmax(logits / temperature), and its log-probability. The whole softmax: no top-k, no top-p."""
+"""Sample one token per row from softmax(logits / temperature), with its log-probability. There is no top-k or top-p."""
 
 import torch
 
-BLOCK = 128  # tokens whose probabilities are summed together; the draw looks into one block only
+BLOCK = 128  # tokens per block sum; a draw looks into one block only
 
 
 class Sampler:
     """logits [B, V] -> (token [B] long, its log-probability [B] float32) under softmax(logits / temperature).
 
-    `greedy` takes the likeliest token; its log-probability is still that at `temperature`.
+    `greedy` takes the most likely token; its log-probability is still the one at `temperature`.
     """
 
     def __init__(self, temperature, greedy=False, generator=None):
@@ -23,23 +23,23 @@ class Sampler:
         return inverse_cdf(scaled, uniform)
 
     def on_device(self, scaled):
-        """Greedy, or without a look at the device from the host."""
+        """Greedy, or a draw for which the host reads nothing from the device."""
         logprobs = scaled.log_softmax(-1)
         token = logprobs.argmax(-1) if self.greedy else exponential_race(logprobs, self.generator)
         return token, logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1).float()
 
 
 def exponential_race(logprobs, generator):
-    """argmax of p / Exp(1): a sample of p without a sum over the vocabulary or a look at the host (for the GPU)."""
-    # A draw of exactly 0 would win against every other token, also with p = 0.
+    """argmax of p / Exp(1), which is a sample of p. It needs no sum over the vocabulary and no host (for the GPU)."""
+    # A draw of exactly 0 would win against every other token, even with p = 0.
     race = torch.empty_like(logprobs).exponential_(generator=generator).clamp_(min=1e-30)
     return (logprobs - race.log()).argmax(-1)
 
 
 def inverse_cdf(logits, uniform):
-    """The token at which the cumulative probability first exceeds a uniform draw [B, 1] (float64), and its log-probability.
+    """The first token whose cumulative probability exceeds a uniform draw [B, 1] (float64), and its log-probability.
 
-    In two levels, block sums and then one block: `torch.multinomial` costs more than the LM head on a CPU.
+    The search has two levels, block sums and then one block: on a CPU `torch.multinomial` costs more than the LM head.
     """
     rows, vocabulary = logits.shape
     blocks = -(-vocabulary // BLOCK)
@@ -54,13 +54,13 @@ def inverse_cdf(logits, uniform):
     target = uniform * total
     block = torch.searchsorted(cumulative, target, right=True).clamp_(max=blocks - 1)
     chosen_sum = block_sums.gather(1, block)
-    share = (target - (cumulative.gather(1, block) - chosen_sum)) / chosen_sum  # where in the block the draw falls
+    share = (target - (cumulative.gather(1, block) - chosen_sum)) / chosen_sum  # the draw's place within the block
     inside = weights[torch.arange(rows, device=logits.device), block.squeeze(1)].double().cumsum(-1)  # [B, BLOCK]
-    # right=True finds the first token whose cumulative sum exceeds the draw: never one of probability 0. Below the block's
-    # sum by one step at least, for a draw that rounding put at its end.
+    # right=True finds the first token whose cumulative sum exceeds the draw, so never one of probability 0. Rounding
+    # can put a draw at the block's end; nextafter keeps it below.
     end = inside[:, -1:]
     at = torch.minimum((share * end).clamp_(min=0.0), torch.nextafter(end, torch.zeros_like(end)))
     token = (block * BLOCK + torch.searchsorted(inside, at, right=True)).squeeze(1)
-    token.clamp_(max=vocabulary - 1)  # only NaN gets beyond; it is to reach the log-probability, where it is looked for
+    token.clamp_(max=vocabulary - 1)  # only NaN logits exceed this; the caller finds the NaN in the log-probability
     logprob = (logits.gather(1, token.unsqueeze(1)) - top).double() - total.log()
     return token, logprob.squeeze(1).float()

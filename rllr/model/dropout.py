@@ -1,4 +1,4 @@
-"""Dropout by number: where a model family has it, and in the residual stream where it has none."""
+"""Set a model's dropout probability: in its own dropout modules or, if it has none, in the residual stream."""
 
 from torch import nn
 
@@ -6,11 +6,11 @@ from .backbone import backbone_of
 
 
 def set_dropout(model, p):
-    """Dropout probability of a model's own dropout modules and attention, 0 for none; returns the model.
+    """Set the dropout probability of a model's dropout modules and attention (0: no dropout); returns the model.
 
-    Llama-like decoders have none outside attention; hooks on what enters the residual stream give them that. On CPU they
-    then go without dropout of attention weights: the fused attention there has none, and the plain one takes a fifth more
-    time per step and memory that grows with the square of the length.
+    Llama-like decoders have dropout only in attention. For them, hooks drop parts of what enters the residual stream.
+    On CPU they then have no dropout of attention weights: the fused attention does not offer it there, and the plain
+    one takes a fifth more time per step and memory that grows with the square of the length.
     """
     backbone = backbone_of(model)
     by_hooks = not any(isinstance(module, nn.Dropout) for module in backbone.modules())

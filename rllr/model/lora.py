@@ -1,13 +1,12 @@
-"""LoRA by hand: named low-rank adapters on one frozen model, switched on and off around forward passes.
+"""LoRA without a library: named low-rank adapters on one frozen model, switched on and off around forward passes.
 
     y = W x + (alpha / r) B A x                          Hu et al. 2021 (arXiv:2106.09685), section 4.1
     y = W x + (alpha / sqrt(r)) B A x                    rank-stabilised: Kalajdzievski 2023 (arXiv:2312.03732)
 
-A forward hook adds the second term to the output of a linear module, so the model itself is untouched: its modules,
-names and `state_dict` stay those of the plain Hugging Face model, its fingerprint covers the base and no adapter, and
-while all adapters are off the hook returns at once: the base's output to the bit. On disk: `rllr.model.peft_format`.
-
-    python -m rllr.lora merge --adapter runs/sst2/ppo-label/last --output_dir merged      # a plain Hugging Face model
+A forward hook adds the second term to the output of a linear module. The model itself does not change: it has the same
+modules, names and `state_dict` as the plain Hugging Face model, and its fingerprint covers the base but no adapter.
+While all adapters are off, the hook returns at once, so the output is the base's to the bit. `rllr.model.peft_format`
+saves and loads adapters; `python -m rllr.merge` merges one into its base.
 """
 
 from contextlib import nullcontext
@@ -21,29 +20,29 @@ from transformers.pytorch_utils import Conv1D
 from ..common.errors import InputError
 from .backbone import backbone_of
 
-DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("c_attn",), ("qkv_proj",))  # the first that exists
+DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("c_attn",), ("qkv_proj",))  # the first that a model has
 
 
 class LowRank(nn.Module):
-    """scale * B A x for one linear module. A [r, in] and B [out, r] are float32 even where the base is bf16."""
+    """scale * B A x for one linear module. A [r, in] and B [out, r] are float32 even if the base is bf16."""
 
     def __init__(self, A, B, scale):
         super().__init__()
         self.A, self.B, self.scale = nn.Parameter(A), nn.Parameter(B), scale
 
     def forward(self, x):
-        """x [..., in] -> [..., out] in the adapter's dtype; under autocast in autocast's."""
+        """x [..., in] -> [..., out] in the adapter's dtype, under autocast in autocast's."""
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.A.dtype)
         return F.linear(F.linear(x, self.A), self.B) * self.scale
 
     def delta(self):
-        """scale * B A [out, in], what merging adds to a weight."""
+        """scale * B A [out, in], which merging adds to a weight."""
         return (self.B @ self.A) * self.scale
 
 
 class Adapter(nn.Module):
-    """One named adapter: a `LowRank` pair for each module it changes. use_rslora: scaled by alpha / sqrt(rank), not alpha / rank."""
+    """One adapter: a `LowRank` pair for each module that it changes. use_rslora: scale alpha / sqrt(rank)."""
 
     def __init__(self, rank, alpha, use_rslora=False):
         super().__init__()
@@ -54,25 +53,27 @@ class Adapter(nn.Module):
         return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
     def put(self, path, A, B, weight):
-        """The pair of the module at `path`, on the device of its weight; float64 only where the weight is."""
+        """Set the pair of the module at `path`, on the device of its weight, in float32 (float64 if the weight is)."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         A, B = (tensor.to(device=weight.device, dtype=dtype) for tensor in (A, B))
         self.pairs[_key(path)] = LowRank(A, B, self.scale)
 
     def items(self):
-        """(path of a module in the decoder, its pair), one after the other."""
+        """[(path of a module in the decoder, its pair)]."""
         return [(key.replace("/", "."), pair) for key, pair in self.pairs.items()]
 
 
 class _Adapters:
-    """What hangs on a decoder that has adapters: them by name, and which one is on (None: all off)."""
+    """The adapters of a decoder by name, the one that is on (None: all are off), and the modules that have our hook."""
 
     def __init__(self):
-        self.active, self.by_name, self.hooked = None, {}, set()
+        self.active: str | None = None
+        self.by_name: dict[str, Adapter] = {}
+        self.hooked: set[str] = set()
 
 
 def _key(path):
-    return path.replace(".", "/")  # ModuleDict takes no dots
+    return path.replace(".", "/")  # a ModuleDict allows no dots in names
 
 
 def _backbone(model):
@@ -88,11 +89,12 @@ def _adapters(model):
 # ---- adding and switching --------------------------------------------------------------------------------------------
 
 
-def add_adapter(model, name, rank, alpha, targets=None, seed=0, use_rslora=False) -> Adapter:
-    """A new adapter on a model (causal LM or decoder), which is frozen. Off until `use_adapter`; at first it adds zero.
+def add_adapter(model, name, rank, alpha, *, targets=None, seed=0, use_rslora=False) -> Adapter:
+    """Put a new adapter on a model (causal LM or decoder) and freeze the model. It is off until `use_adapter`.
 
-    A is kaiming-uniform with a = sqrt 5 (that is U(-1/sqrt(in), 1/sqrt(in))) drawn from `seed`, B zero. targets: module
-    names or dotted ends of them, as in PEFT (`default_targets`). InputError where a target is no linear module.
+    A is drawn with `seed`, kaiming-uniform with a = sqrt 5, which is U(-1/sqrt(in), 1/sqrt(in)). B is zero, so the
+    adapter adds zero at first. targets: module names or dotted ends of them, as in PEFT (None: `default_targets`).
+    InputError if a target is no linear module.
     """
     adapter, generator = Adapter(rank, alpha, use_rslora), torch.Generator().manual_seed(seed)
     for path, module in _target_modules(model, targets or default_targets(model)).items():
@@ -103,7 +105,7 @@ def add_adapter(model, name, rank, alpha, targets=None, seed=0, use_rslora=False
 
 
 def install(model, name, adapter) -> Adapter:
-    """Hang a finished adapter on a model under a name, with a hook on each module that has none yet; freezes the model."""
+    """Put an existing adapter on a model under a name, with a hook on each module that has none. Freezes the model."""
     backbone = _backbone(model)
     adapters = getattr(backbone, "rllr_adapters", None) or _Adapters()
     if name in adapters.by_name:
@@ -117,16 +119,17 @@ def install(model, name, adapter) -> Adapter:
 
 
 def _add_delta(adapters, key, module, inputs, output):
-    """Forward hook: the output of a linear module plus what the active adapter adds to it. None: output as it is."""
+    """Forward hook: the output of a linear module plus the active adapter's term. None leaves the output as it is."""
     if adapters.active is None or key not in adapters.by_name[adapters.active].pairs:
         return None
     return output + adapters.by_name[adapters.active].pairs[key](inputs[0]).to(output.dtype)
 
 
 class use_adapter:
-    """`with use_adapter(model, name):` this adapter is on, None: none is. Restores what was on, after an exception too.
+    """`with use_adapter(model, name):` switches this adapter on; the name None switches all off.
 
-    Nests, and can be entered again (activation checkpointing does, when backward runs twice).
+    On leaving, also by an exception, the adapter that was on before is on again. Blocks can be nested, and one object
+    can be entered several times (activation checkpointing does so when backward runs twice).
     """
 
     def __init__(self, model, name):
@@ -145,23 +148,25 @@ class use_adapter:
 
 
 def checkpoint_contexts(model):
-    """`context_fn` of `torch.utils.checkpoint` for layers of a model with adapters (or without: then it does nothing).
+    """`context_fn` of `torch.utils.checkpoint` for the layers of a model; does nothing for a model without adapters.
 
-    Backward computes the layer once more, long after the forward's `use_adapter` has ended; this gives it the adapter
-    that is on now: `checkpoint(layer, x, use_reentrant=False, context_fn=partial(checkpoint_contexts, model))`.
+    Backward computes the layer again, long after the `use_adapter` block of the forward has ended. Then the adapter
+    that is on now must be on:
+
+        checkpoint(layer, x, use_reentrant=False, context_fn=partial(checkpoint_contexts, model))
     """
     adapters = _adapters(model)
     return nullcontext(), use_adapter(model, adapters.active if adapters else None)
 
 
 def get_adapter(model, name) -> Adapter:
-    """The adapter of that name."""
-    use_adapter(model, name)  # for its error
+    """The adapter of that name. ValueError if there is none."""
+    use_adapter(model, name)  # raises the error
     return _adapters(model).by_name[name]
 
 
 def adapter_parameters(model, name):
-    """The parameters of one adapter, and of nothing else."""
+    """The parameters of one adapter only."""
     return list(get_adapter(model, name).parameters())
 
 
@@ -169,7 +174,7 @@ def adapter_parameters(model, name):
 
 
 def default_targets(model):
-    """Names of the adapted modules, as in the paper: q_proj and v_proj, or the family's fused projection."""
+    """Default names of adapted modules, as in the LoRA paper: q_proj and v_proj, or the family's fused projection."""
     ends = {path.rpartition(".")[2] for path in linear_modules(model)}
     for names in DEFAULT_TARGETS:
         if ends.issuperset(names):
@@ -178,12 +183,13 @@ def default_targets(model):
 
 
 def linear_modules(model):
+    """{path in the decoder: module} of the modules that can be adapted."""
     modules = _backbone(model).named_modules()
     return {path: module for path, module in modules if isinstance(module, (nn.Linear, Conv1D))}
 
 
 def _target_modules(model, targets):
-    """{path: module}: a target matches a whole dotted path or the end of one, as in PEFT."""
+    """{path: module} of the targets: a target is a whole dotted path or the end of one, as in PEFT."""
     modules = linear_modules(model)
     found = {target: [p for p in modules if p == target or p.endswith(f".{target}")] for target in targets}
     unknown = [target for target, paths in found.items() if not paths]
@@ -199,7 +205,7 @@ def _names(names):
 
 
 def linear_shape(module):
-    """(out, in) of a linear module; Conv1D keeps its weight the other way round."""
+    """(out, in) of a linear module; Conv1D stores its weight transposed."""
     return tuple(module.weight.shape[::-1]) if isinstance(module, Conv1D) else tuple(module.weight.shape)
 
 
@@ -208,7 +214,7 @@ def linear_shape(module):
 
 @torch.no_grad()
 def merged_weights(model, name):
-    """{name in the model's state_dict: W + scale * B A, float32 at least}; the model is left as it is."""
+    """{name in the model's state_dict: W + scale * B A, at least float32}; the model does not change."""
     names = {id(module): path for path, module in model.named_modules()}
     merged = {}
     for path, pair in get_adapter(model, name).items():
@@ -219,7 +225,7 @@ def merged_weights(model, name):
 
 
 def merge_adapter(model, name):
-    """Add an adapter to the weights for good and forget it. ValueError on bf16 weights, which would round it away."""
+    """Add an adapter to the weights and remove it. ValueError on bf16 weights, whose rounding would lose the change."""
     for weight_name, weight in merged_weights(model, name).items():
         parameter = model.get_parameter(weight_name)
         if parameter.dtype != weight.dtype:

@@ -1,10 +1,11 @@
 """Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-An adapter knows its base by name (`base_model_name_or_path`); our record beside it (`rllr.json`) also by fingerprint.
+The configuration names the adapter's base (`base_model_name_or_path`); our record `rllr.json` has its fingerprint.
 """
 
 from pathlib import Path
 
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import InputError, brief
@@ -14,11 +15,12 @@ from .lora import Adapter, get_adapter, install, linear_modules, linear_shape
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor's name
-HEADS = ("score.weight", "score.bias")  # what may stand beside the pairs: the head of a reward or value model
-# What changes an adapter's arithmetic and is not computed here: refused where a file asks for it.
-UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "lora_bias",
-               "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
-               "arrow_config", "kasa_config", "velora_config", "monteclora_config")  # fmt: skip
+HEADS = ("score.weight", "score.bias")  # the head of a reward or value model may be in the same file
+# Options that change the arithmetic of an adapter. We do not compute them, so a file that uses one is refused.
+UNSUPPORTED = (
+    "use_dora use_qalora use_bdlora rank_pattern alpha_pattern lora_bias layer_replication target_parameters "
+    "trainable_token_indices alora_invocation_tokens arrow_config kasa_config velora_config monteclora_config"
+).split()
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")  # others (PiSSA, OLoRA, LoftQ) change the base
 
 
@@ -28,40 +30,47 @@ def is_adapter(path):
 
 
 def save_adapter(model, name, directory, *, base=None, head=None):
-    """Write an adapter of a model as PEFT does.
+    """Write an adapter of a model in PEFT's format.
 
-    base: name of the base it belongs to (else the model's own name); head: {"score.weight": tensor} of a scalar head,
-    which makes it a sequence classifier's adapter with `modules_to_save = ["score"]`.
+    base: name of the adapter's base (None: the model's own name). head: {"score.weight": tensor} of a scalar head; with
+    it the files are a sequence classifier's adapter with `modules_to_save = ["score"]`.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    adapter, modules, state = get_adapter(model, name), linear_modules(model), {}
+    adapter, modules = get_adapter(model, name), linear_modules(model)
+    state = {f"{PREFIX}{key}": tensor for key, tensor in (head or {}).items()}
     for path, pair in adapter.items():
         stem = f"{PREFIX}{decoder_name(model)}.{path}"
         state |= {f"{stem}.lora_A.weight": pair.A, f"{stem}.lora_B.weight": pair.B}
-    state |= {f"{PREFIX}{key}": tensor for key, tensor in (head or {}).items()}
     paths = {path for path, _ in adapter.items()}
     ends = {path.rpartition(".")[2] for path in paths}
     everywhere = paths == {path for path in modules if path.rpartition(".")[2] in ends}
     config = {
-        "peft_type": "LORA", "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
-        "base_model_name_or_path": str(base or model.name_or_path), "r": adapter.rank, "lora_alpha": adapter.alpha,
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
+        "base_model_name_or_path": str(base or model.name_or_path),
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
         "use_rslora": adapter.use_rslora,
-        "target_modules": sorted(ends if everywhere else paths), "bias": "none", "lora_dropout": 0.0,
+        "target_modules": sorted(ends if everywhere else paths),
+        "bias": "none",
+        "lora_dropout": 0.0,
         "fan_in_fan_out": any(isinstance(modules[path], Conv1D) for path in paths),
-        "modules_to_save": ["score"] if head else None, "inference_mode": True,
-    }  # fmt: skip
+        "modules_to_save": ["score"] if head else None,
+        "inference_mode": True,
+    }
     write_safetensors(state, directory / WEIGHTS_FILE)
     write_json(directory / CONFIG_FILE, config)
 
 
 def load_adapter(model, directory, name) -> Adapter:
-    """Put a saved adapter, ours or PEFT's, on a model under a name. A head beside it is `rllr.model.loading.read_head`'s.
+    """Put a saved adapter, ours or PEFT's, on a model under a name. Does not read a head.
 
-    InputError where a file is damaged, does not fit the model, or asks for arithmetic that is not plain LoRA.
+    InputError if a file is damaged, does not fit the model, or asks for arithmetic that is not plain LoRA.
     """
     config, state = read_adapter_config(directory), read_safetensors(Path(directory) / WEIGHTS_FILE)
-    modules, pairs = linear_modules(model), {}
+    modules = linear_modules(model)
+    pairs: dict[str, dict[str, Tensor]] = {}  # {path: {"A": tensor, "B": tensor}}
     for key, tensor in state.items():
         path = key.removeprefix(PREFIX)
         if path in HEADS:
@@ -73,9 +82,8 @@ def load_adapter(model, directory, name) -> Adapter:
     adapter = Adapter(config["r"], config["lora_alpha"], bool(config.get("use_rslora")))
     for path, pair in pairs.items():
         if path not in modules:
-            raise InputError(
-                f"{directory}: adapts {path}, which {type(model).__name__} lacks; give the adapter's own base"
-            )
+            kind = type(model).__name__
+            raise InputError(f"{directory}: adapts {path}, which {kind} lacks; give the adapter's own base")
         (outputs, inputs), rank = linear_shape(modules[path]), config["r"]
         shapes = {"A": (rank, inputs), "B": (outputs, rank)}
         for which, shape in shapes.items():
@@ -87,19 +95,15 @@ def load_adapter(model, directory, name) -> Adapter:
 
 
 def read_adapter_config(directory) -> dict:
-    """adapter_config.json, checked. InputError where it is damaged or asks for something else than plain LoRA."""
+    """adapter_config.json, checked. InputError if it is damaged or asks for something else than plain LoRA."""
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
-        raise InputError(f"{path}: not there, so {directory} holds no adapter")
+        raise InputError(f"{path}: there is no such file, so {directory} holds no adapter")
     config = read_json(path)
-    named = isinstance(config, dict) and isinstance(config.get("base_model_name_or_path") or "", str)
-    ranked = (
-        named
-        and isinstance(config.get("r"), int)
-        and config["r"] > 0
-        and isinstance(config.get("lora_alpha"), (int, float))
-    )
-    if not ranked:
+    fields = config if isinstance(config, dict) else {}
+    rank, alpha, base = (fields.get(name) for name in ("r", "lora_alpha", "base_model_name_or_path"))
+    numbers = isinstance(rank, int) and rank > 0 and isinstance(alpha, (int, float))
+    if not numbers or not isinstance(base or "", str):
         raise InputError(f"{path}: damaged (it must give r and lora_alpha); restore it or train the adapter again")
     if config.get("peft_type", "LORA") != "LORA":
         raise InputError(f"{path}: peft_type {brief(config['peft_type'])}; only LORA can be loaded")

@@ -1,7 +1,7 @@
-"""Activation checkpointing: keep only each decoder layer's input and compute the layer again in backward.
+"""Activation checkpointing: keep only the input of each decoder layer and compute the layer again in backward.
 
-A third more time for a fraction of the memory. By hand rather than by transformers' switch, which acts in training mode
-only; PPO trains with dropout off, in eval mode.
+It takes a third more time and a fraction of the memory. We do not use transformers' own switch: it works in training
+mode only, but PPO trains without dropout, in eval mode.
 """
 
 from contextlib import ExitStack
@@ -18,44 +18,49 @@ from .lora import checkpoint_contexts
 
 
 def checkpoint_layers(backbone):
-    """Checkpoint every layer of a Hugging Face decoder from now on, where gradients are taken and no cache is filled.
+    """Checkpoint every layer of a Hugging Face decoder from now on, in forwards with gradients and without a cache.
 
-    A role on a shared base stands for its base; several roles may ask. InputError for a model without such layers.
+    For a role on a shared base this sets the layers of the base; several roles may ask for it. InputError for a model
+    without such layers.
     """
     backbone = getattr(backbone, "shared_backbone", backbone)
     layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise InputError(f"--gradient_checkpointing: {type(backbone).__name__} has no layers that can be checkpointed")
     for layer in layers:
-        if not hasattr(layer, "_rllr_checkpointed"):
-            layer._rllr_checkpointed = True
-            layer.forward = partial(_forward, layer, layer.forward, backbone)
+        if "_rllr_checkpointed" not in vars(layer):
+            vars(layer)["_rllr_checkpointed"] = True
+            layer.forward = partial(_checkpointed_forward, layer, layer.forward, backbone)
 
 
-def _forward(layer, plain, backbone, *arguments, **keywords):
+def _checkpointed_forward(layer, plain_forward, backbone, *arguments, **keywords):
     if not torch.is_grad_enabled() or keywords.get("use_cache"):
-        return plain(*arguments, **keywords)
-    lent = any(type(module) is OneDnnLinear for module in layer.modules())
-    attention = backbone.config._attn_implementation  # packed rows have one of their own
+        return plain_forward(*arguments, **keywords)
+    fast = any(type(module) is OneDnnLinear for module in layer.modules())
+    attention = backbone.config._attn_implementation  # packed rows use their own
 
-    def contexts():  # the layer is computed again when what was switched on for its forward has long been switched off
+    # Backward computes the layer again after the forward's context managers have ended, so it must enter them again.
+    def contexts():
         forward, adapter = checkpoint_contexts(backbone)
-        switches = [lambda: adapter, partial(attention_by, backbone, attention)]
-        return forward, _Again(switches + ([partial(fast_linears, layer)] if lent else []))
+        managers = [lambda: adapter, partial(attention_by, backbone, attention)]
+        return forward, _Reentered(managers + ([partial(fast_linears, layer)] if fast else []))
 
-    return checkpoint(plain, *arguments, use_reentrant=False, context_fn=contexts, **keywords)
+    return checkpoint(plain_forward, *arguments, use_reentrant=False, context_fn=contexts, **keywords)
 
 
-class _Again:
-    """What was switched on for the forward: the adapter, the attention, the faster product. May be entered more than once."""
+class _Reentered:
+    """Enters the context managers of the forward: adapter, attention, faster product. Can be entered several times.
 
-    def __init__(self, switches):
-        self.switches, self.stacks = switches, []
+    managers: functions that return a context manager each.
+    """
+
+    def __init__(self, managers):
+        self.managers, self.stacks = managers, []
 
     def __enter__(self):
         stack = ExitStack()
-        for switch in self.switches:
-            stack.enter_context(switch())
+        for manager in self.managers:
+            stack.enter_context(manager())
         self.stacks.append(stack)
 
     def __exit__(self, *exception):

@@ -182,7 +182,9 @@ def load_base(path, config, device):
 def new_role(model, role, config, seed=0):
     """A policy that is `model` and a new adapter of that name, as the flags say."""
     targets = [target.strip() for target in config.lora_targets.split(",")] if config.lora_targets else None
-    add_adapter(model, role, config.lora_rank, config.lora_alpha, targets, seed, config.use_rslora)
+    add_adapter(
+        model, role, config.lora_rank, config.lora_alpha, targets=targets, seed=seed, use_rslora=config.use_rslora
+    )
     return RolePolicy(model, role)
 
 

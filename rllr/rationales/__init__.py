@@ -1,4 +1,4 @@
-"""Who writes rationales: given in the data, evidence words, the demo's own, a language model."""
+"""Writers of rationales: given in the data, evidence words, the demo's own, a language model."""
 
 from .factory import make_writer
 from .writers import EvidenceWriter, GivenWriter, RationaleWriter

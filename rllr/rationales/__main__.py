@@ -6,10 +6,12 @@ python -m rllr.rationales --task sst2 --train_file train.jsonl --writer evidence
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..common.config import flag, parse_config
 from ..common.errors import InputError, command
-from ..data.rows import Source, load_examples, parse_mapping_flag
+from ..data.row_reader import parse_mapping_flag
+from ..data.rows import Source, load_examples
 from ..data.splits import FileConfig
 from ..run.settings import ModelConfig
 from ..tasks import load_task
@@ -41,19 +43,23 @@ def main(argv=None):
     if output.exists() and not config.overwrite:
         raise InputError(f"--output {output}: exists; give another name or --overwrite")
     if output.is_dir() or not output.parent.is_dir():
-        raise InputError(f"--output {output}: cannot be written; name a file in a directory that is there")
+        raise InputError(f"--output {output}: cannot be written; give a file in an existing directory")
     task = load_task(config.task)
     if not config.train_file and task.name != "demo":
         raise InputError("--train_file: give the labelled rows to write rationales for")
     device = set_up(config.precision, seed=0)
-    examples = load_examples(
-        Source(config.train_file or "demo:train", delimiter=config.delimiter, encoding=config.encoding), task,
-        columns=parse_mapping_flag(config.columns, "--columns"), label_map=parse_mapping_flag(config.label_map, "--label_map"), log=say,
-    )  # fmt: skip
+    source = Source(
+        config.train_file or "demo:train",
+        columns=parse_mapping_flag(config.columns, "--columns"),
+        label_map=parse_mapping_flag(config.label_map, "--label_map"),
+        delimiter=config.delimiter,
+        encoding=config.encoding,
+    )
+    examples = load_examples(source, task, log=say)
     writer = make_writer(config.writer, examples, task, config=config, device=device, directory=output.parent, log=say)
     with open(output, "w", encoding="utf-8") as file:
         for example in examples:
-            row = {"id": example.id, "text": example.text, "label": example.label}
+            row: dict[str, Any] = {"id": example.id, "text": example.text, "label": example.label}
             row |= {"text_b": example.text_b} if task.is_pair else {}
             row |= {"score": example.score} if example.score is not None else {}
             row |= {"rationale": writer.write(example, example.label)}

@@ -1,4 +1,4 @@
-"""Which writer it is to be, and what each needs."""
+"""Choose a writer by its name, and check that it has what it needs."""
 
 from dataclasses import dataclass
 
@@ -23,9 +23,10 @@ class RationaleConfig(Settings):
 
 
 def make_writer(name, examples, task, *, config=None, device="cpu", directory=".", log=print, also=()):
-    """The writer of that name over the labelled rows. InputError for an unknown name.
+    """The writer of that name for the labelled rows. InputError for an unknown name.
 
-    `also`: further rows it may be asked about, which must not count as evidence. For `model`, config.rationale_model names the causal LM; its rationales are cached in <directory>/rationales.jsonl.
+    `also`: further rows that it must be able to write about, and that do not count as evidence. For the writer `model`,
+    config.rationale_model names the causal LM, and <directory>/rationales.jsonl is the cache of its rationales.
     """
     if name == "model":
         from ..data.encoding import Encoder
@@ -38,17 +39,18 @@ def make_writer(name, examples, task, *, config=None, device="cpu", directory=".
         model = load_policy(source, device=device)
         encoder = Encoder(load_tokenizer(source), model)
         return ModelWriter([*examples, *also], task, model, encoder, f"{directory}/rationales.jsonl", log=log)
-    classes = {"given": GivenWriter, "evidence": EvidenceWriter, "demo": DemoWriter}
+    if name == "evidence":
+        return EvidenceWriter(examples, task, log)
+    classes = {"given": GivenWriter, "demo": DemoWriter}
     if name not in classes:
         raise InputError(f"--rationales {name!r}: choose from {', '.join(WRITERS)}")
-    writer = EvidenceWriter(examples, task, log) if name == "evidence" else classes[name](examples, task)
-    if isinstance(writer, GivenWriter):
-        writer.check(also)
+    writer = classes[name](examples, task)
+    writer.check(also)
     return writer
 
 
 def check_writer(name, examples, task, rationale_model=None):
-    """InputError where a writer lacks what it needs. Called before a run writes anything; a language model is not loaded."""
+    """InputError if a writer lacks what it needs. Called before a run writes anything; loads no language model."""
     if name != "model":
         make_writer(name, examples, task, log=lambda line: None)
     elif not rationale_model:
@@ -56,12 +58,12 @@ def check_writer(name, examples, task, rationale_model=None):
 
 
 def default_writer(task, examples):
-    """demo for the demo data, given where the rows carry rationales, else evidence."""
+    """The writer's name: demo for the demo data, given if all rows have rationales, else evidence."""
     if task.name == "demo":
         return "demo"
     return "given" if examples and all(example.rationale or example.rationales for example in examples) else "evidence"
 
 
 def default_label_pairs(writer_name):
-    """How label-sensitive pairs draw rationales unless --label_pairs says: see `rllr.pairs`."""
+    """The default of --label_pairs, which says how label-sensitive pairs draw rationales: see `rllr.pairs`."""
     return {"evidence": "independent", "demo": "drawn"}.get(writer_name, "paper")

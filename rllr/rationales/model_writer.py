@@ -1,4 +1,4 @@
-"""Rationales written by a local language model, as the paper has them from a large one, with a cache on disk."""
+"""Rationales written by a local language model, with a cache on disk. The paper used a large language model."""
 
 import dataclasses
 import hashlib
@@ -12,9 +12,9 @@ from .writers import GivenWriter
 
 
 class ModelWriter(GivenWriter):
-    """Rationales by a local causal LM that is told the text and the label, also a wrong one, as in the paper.
+    """Rationales by a local causal LM that gets the text and a label, right or wrong, as in the paper.
 
-    Answers come from our own rollouts and are cached in a JSONL file, so an interrupted run goes on where it stopped.
+    Our own rollouts write them. They are cached in a JSONL file, so an interrupted run continues where it stopped.
     """
 
     INSTRUCTION = (
@@ -59,21 +59,15 @@ class ModelWriter(GivenWriter):
         return self.INSTRUCTION.format(question=task.render_prompt(example.text, example.text_b), label=label)
 
     def _digest(self, example, label, task, model):
-        """Of what was asked of whom: another text, wording or model is not answered from the cache."""
+        """A digest of the prompt and the model's name. If either changes, the cached rationale is not used."""
         asked = f"{model.config.name_or_path}\n{self._prompt(example, label, task)}"
         return hashlib.sha256(asked.encode("utf-8", "replace")).hexdigest()[:16]
 
     def _ask(self, batch, task, model, encoder, max_new_tokens):
         prompts = [encoder.prompt_ids(self._prompt(example, label, task)) for example, label in batch]
-        rollout = generate(
-            model,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=encoder.stop_ids,
-            greedy=True,
-            batch_size=len(prompts),
-        )
-        # One line, so that the label line stays the last and only one of its kind.
+        options = {"max_new_tokens": max_new_tokens, "eos_token_id": encoder.stop_ids, "batch_size": len(prompts)}
+        rollout = generate(model, prompts, greedy=True, **options)
+        # A rationale of one line cannot add a second label line to the answer.
         return [" ".join(encoder.decode(response).split()) or "no reason given" for response in rollout.responses()]
 
     def _find(self, example, label):
@@ -84,27 +78,26 @@ class ModelWriter(GivenWriter):
 
 
 def read_cache(cache_file):
-    """{(id, label): (rationale, digest of what was asked)} of a cache; {} where there is none. InputError with the line."""
+    """{(id, label): (rationale, digest of the prompt)} of a cache; {} if there is none. InputError names the line."""
     written = {}
     try:
         with open(cache_file, "rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):  # a run was killed while it wrote this line
+                if not line.endswith(b"\n"):  # the run was killed while it wrote this line
                     break
                 try:
                     row = json.loads(line)
                     written[row["id"], row["label"]] = row["rationale"], row.get("asked")
                 except (ValueError, KeyError, TypeError, RecursionError):  # ValueError: not JSON, or not UTF-8
-                    raise InputError(
-                        f"{cache_file}:{number}: not a cached rationale; delete the line or the file"
-                    ) from None
+                    problem = "not a cached rationale; delete the line or the file"
+                    raise InputError(f"{cache_file}:{number}: {problem}") from None
     except FileNotFoundError:
         pass
     return written
 
 
 def drop_torn_line(cache_file):
-    """Cut off what follows a file's last line end: half a line, left behind by a run that was killed."""
+    """Remove what follows a file's last line end: half a line that a killed run has left."""
     try:
         with open(cache_file, "rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)

@@ -1,7 +1,8 @@
-"""Who writes rationales. Behind one small interface: given in the data, evidence words, the demo's own, a language model.
+"""The writers of rationales behind one small interface: given in the data, the demo's own, evidence words.
 
-A writer splits a rationale into what it rests on (a *basis*: words of the text, a clause, a finished text) and how that is
-worded for a label. Pairs need the two apart: a label-sensitive pair may put the same basis under both labels.
+A writer builds a rationale in two steps: it chooses a *basis* (words of the text, a clause, a finished text), and it
+phrases that basis for a label. Pairs need the two steps apart: a label-sensitive pair may phrase one basis for both
+labels.
 
     python -m rllr.rationales --task sst2 --train_file train.jsonl --writer evidence --output with_rationales.jsonl
 """
@@ -11,20 +12,20 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 
 from ..common.errors import InputError
-from ..data.demo import quote_of, word_rationale
+from ..data.demo import phrase_rationale, quote_of
 from .words import words_of
 
-SMOOTHING = 0.5  # added to each count of the log-odds (half an occurrence: Jeffreys' prior)
-NAMED_WORDS = 2  # evidence words a rationale names
-MANY_ONCE = 0.9  # share of words that occur in one row only, above which evidence means little
+SMOOTHING = 0.5  # added to each count of the log-odds: half an occurrence, Jeffreys' prior
+NAMED_WORDS = 2  # evidence words that a rationale names
+MANY_ONCE = 0.9  # if a larger share of the words occurs in one row only, evidence means little
 
 
 class RationaleWriter(ABC):
-    """A rationale for any label of any row.
+    """Writes a rationale for any label of any row.
 
-    basis(example, label)   what best supports this label, right or wrong
-    draw(example, rng)      a basis chosen without looking at which label is right (`rllr.pairs`)
-    word(basis, label)      the rationale's text
+    basis(example, label)   the basis that best supports this label, right or wrong
+    draw(example, rng)      a basis that is chosen without knowing which label is right (`rllr.pairs`)
+    phrase(basis, label)    the text of the rationale
     """
 
     @abstractmethod
@@ -34,21 +35,21 @@ class RationaleWriter(ABC):
     def draw(self, example, rng): ...
 
     @abstractmethod
-    def word(self, basis, label) -> str: ...
+    def phrase(self, basis, label) -> str: ...
 
     def write(self, example, label) -> str:
-        """The rationale that argues for this label: what SFT learns for the gold label."""
-        return self.word(self.basis(example, label), label)
+        """The rationale that argues for this label. SFT learns the one for the gold label."""
+        return self.phrase(self.basis(example, label), label)
 
     def argues_for_all(self, example) -> bool:
-        """Whether each label of this row has a rationale of its own, so that having one does not give the label away."""
+        """Whether each label of this row has its own rationale. If not, having one tells which label is right."""
         return True
 
 
 class GivenWriter(RationaleWriter):
     """Rationales from the columns `rationale` (for the gold label) and `rationales` ({label: text}).
 
-    Where a wrong label has none, both sides of a label-sensitive pair carry the same text.
+    If a wrong label has none, both sides of a label-sensitive pair have the same rationale.
     """
 
     def __init__(self, examples, task):
@@ -60,8 +61,8 @@ class GivenWriter(RationaleWriter):
         for example in examples:
             if example.label is not None and not self._find(example, example.label):
                 raise InputError(
-                    f"row {example.name}: has no rationale for its label {example.label!r}; fill the column 'rationale' or "
-                    "'rationales', or choose --rationales evidence"
+                    f"row {example.name}: has no rationale for its label {example.label!r}; fill the column "
+                    "'rationale' or 'rationales', or choose --rationales evidence"
                 )
 
     def _find(self, example, label):
@@ -74,7 +75,7 @@ class GivenWriter(RationaleWriter):
         source = example if rng.random() < 2 / 3 else rng.choice(self.examples)
         return self.basis(source, rng.choice(self.task.labels))
 
-    def word(self, basis, label):
+    def phrase(self, basis, label):
         return basis
 
     def argues_for_all(self, example):
@@ -82,23 +83,23 @@ class GivenWriter(RationaleWriter):
 
 
 class DemoWriter(GivenWriter):
-    """The demo generator's rationales: the clause that decides, or for a wrong label the other clause."""
+    """The demo generator's rationales: they quote the clause that decides or, for a wrong label, the other clause."""
 
     def basis(self, example, label):
         return quote_of(super().basis(example, label))
 
-    def word(self, basis, label):
-        return word_rationale(basis, label)
+    def phrase(self, basis, label):
+        return phrase_rationale(basis, label)
 
 
 class EvidenceWriter(RationaleWriter):
     """Names the words of a text that best support a label, by log-odds counted on the labelled rows.
 
-        score(w, L) = log p(w | L) - log p(w | other labels)        p from the rows that contain w, smoothed
+        score(w, L) = log p(w | L) - log p(w | other labels)        p: smoothed share of the rows that contain w
 
-    A labelled row's own words are left out of the counts when it is written about: otherwise a word that occurs in one
-    row only would always be evidence for that row's label. For pair tasks the features are words that the two texts
-    share or that only one of them has, and how many of them there are.
+    A rationale for a labelled row does not count the words of that row itself: otherwise a word that occurs in one row
+    only would always be evidence for that row's label. For pair tasks the features are the words that both texts have
+    or that only one of them has, and the numbers of such words.
     """
 
     def __init__(self, examples, task, log=lambda line: None):
@@ -106,7 +107,7 @@ class EvidenceWriter(RationaleWriter):
         self.examples = [example for example in examples if example.label is not None]
         if not self.examples:
             raise InputError("--rationales evidence needs labelled rows to count words on, and there are none")
-        self.counts = defaultdict(Counter)  # feature -> {label: rows that have it}
+        self.counts: dict[tuple, Counter] = defaultdict(Counter)  # feature -> {label: rows that have the feature}
         self.rows = Counter(example.label for example in self.examples)
         self.counted = {example.id: example.label for example in self.examples}
         for example in self.examples:
@@ -116,36 +117,38 @@ class EvidenceWriter(RationaleWriter):
         once = sum(number == 1 for number in rows)
         if once > MANY_ONCE * len(rows) or not rows:
             log(
-                f"warning: {once} of {len(rows)} words occur in one of the {len(self.examples)} labelled rows only, so counted evidence says "
-                "little about other rows; give more rows, or rationales of your own (--rationales given or model)"
+                f"warning: {once} of {len(rows)} words occur in one of the {len(self.examples)} labelled rows only, so "
+                "counted evidence says little about other rows; give more rows, or rationales of your own "
+                "(--rationales given or model)"
             )
 
     def _features(self, example):
-        """{feature: surface form}. Feature: (kind, lower-case word) or (kind, number of such words, 5 at most)."""
+        """{feature: spelling}. A feature is (kind, lower-case word) or (kind, number of such words, at most 5)."""
         first = words_of(example.text)
         if not self.task.is_pair:
-            return {("has", word): surface for word, surface in first.items()}
-        second, features = words_of(example.text_b or ""), {}
+            return {("has", word): spelling for word, spelling in first.items()}
+        second = words_of(example.text_b or "")
         kinds = {
             "both": {word: second[word] for word in second if word in first},
             "first": {word: first[word] for word in first if word not in second},
             "second": {word: second[word] for word in second if word not in first},
         }
+        features: dict[tuple[str, str | int], str | None] = {}
         for kind, words in kinds.items():
             features[kind, min(len(words), 5)] = None
-            features |= {(kind, word): surface for word, surface in words.items()}
+            features |= {(kind, word): spelling for word, spelling in words.items()}
         return features
 
     def _score(self, feature, label, own_label):
-        """Log-odds of a feature for a label; own_label is that of the row written about, if it was counted."""
-        having = self.counts.get(feature, {})
-        with_label = having.get(label, 0) - (own_label == label)
-        with_other = sum(having.values()) - having.get(label, 0) - (own_label not in (None, label))
-        rows = self.rows[label] - (own_label == label)
-        other_rows = len(self.examples) - self.rows[label] - (own_label not in (None, label))
-        return math.log((with_label + SMOOTHING) / (rows + 2 * SMOOTHING)) - math.log(
-            (with_other + SMOOTHING) / (other_rows + 2 * SMOOTHING)
-        )
+        """Log-odds of a feature for a label. own_label: the label of the row itself, if the counts include that row."""
+        counts = self.counts.get(feature, Counter())
+        of_label, of_others = own_label == label, own_label not in (None, label)  # what to take off for the row itself
+        with_label, rows = counts[label] - of_label, self.rows[label] - of_label
+        with_other = counts.total() - counts[label] - of_others
+        other_rows = len(self.examples) - self.rows[label] - of_others
+        p_label = (with_label + SMOOTHING) / (rows + 2 * SMOOTHING)
+        p_others = (with_other + SMOOTHING) / (other_rows + 2 * SMOOTHING)
+        return math.log(p_label) - math.log(p_others)
 
     def basis(self, example, label):
         """(kind, words): the kind is "has" for single texts, else "both", "first" or "second"."""
@@ -163,20 +166,20 @@ class EvidenceWriter(RationaleWriter):
         return kind, tuple([features[kind, word] for _, k, word in scored if k == kind][:NAMED_WORDS])
 
     def draw(self, example, rng):
-        """Evidence for any label, random words of the text, or words of another text, a third each."""
+        """Evidence for a random label, random words of the text, or evidence of another text; a third each."""
         source = rng.randrange(3)
         if source == 1:
             features = self._features(example)
             kinds = sorted({kind for kind, word in features if isinstance(word, str)})
             if kinds:
                 kind = rng.choice(kinds)
-                words = [surface for (k, word), surface in features.items() if k == kind and isinstance(word, str)]
+                words = [spelling for (k, word), spelling in features.items() if k == kind and isinstance(word, str)]
                 return kind, tuple(rng.sample(words, min(NAMED_WORDS, len(words))))
         if source == 2:
             example = rng.choice(self.examples)
         return self.basis(example, rng.choice(self.task.labels))
 
-    def word(self, basis, label):
+    def phrase(self, basis, label):
         kind, words = basis
         named = " and ".join(words)
         several = len(words) > 1
@@ -186,6 +189,3 @@ class EvidenceWriter(RationaleWriter):
             return f"the words {named} suggest {label}" if several else f"the word {named} suggests {label}"
         who = {"both": "both say", "first": "only the first says", "second": "only the second says"}[kind]
         return f"{who} {named}, which suggests {label}"
-
-
-# ---- python -m rllr.rationales ---------------------------------------------------------------------------------------
