@@ -11,8 +11,10 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from families import FAMILIES, tiny_model, toy_tokenizer  # noqa: E402
+from families import FAMILIES, tiny_model, toy_tokenizer
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402
+
+from rllr.model.precision import set_precision
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -78,3 +80,10 @@ def undisturbed(toy, tmp_path_factory):
 def rng():
     """A seeded torch generator."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def plain_precision():
+    """A script that a test runs sets the precision of the whole process; the next test finds fp32 again."""
+    yield
+    set_precision("fp32")

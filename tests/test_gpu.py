@@ -9,6 +9,7 @@ from test_rollout import naive_greedy
 
 import rllr.rollout
 from rllr.logprobs import token_logprobs
+from rllr.model.precision import set_precision
 from rllr.rollout import generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -57,8 +58,13 @@ def test_draws_repeat_with_the_seed_and_differ_between_steps():
 def test_autocast_rollouts_agree_with_their_own_scoring():
     """bf16 products in both: small differences, no garbage from a weight cast while recording."""
     model = tiny_model("llama").cuda()
-    with torch.autocast("cuda", torch.bfloat16):
+    set_precision("bf16")
+    try:
         rollout = sample(model)
-        scored = token_logprobs(model, rollout.sequences, rollout.prompt_lens, rollout.response_mask).detach()
+        scored = token_logprobs(model, *rollout.packed).detach()
+    finally:
+        set_precision("fp32")
+    plain = token_logprobs(model, *rollout.packed).detach()
+    assert (scored - plain).abs().max() > 1e-4  # it was really on
     gap = (rollout.rollout_logprobs - scored.float()).abs()[rollout.response_mask]
     assert gap.mean() < 0.05
