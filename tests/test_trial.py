@@ -22,6 +22,7 @@ from rllr.engine.attention import (
     remember_packing,
     slot_attention,
 )
+from rllr.engine.decoder import Decoder
 from rllr.engine.limits import length_limits, windows_of
 from rllr.model.backbone import width_of
 from rllr.model.trial import try_model
@@ -102,6 +103,17 @@ def test_weights_that_are_no_numbers():
         model.model.layers[0].mlp.up_proj.weight[0] = torch.nan
     with pytest.raises(InputError, match="nan nats off"):
         try_model(model, PROMPTS, 8, "x")
+
+
+def test_the_trial_is_not_recorded(monkeypatch):
+    """On a GPU decoders record their steps; a recorded step would not call the trial's stand-in for a sampler."""
+
+    class OnGPU(Decoder):
+        def __init__(self, *given, records=None, **named):
+            super().__init__(*given, records=True if records is None else records, **named)
+
+    monkeypatch.setattr(rllr.model.trial, "Decoder", OnGPU)
+    try_model(tiny_model("llama"), PROMPTS, 8, "x")
 
 
 def test_packing_that_is_wrong_for_this_runs_lengths_is_forbidden(monkeypatch):

@@ -22,10 +22,11 @@ class Decoder:
     """Lets one model write answers in `slots` slots of `length` columns. Nothing here computes gradients.
 
     head: hidden [n, H] -> logits [n, V]; sampler: logits -> (token, log-probability). `admit` starts answers, `step`
-    gives each live answer its next token, `harvest` returns the answers that have ended and frees their slots.
+    gives each live answer its next token, `harvest` returns the answers that have ended and frees their slots. records: whether
+    steps become CUDA graphs (by default, on a GPU), for which the sampler must have a `generator`.
     """
 
-    def __init__(self, backbone, head, sampler, *, slots, length, max_new_tokens, stop_ids, device):
+    def __init__(self, backbone, head, sampler, *, slots, length, max_new_tokens, stop_ids, device, records=None):
         self.backbone, self.head, self.sampler, self.device = backbone, head, sampler, device
         self.cache = SlotCache(slots, length)
         self.with_cache = {cache_argument(backbone): self.cache, "use_cache": True}
@@ -43,7 +44,8 @@ class Decoder:
         # The positions as Python numbers, so that no step must read them from the device. For an answer that has ended
         # they count on until `harvest`, which only makes the view a little wider.
         self.host_positions = []
-        self.graphs = StepGraphs(sampler.generator) if device.type == "cuda" else None
+        records = device.type == "cuda" if records is None else records
+        self.graphs = StepGraphs(sampler.generator) if records else None
         # A 4-D mask from here saves transformers from building one per step. Families that read the 2-D mask themselves
         # (alibi) must get the 2-D one.
         self.ready_mask = takes_our_attention(backbone)

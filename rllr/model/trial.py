@@ -105,8 +105,8 @@ def _try(model, rows, alike):
     decoder = Decoder(
         backbone, lambda hidden: lm_logits(model, hidden), teacher,
         slots=len(rows), length=max(map(len, rows)), max_new_tokens=decoded, stop_ids=none, device=model.device,
+        records=False,  # a recorded step would not call the teacher
     )  # fmt: skip
-    decoder.graphs = None  # a recorded step would not call the teacher
     with packed_linears(model):
         decoder.admit([row[:-decoded].tolist() for row in rows], list(range(len(rows))))
         for _ in range(decoded - 1):
