@@ -60,7 +60,8 @@ def toy():
 
 @pytest.fixture(scope="session")
 def undisturbed(toy, tmp_path_factory):
-    """undisturbed(name) -> directory of a run of `stopping.RUNS` that nobody stops; made once. Do not change it in a test."""
+    """undisturbed(name) -> directory of a run of `stopping.RUNS` that nobody stops; made once. Do not change it in a
+    test."""
     from stopping import stage_of
     from toy_runs import run
 

@@ -1,4 +1,5 @@
-"""Hostile input: readers, seeds they accept, and ways to spoil a seed. `test_fuzz.py` tries some, `benchmarks/fuzz.py` many.
+"""Hostile input: readers, seeds they accept, and ways to spoil a seed. `test_fuzz.py` tries some, `benchmarks/fuzz.py`
+many.
 
 Every input must end in a result or in an InputError that names the file; no other exception, no hang, bounded memory.
 """
@@ -57,7 +58,8 @@ TASK = {
     "metric": "accuracy",
     "metrics": ["accuracy", "macro_f1"],
 }
-RECORD = {"format": RECORD_FORMAT, "stage": "sft", "task": TASK | {"ordinal": False, "answer_format": "rationale"}, "data": {"task": "own", "labelled": 40},
+RECORD = {"format": RECORD_FORMAT, "stage": "sft", "task": TASK | {"ordinal": False, "answer_format": "rationale"},
+    "data": {"task": "own", "labelled": 40},
           "config": {"rationales": "given"}, "tiny": True, "base": {"path": "x", "fingerprint": "ab"}}  # fmt: skip
 ADAPTER = {
     "peft_type": "LORA",
@@ -67,7 +69,10 @@ ADAPTER = {
     "target_modules": ["q_proj"],
     "bias": "none",
 }
-SETTINGS = "policy: runs/x\nsteps: 20\nkl_coef: 0.05\nfreeze_embeddings: false\nreward: mixed\nthreshold: q0.9\nmax_ref_kl: none\n"
+SETTINGS = (
+    "policy: runs/x\nsteps: 20\nkl_coef: 0.05\nfreeze_embeddings: false\n"
+    "reward: mixed\nthreshold: q0.9\nmax_ref_kl: none\n"
+)
 
 
 def jsonl(rows):
@@ -112,7 +117,8 @@ class Checkpoint:
         model["w"].grad = torch.ones(3)
         optimizer.step()
         return {"model": model, **optimizer.parts(), "kl": AdaptiveKL(0.1, 6, 100),
-                "stream": PromptStream(["a", "b", "c"], 2, 0), "sampling": torch.Generator().manual_seed(1)}  # fmt: skip
+                "stream": PromptStream(["a", "b", "c"], 2, 0),
+                "sampling": torch.Generator().manual_seed(1)}  # fmt: skip
 
     def seed(self, root):
         folder = root / "seed"
@@ -176,7 +182,8 @@ class Checkpoint:
 
 
 def usable(result):
-    """Every text in a result can be printed, and tokenised: it has no half characters. The result itself is handed on."""
+    """Every text in a result can be printed, and tokenised: it has no half characters. The result itself is handed
+    on."""
     parts = result if isinstance(result, (list, tuple)) else [result]
     for part in parts:
         fields = vars(part) if hasattr(part, "__dict__") else part if isinstance(part, dict) else {}
@@ -214,8 +221,10 @@ def examples(labels, task="sst2", **options):
 TARGETS = {  # name -> (reader of a path, file name, seeds)
     "data.jsonl": (examples("required"), "rows.jsonl", [jsonl(ROWS), jsonl(ROWS).replace(b"\n", b"\r\n")]),
     "data.jsonl, optional labels": (examples("optional"), "rows.jsonl", [jsonl(ROWS)]),
-    "data.jsonl, ordinal": (examples("optional", "stsb"), "rows.jsonl", [jsonl([{"text": "a", "text_b": "b", "score": 2.5, "label": "3"}])]),
-    "data.json": (examples("required"), "rows.json", [json.dumps(ROWS).encode(), json.dumps(ROWS, indent=1).encode(), jsonl(ROWS)]),
+    "data.jsonl, ordinal": (examples("optional", "stsb"), "rows.jsonl",
+        [jsonl([{"text": "a", "text_b": "b", "score": 2.5, "label": "3"}])]),
+    "data.json": (examples("required"), "rows.json",
+        [json.dumps(ROWS).encode(), json.dumps(ROWS, indent=1).encode(), jsonl(ROWS)]),
     "authors' format": (examples("required"), "rows.json",
                         [json.dumps([{"instruction": "i", "input": "t", "output": "fine\nLabel: positive"}]).encode()]),
     "data.csv": (examples("required"), "rows.csv", [csv_of(ROWS, ","), b"\xef\xbb\xbf" + csv_of(ROWS, ",")]),
@@ -223,30 +232,40 @@ TARGETS = {  # name -> (reader of a path, file name, seeds)
     "data.parquet": (examples("required"), "rows.parquet", [parquet()]),
     "pairs": (lambda path: usable(load_pairs(str(path), lambda line: None)), "pairs.jsonl", [jsonl(PAIRS)]),
     "task.yaml": (lambda path: usable(load_task(str(path))), "task.yaml",
-                  [b'name: own\nlabels: [good, bad]\nprompt: "{text}\\n{instruction}"\nordinal: false\nmetrics: [accuracy]\n']),
+                  [b'name: own\nlabels: [good, bad]\nprompt: "{text}\\n{instruction}"\n'
+                   b'ordinal: false\nmetrics: [accuracy]\n']),
     "task.json": (lambda path: usable(load_task(str(path))), "task.json", [json.dumps(TASK).encode()]),
     "config.yaml, ppo": (config_of(train_ppo), "config.yaml", [SETTINGS.encode()]),
-    "config.json, sft": (config_of(train_sft), "config.json", [b'{"epochs": 3, "learning_rate": 1e-3, "dropout": null, "resume": "newest"}']),
-    "config.yaml, rm": (config_of(train_rm), "config.yaml", [b"pairs: rationale\nepochs: 2\nloss: span\ncolumns: text=a,label=b\n"]),
+    "config.json, sft": (config_of(train_sft), "config.json",
+        [b'{"epochs": 3, "learning_rate": 1e-3, "dropout": null, "resume": "newest"}']),
+    "config.yaml, rm": (config_of(train_rm), "config.yaml",
+        [b"pairs: rationale\nepochs: 2\nloss: span\ncolumns: text=a,label=b\n"]),
     "rllr.json": (lambda path: read_record(path.parent), "rllr.json", [json.dumps(RECORD).encode()]),
-    "adapter_config.json": (lambda path: read_adapter_config(path.parent), "adapter_config.json", [json.dumps(ADAPTER).encode()]),
+    "adapter_config.json": (lambda path: read_adapter_config(path.parent), "adapter_config.json",
+        [json.dumps(ADAPTER).encode()]),
     "score_statistics.json": (lambda path: load_statistics(path.parent), "score_statistics.json",
         [json.dumps({"mean": 0.1, "std": 1.5, "count": 600, "quantiles": [i / 100 for i in range(101)]}).encode()]),
-    "rationale cache": (read_cache, "rationales.jsonl", [jsonl([{"id": "a", "label": "x", "rationale": "r", "asked": "ab"}])]),
+    "rationale cache": (read_cache, "rationales.jsonl",
+        [jsonl([{"id": "a", "label": "x", "rationale": "r", "asked": "ab"}])]),
     "weights": (read_safetensors, "w.safetensors", [safetensors_bytes()]),
     "state.json": (Checkpoint(STATE), "state.json", None),
     "state.json, rehashed": (Checkpoint(STATE, rehashed=True), "state.json", None),
     "state.safetensors, rehashed": (Checkpoint(TENSORS, rehashed=True), "state.safetensors", None),
     "manifest.json": (Checkpoint(MANIFEST), "manifest.json", None),
     "run.json": (Checkpoint("run.json"), "run.json", None),
-    "parse_answer": (answer, "answer.txt", [b"because\nLabel: sports\n", "ein Grund\u2028Label: Welt".encode(), b"Label:world\r\n\r\n"]),
+    "parse_answer": (answer, "answer.txt", [b"because\nLabel: sports\n", "ein Grund\u2028Label: Welt".encode(),
+        b"Label:world\r\n\r\n"]),
 }  # fmt: skip
 
 TOKENS = [
-    b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\r", b"\n\n", b"\x1f\x8b", b"\xe2\x80\xa8", b"\xe2\x80\xae", b"\xcc\x81", "😀".encode(),
-    b"\\ud800", b"\\udc00", b"\\u0000", b'"', b"'", b"{", b"}", b"[", b"]", b",", b":", b"null", b"true", b"NaN", b"Infinity", b"-1",
-    b"1e999", b"9" * 400, b"9" * 5000, b"[" * 2000, b'{"a":' * 2000, b"{text}", b"Label:", b"label", b"text", b"id", b"&a", b"*a",
-    b"!!python/object:os.system", b"!!binary", b"<<", b"---", b"2001-99-99", b"0x", b"\t", b"../../", b"tensor", b"pairs", b"%s", b"",
+    b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\r", b"\n\n", b"\x1f\x8b", b"\xe2\x80\xa8", b"\xe2\x80\xae",
+    b"\xcc\x81", "😀".encode(),
+    b"\\ud800", b"\\udc00", b"\\u0000", b'"', b"'", b"{", b"}", b"[", b"]", b",", b":", b"null", b"true", b"NaN",
+    b"Infinity", b"-1",
+    b"1e999", b"9" * 400, b"9" * 5000, b"[" * 2000, b'{"a":' * 2000, b"{text}", b"Label:", b"label", b"text", b"id",
+    b"&a", b"*a",
+    b"!!python/object:os.system", b"!!binary", b"<<", b"---", b"2001-99-99", b"0x", b"\t", b"../../", b"tensor",
+    b"pairs", b"%s", b"",
     b"-0", b"1_000", b"=", b"\\", b"\xc3\x28", b"a" * 3000,
 ]  # fmt: skip
 

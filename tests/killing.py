@@ -28,7 +28,8 @@ def start(script, flags, log):
 
 
 def kill_at(process, directory, moment, lines, patience=120.0):
-    """SIGKILL a process once it has written so many metric lines, or, "writing", at the first checkpoint it writes after that.
+    """SIGKILL a process once it has written so many metric lines, or, "writing", at the first checkpoint it writes
+    after that.
 
     Counted in lines, not seconds: what a test kills must not hang on how busy the machine is. Returns whether it was
     killed: it may have ended before.
@@ -59,9 +60,11 @@ def _lines(directory):
 
 
 def run_until_done(script, flags, directory, log, rng, kills, longest):
-    """Start, kill and resume a script until it was killed `kills` times, then let it end. Returns the moments it was killed at.
+    """Start, kill and resume a script until it was killed `kills` times, then let it end. Returns the moments it was
+    killed at.
 
-    rng: chooses moments and places, up to `longest` metric lines after each start. RuntimeError, with the log's end, if it fails.
+    rng: chooses moments and places, up to `longest` metric lines after each start. RuntimeError, with the log's end,
+    if it fails.
     """
     done = []
     while True:

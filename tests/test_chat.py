@@ -1,4 +1,5 @@
-"""Chat templates as people have them: content parts, dates, thinking, trimming, and errors. Expected strings are written by hand."""
+"""Chat templates as people have them: content parts, dates, thinking, trimming, and errors. Expected strings are
+written by hand."""
 
 import json
 from datetime import datetime
@@ -17,14 +18,18 @@ from rllr.data.chat import ChatTemplate
 from rllr.data.encoding import Encoder
 from rllr.tasks import Example, Task
 
-PLAIN = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+PLAIN = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 PARTS = (
-    "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}\n"
+    "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% "
+    "endif %}{% endfor %}\n"
     "{% endfor %}"
 )
 DATED = (
-    "{% if strftime_now is defined %}{% set today = strftime_now('%d %b %Y, %H:%M 100%% %-d %?') %}{% endif %}\n  Today: {{ today }}\n"
-    + PLAIN
+    "{% if strftime_now is defined %}{% set today = strftime_now('%d %b %Y, %H:%M 100%% %-d %?') %}{% endif %}\n  "
+    "Today: {{ today }}\n" + PLAIN
 )
 CLOCK = "2024-03-05T07:08:09"
 TASK = Task("t", ("good", "bad"), "{text}?")
@@ -46,7 +51,8 @@ def test_plain_text_and_content_parts():
 
 
 @pytest.mark.parametrize("text", [
-    "{% for m in messages %}{{ m['content'][:8] }}{% endfor %}", "{% for m in messages %}{{ m['content'].split('\n')[0] }}{% endfor %}",
+    "{% for m in messages %}{{ m['content'][:8] }}{% endfor %}",
+    "{% for m in messages %}{{ m['content'].split('\n')[0] }}{% endfor %}",
     "{% for m in messages %}{{ m['text'] }}{% endfor %}", "no message at all",
 ])  # fmt: skip
 def test_a_template_that_loses_the_prompt_is_refused(text):
@@ -60,7 +66,8 @@ def test_trimming_outer_space_is_no_loss():
 
 
 @pytest.mark.parametrize("text, reason", [
-    ("{{ raise_exception('only system messages') }}", "only system messages"), ("{{ nobody.knows.me }}", "'nobody' is undefined"),
+    ("{{ raise_exception('only system messages') }}", "only system messages"),
+    ("{{ nobody.knows.me }}", "'nobody' is undefined"),
     ("{{ messages[0]['content'] | no_such_filter }}", "No filter named"), ("{% if %}", "Expected an expression"),
     ("{{ messages[7]['content'] + 1 }}", ""), ("{{ 1 / 0 }}", "division by zero"),
 ])  # fmt: skip
@@ -81,7 +88,8 @@ def test_a_template_that_takes_one_turn_only():
 
 
 @pytest.mark.parametrize("opening, closed", [
-    ("<think>", "<think>\n</think>\n\n"), ("<think>\n", "<think>\n\n</think>\n\n"), ("<reasoning> ", "<reasoning> \n</reasoning>\n\n"),
+    ("<think>", "<think>\n</think>\n\n"), ("<think>\n", "<think>\n\n</think>\n\n"),
+    ("<reasoning> ", "<reasoning> \n</reasoning>\n\n"),
     ("<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"), ("<b>", "<b>"),
 ])  # fmt: skip
 def test_thinking_that_a_template_opens_is_closed(opening, closed):
@@ -139,7 +147,8 @@ def dated_policy(toy, path):
 
 
 def test_all_stages_and_a_resumed_run_see_the_first_moment(toy, tmp_path, monkeypatch):
-    """Another day: the frozen clock comes from the record, so no stage sees other prompts and --resume is not refused."""
+    """Another day: the frozen clock comes from the record, so no stage sees other prompts and --resume is not
+    refused."""
     moments = iter([datetime(2024, 1, 1, 10, 20, second) for second in range(30)])
 
     class Clock(datetime):
@@ -191,7 +200,8 @@ def test_a_prompt_as_the_model_sees_it():
     log = []
     encoder_of(chat_tokenizer(CHATML)).check(TASK, Example("a", "so </s> fine"), log.append)
     assert log == [
-        "a prompt as the model sees it (34 tokens): '<s><|im_start|>user\\nso < /s> fine?<|im_end|>\\n<|im_start|>assistant\\n'"
+        "a prompt as the model sees it (34 tokens): '<s><|im_start|>user\\nso < /s> "
+        "fine?<|im_end|>\\n<|im_start|>assistant\\n'"
     ]
 
 

@@ -69,7 +69,8 @@ def test_metrics_go_on_where_the_checkpoint_was(tmp_path):
 
 
 def state(step=3):
-    return {"step": step, "parts": {"model": {"w.a": torch.randn(4, 3)}, "rng": [3, (1, 2), None], "odd": {0: {"x": torch.tensor(1.5)}},
+    return {"step": step, "parts": {"model": {"w.a": torch.randn(4, 3)}, "rng": [3, (1, 2), None],
+        "odd": {0: {"x": torch.tensor(1.5)}},
             "best": [0.1, -math.inf], "name": "é", "flag": True}}  # fmt: skip
 
 

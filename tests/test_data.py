@@ -607,7 +607,8 @@ def test_holdout_by_number_and_share():
 
 
 def test_labelled_and_held_out_rows_are_drawn_by_class():
-    """450 a, 45 b, 5 c: every hundredth as in the whole; the first rows drawn show each class; a class of one row is kept."""
+    """450 a, 45 b, 5 c: every hundredth as in the whole; the first rows drawn show each class; a class of one row is
+    kept."""
     examples = [Example(f"r{i}", "", label="a" if i % 100 < 90 else "b" if i % 100 < 99 else "c") for i in range(500)]
 
     def counts(rows):

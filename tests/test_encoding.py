@@ -226,7 +226,8 @@ def test_the_longer_text_of_a_pair_is_cut():
     lengths = {e.id: (len(e.text), len(e.text_b)) for e in fitted}
     assert lengths == {"first": (30, 10), "second": (10, 30), "both": (10, 30), "whole": (20, 20), "equal": (14, 26)}
     assert lines == [
-        "4 of 5 texts were cut to fit the context of 64 tokens (its max_position_embeddings of 64): first, second, both, ..."
+        "4 of 5 texts were cut to fit the context of 64 tokens (its max_position_embeddings of 64): first, second, "
+        "both, ..."
     ]
 
 

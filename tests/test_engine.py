@@ -95,7 +95,8 @@ def test_the_product_of_packed_weights_is_that_of_a_linear_layer(monkeypatch, bi
 
 @needs_onednn
 def test_a_processor_without_bf16_products_goes_without_them(monkeypatch):
-    """AVX2 alone: oneDNN refuses bfloat16 there, so such layers, and float32 ones under autocast, stay what they are."""
+    """AVX2 alone: oneDNN refuses bfloat16 there, so such layers, and float32 ones under autocast, stay what they
+    are."""
     monkeypatch.setattr(rllr.engine.linear, "products_are_slow", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     half, single = nn.Linear(24, 10, dtype=torch.bfloat16), nn.Linear(24, 10)
@@ -205,8 +206,8 @@ def test_checkpointed_layers_are_computed_again_in_backward(family):
     "family, window", [(family, None) for family in FAMILIES if family != "bloom"] + [("mistral", 4)]
 )
 def test_checkpointed_layers_of_packed_rows(monkeypatch, family, window):
-    """Texts of unequal length on a CPU: the layer that backward computes again attends within each row, too, and within its window.
-    Gradients of all weights as without checkpointing."""
+    """Texts of unequal length on a CPU: the layer that backward computes again attends within each row, too, and
+    within its window. Gradients of all weights as without checkpointing."""
     monkeypatch.setattr(rllr.model.backbone, "PACK_BELOW", 1.1)
     model = tiny_model(family, dtype=torch.float64, **({"sliding_window": window} if window else {}))
     batch = pack_sequences([[5, 6, 7], [9], [11, 12, 13, 14, 15]], [[8, 2], [10, 11, 12, 13, 2], [2]])

@@ -1,4 +1,5 @@
-"""Faults in the middle of a run: numbers, memory, code, disks. What is saved, what is said, what is no fault; bounds while running."""
+"""Faults in the middle of a run: numbers, memory, code, disks. What is saved, what is said, what is no fault; bounds
+while running."""
 
 import errno
 import json
@@ -46,7 +47,8 @@ def test_a_loss_that_is_no_number(toy, tmp_path, monkeypatch, capsys):
 
 
 def test_the_state_before_a_fault_is_the_state_before_the_step(toy, tmp_path, monkeypatch, capsys):
-    """The fault comes in the middle of a step, after dropout has drawn: resumed, the run is the one without the fault."""
+    """The fault comes in the middle of a step, after dropout has drawn: resumed, the run is the one without the
+    fault."""
     for name in ("rm/full", "ppo/gold"):
         stage = name[: name.index("/")]
         main, flags = stage_of(toy, name, tmp_path / stage / "whole")
@@ -128,13 +130,14 @@ def test_a_checkpoint_of_unsound_weights_is_not_written(toy, tmp_path, monkeypat
     monkeypatch.setattr(train_ppo, "improve", exploding)
     error = refused(capsys, "ppo", *flags, "--save_every", 1, code=1)
     assert (
-        "a weight of the value_model after step 1 is not finite (head.bias); it is not saved. There is no checkpoint yet."
-        in error
+        "a weight of the value_model after step 1 is not finite (head.bias); it is not saved. There is no checkpoint "
+        "yet." in error
     )
 
 
 def test_a_fault_within_an_optimisers_step(toy, tmp_path, monkeypatch, capsys):
-    """Some weights have moved: nothing is saved as the state before; the newest checkpoint is named, and leads to the same run."""
+    """Some weights have moved: nothing is saved as the state before; the newest checkpoint is named, and leads to the
+    same run."""
     main, flags = stage_of(toy, "ppo/gold", tmp_path / "whole")
     run(main, *flags)
     main, flags = stage_of(toy, "ppo/gold", tmp_path / "run")
@@ -162,10 +165,14 @@ def test_a_fault_within_an_optimisers_step(toy, tmp_path, monkeypatch, capsys):
 
 
 def test_an_own_reward_that_fails(toy, tmp_path, monkeypatch, capsys):
-    body = "def score(samples):\n    calls.append(1)\n    if len(calls) == 3:\n        {}\n    return [1.0] * len(samples.answers)\n"
+    body = (
+        "def score(samples):\n    calls.append(1)\n    if len(calls) == 3:\n        {}\n"
+        "    return [1.0] * len(samples.answers)\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     for name, failure, words in (
-        ("fails", "raise KeyError('price')", "--reward fails:score raised KeyError: 'price' ("), ("short", "return [1.0]", "must return 8 numbers"),
+        ("fails", "raise KeyError('price')", "--reward fails:score raised KeyError: 'price' ("),
+        ("short", "return [1.0]", "must return 8 numbers"),
     ):  # fmt: skip
         (tmp_path / f"{name}.py").write_text("calls = []\n" + body.format(failure))
         flags = [
@@ -240,7 +247,8 @@ def test_answers_of_one_token_and_a_batch_without_an_end(toy, tmp_path):
 
 
 def test_advantages_that_are_all_the_same(toy, tmp_path, monkeypatch):
-    """One score for everything, no KL, a zero value model: no advantage, so the policy stays where it is, to the bit."""
+    """One score for everything, no KL, a zero value model: no advantage, so the policy stays where it is, to the
+    bit."""
     (tmp_path / "my_flat_reward.py").write_text("def flat(samples):\n    return [1.0] * len(samples.answers)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     flags = [
@@ -366,7 +374,8 @@ def test_a_reference_that_changes(toy, tmp_path, monkeypatch, capsys):
 
 
 def test_a_disk_that_fills_up(toy, tmp_path, capsys):
-    """A real one: the run stops with what is wrong, the checkpoint before is whole, and with room again the run goes on."""
+    """A real one: the run stops with what is wrong, the checkpoint before is whole, and with room again the run goes
+    on."""
     with small_disk(tmp_path / "disk", 3) as disk:
         main, flags = stage_of(toy, "ppo/gold", disk / "run")
         error = refused(capsys, "ppo", *flags, "--save_every", 1, "--keep_last", 50, code=1)

@@ -165,7 +165,8 @@ def test_saving_into_moves_everything_or_nothing(tmp_path):
 
 
 def test_the_record_moves_last(tmp_path, monkeypatch):
-    """A record that names weights which are not there yet would be a lie; the other way round it is refused as stale."""
+    """A record that names weights which are not there yet would be a lie; the other way round it is refused as
+    stale."""
     moved, plain = [], os.replace
     monkeypatch.setattr(rllr.common.files.os, "replace", lambda a, b: (moved.append(Path(b).name), plain(a, b)))
     with saving_into(tmp_path / "model") as temporary:

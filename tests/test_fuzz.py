@@ -1,4 +1,5 @@
-"""Hostile input, a little of it (`benchmarks/fuzz.py` tries a hundred thousand): a result or our own error, never anything else."""
+"""Hostile input, a little of it (`benchmarks/fuzz.py` tries a hundred thousand): a result or our own error, never
+anything else."""
 
 import gzip
 import json

@@ -1,7 +1,8 @@
-"""Recorded decoding steps, as far as a CPU can tell: that a step could be recorded, and that replays give the same answers.
+"""Recorded decoding steps, as far as a CPU can tell: that a step could be recorded, and that replays give the same
+answers.
 
-The stand-in for a CUDA graph below computes nothing when it records, reads nothing but tensors when it replays, and refuses
-operations that a real one cannot contain. tests/test_gpu.py records for real.
+The stand-in for a CUDA graph below computes nothing when it records, reads nothing but tensors when it replays, and
+refuses operations that a real one cannot contain. tests/test_gpu.py records for real.
 """
 
 import pytest
@@ -129,7 +130,8 @@ def test_each_replay_draws_anew(graphed):
 @pytest.mark.parametrize(
     "live, slots, width, length, shape",
     [
-        (1, 64, 5, 700, (8, 128)), (8, 64, 128, 700, (8, 128)), (9, 64, 129, 700, (16, 256)), (33, 64, 257, 700, (64, 512)),
+        (1, 64, 5, 700, (8, 128)), (8, 64, 128, 700, (8, 128)), (9, 64, 129, 700, (16, 256)),
+        (33, 64, 257, 700, (64, 512)),
         (64, 64, 513, 700, (64, 700)), (3, 5, 20, 60, (4, 60)), (5, 5, 60, 60, (5, 60)), (1, 1, 1, 4, (1, 4)),
         (13, 100, 1, 128, (13, 128)), (60, 100, 1, 128, (100, 128)),
     ],

@@ -319,7 +319,8 @@ def test_load_judges(tmp_path, tokenizer):
 
 
 def test_what_incomplete_answers_cost_is_in_the_units_of_the_reward():
-    """Standardised: at most 0, penalties as they are. Raw: at most the mean, penalties times the spread; mixed: of the sum."""
+    """Standardised: at most 0, penalties as they are. Raw: at most the mean, penalties times the spread; mixed: of the
+    sum."""
     one, two = statistics(mean=2.0, std=3.0), statistics(mean=-1.0, std=4.0)
 
     def judged(mode, norm, threshold=None):

@@ -70,7 +70,8 @@ def llama4():
         "interleave_moe_layer_step": 2,
     }
     return transformers.Llama4ForConditionalGeneration(transformers.Llama4Config(
-        text_config=text, vision_config={**VISION, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16, "num_channels": 3},
+        text_config=text, vision_config={**VISION, "vision_output_dim": 16, "projector_input_dim": 16,
+            "projector_output_dim": 16, "num_channels": 3},
         image_token_index=60, boi_token_index=58, eoi_token_index=59,
     ))  # fmt: skip
 
@@ -151,7 +152,8 @@ def test_quantised_weights(saved, method):
         json.dumps(config | {"quantization_config": {"quant_method": method, **details}})
     )
     assert why(load_policy, saved) == (
-        f"{saved}: its weights are quantised ({method}), which cannot be trained here; give the model's own directory or name in float32, "
+        f"{saved}: its weights are quantised ({method}), which cannot be trained here; give the model's own directory "
+        "or name in float32, "
         "bfloat16 or float16"
     )
 
@@ -180,5 +182,6 @@ def test_a_forward_that_fails_is_one_sentence(saved, monkeypatch):
 
     monkeypatch.setattr(transformers.LlamaModel, "forward", fail)
     assert why(load_policy, saved) == (
-        f"{saved}: LlamaForCausalLM cannot be used: its forward fails on eight tokens (RuntimeError: mat1 and mat2 shapes cannot be multiplied)"
+        f"{saved}: LlamaForCausalLM cannot be used: its forward fails on eight tokens (RuntimeError: mat1 and mat2 "
+        "shapes cannot be multiplied)"
     )

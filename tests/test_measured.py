@@ -1,4 +1,5 @@
-"""What a run measures and says of its answers and epochs: too long ones, ties, missing labels, the console, flags and their help."""
+"""What a run measures and says of its answers and epochs: too long ones, ties, missing labels, the console, flags and
+their help."""
 
 import dataclasses
 import io
@@ -50,7 +51,8 @@ def test_a_longer_answer_is_counted_and_its_text_cut_for_it():
     (prompt, answer, *_), log = rows_of("r" * 17)
     assert (len(prompt), len(answer)) == (34, 30)
     assert log[-1] == (
-        "warning: 1 of 1 answers are longer than --max_new_tokens 16: a. The policy would learn to write what is then cut, without a "
+        "warning: 1 of 1 answers are longer than --max_new_tokens 16: a. The policy would learn to write what is then "
+        "cut, without a "
         "label; raise it to 30, or shorten the rationales"
     )
     assert log[-2].startswith("1 of 1 texts were cut to fit the context of 64 tokens")
@@ -70,7 +72,8 @@ def test_an_answer_that_does_not_fit_alone_is_refused():
 
 
 def test_the_three_cases_in_a_run(toy, tmp_path, capsys):
-    """The base has 64 positions: a long rationale is told, one that cannot fit is refused before anything is written."""
+    """The base has 64 positions: a long rationale is told, one that cannot fit is refused before anything is
+    written."""
     rows = [dict(row, rationales={row["label"]: "so " * (1 + i % 2) * 5}) for i, row in enumerate(TRAIN_ROWS)]
     data = [
         "--task",
@@ -101,7 +104,8 @@ def test_rank():
     """The metric first, then fewer parse failures, then the other metrics."""
     base = {"accuracy": 0.5, "macro_f1": 0.4, "parse_failures": 0.1}
     order = [
-        base | {"accuracy": 0.4, "parse_failures": 0.0}, base | {"parse_failures": 0.2, "macro_f1": 0.9}, base | {"macro_f1": 0.3}, base,
+        base | {"accuracy": 0.4, "parse_failures": 0.0}, base | {"parse_failures": 0.2, "macro_f1": 0.9},
+        base | {"macro_f1": 0.3}, base,
         base | {"parse_failures": 0.0, "macro_f1": 0.0}, base | {"accuracy": 0.6, "parse_failures": 1.0},
     ]  # fmt: skip
     ranks = [rank(TASKS["sst2"], scores) for scores in order]
@@ -119,7 +123,8 @@ def scripted(monkeypatch, module, results):
 
 
 @pytest.mark.parametrize("results, best", [
-    ([(0, 1), (0, 1), (0, 1)], 3), ([(0.5, 0.1), (0.5, 0.0), (0.5, 0.1)], 2), ([(0.6, 0), (0.5, 0), (0.6, 0)], 3), ([(0.6, 0), (0.5, 0), (0.5, 0)], 1),
+    ([(0, 1), (0, 1), (0, 1)], 3), ([(0.5, 0.1), (0.5, 0.0), (0.5, 0.1)], 2), ([(0.6, 0), (0.5, 0), (0.6, 0)], 3),
+    ([(0.6, 0), (0.5, 0), (0.5, 0)], 1),
 ])  # fmt: skip
 def test_of_equal_epochs_the_later_one_is_kept(toy, tmp_path, monkeypatch, results, best):
     scripted(monkeypatch, train_sft, results)
@@ -128,7 +133,8 @@ def test_of_equal_epochs_the_later_one_is_kept(toy, tmp_path, monkeypatch, resul
 
 
 @pytest.mark.parametrize("results, best", [
-    ([(0.5, 0.0)] * 4, 0), ([(0.5, 0.1), (0.5, 0.0), (0.5, 0.0), (0.4, 0.0)], 2), ([(0.5, 0.0), (0.6, 0.0), (0.6, 0.0), (0.6, 0.0)], 3),
+    ([(0.5, 0.0)] * 4, 0), ([(0.5, 0.1), (0.5, 0.0), (0.5, 0.0), (0.4, 0.0)], 2),
+    ([(0.5, 0.0), (0.6, 0.0), (0.6, 0.0), (0.6, 0.0)], 3),
 ])  # fmt: skip
 def test_in_ppo_a_tie_with_the_start_keeps_the_start(toy, tmp_path, monkeypatch, results, best):
     scripted(monkeypatch, train_ppo, results)
@@ -141,7 +147,8 @@ def test_in_ppo_a_tie_with_the_start_keeps_the_start(toy, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("reward", ["label", "rationale", "mixed", "gold"])
 def test_an_answer_without_a_label_earns_nothing(toy, tmp_path, monkeypatch, reward):
-    """Every label is lost: with a reward model no score is above the SFT mean minus the penalty; gold has its own say."""
+    """Every label is lost: with a reward model no score is above the SFT mean minus the penalty; gold has its own
+    say."""
     monkeypatch.setattr("rllr.answers.parse_answer", lambda task, answer: None)
     models = {"label": ["--label_rm", toy.label_rm], "rationale": ["--rationale_rm", toy.rationale_rm], "gold": []}
     models["mixed"] = models["label"] + models["rationale"]
@@ -345,9 +352,12 @@ def test_the_settings_line_is_short():
 @pytest.mark.parametrize("text, words", [
     ("It's a well-made film, naïve!", ["It's", "a", "well-made", "film", "naïve"]),
     ("यह फिल्म बहुत अच्छी थी", ["यह", "फिल्म", "बहुत", "अच्छी", "थी"]),
-    ("质量太差", ["质量", "量太", "太差"]), ("好", ["好"]), ("今天iPhone好用", ["今天", "iPhone", "好用"]), ("第0条", ["第", "0", "条"]),
-    ("とても面白い。", ["とて", "ても", "も面", "面白", "白い"]), ("ดีมาก", ["ดีม", "มา", "าก"]), ("한국어 단어", ["한국어", "단어"]),
-    ("می\u200cخواهم", ["می\u200cخواهم"]), ("cafe\u0301 noir", ["cafe\u0301", "noir"]), ("Good good GOOD", ["Good"]), ("... !", []),
+    ("质量太差", ["质量", "量太", "太差"]), ("好", ["好"]), ("今天iPhone好用", ["今天", "iPhone", "好用"]),
+    ("第0条", ["第", "0", "条"]),
+    ("とても面白い。", ["とて", "ても", "も面", "面白", "白い"]), ("ดีมาก", ["ดีม", "มา", "าก"]),
+    ("한국어 단어", ["한국어", "단어"]),
+    ("می\u200cخواهم", ["می\u200cخواهم"]), ("cafe\u0301 noir", ["cafe\u0301", "noir"]), ("Good good GOOD", ["Good"]),
+    ("... !", []),
 ])  # fmt: skip
 def test_words_of_every_script(text, words):
     assert list(words_of(text).values()) == words

@@ -1,4 +1,5 @@
-"""Our functions against those of the last TRL with a PPO trainer (1.12.0), where it is installed; see benchmarks/results."""
+"""Our functions against those of the last TRL with a PPO trainer (1.12.0), where it is installed; see
+benchmarks/results."""
 
 import pytest
 import torch

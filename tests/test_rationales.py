@@ -392,7 +392,8 @@ def test_an_interrupted_writer_goes_on(tmp_path, asked, monkeypatch):
 
 
 def test_half_a_line_at_the_end_of_a_cache_is_written_again(asked, tmp_path):
-    """What a run leaves that was killed in the middle of a line; half a line anywhere else is somebody's edit, and refused."""
+    """What a run leaves that was killed in the middle of a line; half a line anywhere else is somebody's edit, and
+    refused."""
     cache, whole = tmp_path / "rationales.jsonl", tmp_path / "whole.jsonl"
     ModelWriter(CORPUS, SST2, cache_file=whole, batch_size=4, **asked)
     lines = whole.read_bytes().splitlines(keepends=True)

@@ -1,4 +1,5 @@
-"""Tables as people have them: spreadsheets' CSV, other encodings, other words for a missing label, columns that share a name."""
+"""Tables as people have them: spreadsheets' CSV, other encodings, other words for a missing label, columns that share
+a name."""
 
 import decimal
 import json
@@ -87,7 +88,8 @@ def test_a_missing_header_is_told(tmp_path):
     path = write(tmp_path / "a.csv", '"negative","awful music, no plot"\n"positive","lovely"\n')
     for columns in ("", "text=sentence"):
         assert error(read, path, columns=columns) == (
-            f"{path}: has no header: its first line is a row ('negative', 'awful music, no plot'); write the columns' names above it, "
+            f"{path}: has no header: its first line is a row ('negative', 'awful music, no plot'); write the columns' "
+            "names above it, "
             "for example text,label"
         )
     # a column that is called like a label beside real ones

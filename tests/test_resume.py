@@ -1,4 +1,5 @@
-"""A run that is stopped and gone on with is the run that was never stopped: every weight to the bit, every metric line."""
+"""A run that is stopped and gone on with is the run that was never stopped: every weight to the bit, every metric
+line."""
 
 import json
 import os
@@ -82,7 +83,8 @@ def test_a_finished_run_is_finished_again_without_a_step(toy, undisturbed, tmp_p
 
 def test_more_steps_than_at_first(toy, tmp_path):
     """N epochs and N more are 2 N epochs, where the schedule does not look at the end."""
-    flags = [*toy.data, "--model", toy.base, "--batch_size", 8, "--learning_rate", 2e-3, "--schedule", "constant", "--warmup", 0,
+    flags = [*toy.data, "--model", toy.base, "--batch_size", 8, "--learning_rate", 2e-3, "--schedule", "constant",
+        "--warmup", 0,
              "--dropout", 0.1, "--show", 0, *ANSWER, "--save_every", 3]  # fmt: skip
     run(train_sft.main, *flags, "--epochs", 4, "--output_dir", tmp_path / "whole")
     run(train_sft.main, *flags, "--epochs", 2, "--output_dir", tmp_path / "parts")

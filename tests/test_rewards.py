@@ -73,7 +73,8 @@ def test_reward_errors_name_what_is_missing(arguments, missing):
 
 
 def test_incomplete_answer_rule():
-    """By hand: whole, cut, without a label, both; scores above and below the cap; one penalty, the larger one where both hold."""
+    """By hand: whole, cut, without a label, both; scores above and below the cap; one penalty, the larger one where
+    both hold."""
     truncated, unlabelled = (
         torch.tensor(flags).repeat(2) for flags in ([False, True, False, True], [False, False, True, True])
     )

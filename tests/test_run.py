@@ -56,9 +56,11 @@ def copy_of(stopped, tmp_path):
 
 
 CHANGED = {
-    "sft": ["--seed 1", "--batch_size 4", "--learning_rate 1e-3", "--precision bf16", "--labelled 30", "--weight_decay 0.5", "--lora_rank 2"],
+    "sft": ["--seed 1", "--batch_size 4", "--learning_rate 1e-3", "--precision bf16", "--labelled 30",
+        "--weight_decay 0.5", "--lora_rank 2"],
     "rm": ["--seed 1", "--batch_size 4", "--pairs rationale", "--margin 0.5", "--label_pairs drawn"],
-    "ppo": ["--seed 1", "--rollout_prompts 4", "--minibatches 4", "--ppo_epochs 3", "--reward label", "--kl_coef 0.2", "--temperature 0.5"],
+    "ppo": ["--seed 1", "--rollout_prompts 4", "--minibatches 4", "--ppo_epochs 3", "--reward label", "--kl_coef 0.2",
+        "--temperature 0.5"],
 }  # fmt: skip
 
 
@@ -93,7 +95,8 @@ def test_what_is_printed_kept_and_how_long_it_goes_may_change(copy_of, stage, fl
 
 
 def test_more_epochs_plan_the_learning_rate_anew(copy_of):
-    """Eight of 15 steps are done when 30 are asked for: linear decay as if it had been 30 from the start, after a warm-up of one."""
+    """Eight of 15 steps are done when 30 are asked for: linear decay as if it had been 30 from the start, after a
+    warm-up of one."""
     directory = copy_of("sft")
     run(train_sft.main, "--resume", directory, "--epochs", 6)
     rates = [line["lr"] / 2e-3 for line in read_metrics(directory, "loss")]

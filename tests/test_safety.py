@@ -23,8 +23,10 @@ from rllr.tasks import Task, load_task
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "rllr").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 
-FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load",
-                   "numpy.load", "np.load", "datasets.load_from_disk", "torch.jit.load", "torch.package", "runpy.run_path"}  # fmt: skip
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load",
+    "yaml.full_load",
+                   "numpy.load", "np.load", "datasets.load_from_disk", "torch.jit.load", "torch.package",
+                   "runpy.run_path"}  # fmt: skip
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
 
@@ -78,8 +80,10 @@ def test_no_source_runs_what_it_reads(path):
 
 
 @pytest.mark.parametrize("source", [
-    "import pickle", "from pickle import loads", "eval('1')", "exec(x)", "yaml.load(f)", "torch.load(f)", "torch.load(f, weights_only=False)",
-    "os.system(x)", "subprocess.run(x, shell=True)", "AutoModel.from_pretrained(p)", "AutoModel.from_pretrained(p, trust_remote_code=True)",
+    "import pickle", "from pickle import loads", "eval('1')", "exec(x)", "yaml.load(f)", "torch.load(f)",
+    "torch.load(f, weights_only=False)",
+    "os.system(x)", "subprocess.run(x, shell=True)", "AutoModel.from_pretrained(p)",
+    "AutoModel.from_pretrained(p, trust_remote_code=True)",
     "import cloudpickle as c", "def f():\n    import marshal", "__import__('os')",
 ])  # fmt: skip
 def test_the_walk_sees(source):
@@ -88,7 +92,8 @@ def test_the_walk_sees(source):
 
 def test_the_walk_lets_pass():
     assert not dangers(
-        "model.eval()\nyaml.safe_load(f)\ntorch.load(f, weights_only=True)\nre.compile(x)\nAutoModel.from_pretrained(p, **_trust())"
+        "model.eval()\nyaml.safe_load(f)\ntorch.load(f, "
+        "weights_only=True)\nre.compile(x)\nAutoModel.from_pretrained(p, **_trust())"
     )
 
 

@@ -346,7 +346,8 @@ def test_gradient_checkpointing_changes_nothing(toy, tmp_path, adapters):
 
 @pytest.mark.parametrize("warmup, expected", [(0, [5e-4, 0]), (0.5, [1e-3, 0])])
 def test_warmup_of_the_policy(toy, tmp_path, warmup, expected):
-    """Four updates in two steps: the rate after the second and after the last; with a warm-up of two the peak comes later."""
+    """Four updates in two steps: the rate after the second and after the last; with a warm-up of two the peak comes
+    later."""
     toy.ppo(tmp_path / "ppo", "--reward", "gold", "--learning_rate", 1e-3, "--warmup", warmup, steps=2)
     lines = read_metrics(tmp_path / "ppo", "judge/score")
     assert [line["improve/lr"] for line in lines] == pytest.approx(expected)

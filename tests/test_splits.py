@@ -1,4 +1,5 @@
-"""Rows and the stages: which rows stay where, what the record says of them, and what the log says before anything is trained."""
+"""Rows and the stages: which rows stay where, what the record says of them, and what the log says before anything is
+trained."""
 
 import json
 import os
@@ -92,7 +93,8 @@ def test_rows_that_changed_are_refused_naming_both(here, capsys):
 
 
 def test_other_data_by_flag_goes_without_the_rows_that_sft_knows(here):
-    """12 new rows beside all of the old ones: what trained or evaluated SFT is left out and counted, from the evaluation rows as well."""
+    """12 new rows beside all of the old ones: what trained or evaluated SFT is left out and counted, from the
+    evaluation rows as well."""
     new = [{"text": f"the dog {i} was tasty", "label": "good"} for i in range(12)]
     kept = json.loads((here / "runs" / "sft" / "rows.json").read_text())
     known = {name: len(hashes) for name, hashes in kept.items()}
@@ -100,15 +102,16 @@ def test_other_data_by_flag_goes_without_the_rows_that_sft_knows(here):
     write_rows("data/more.jsonl", new + TRAIN_ROWS)
     write_rows("data/dev2.jsonl", new[:3] + TRAIN_ROWS[:20] + DEV_ROWS)
     flags = ["--train_file", "data/more.jsonl", "--eval_file", "data/dev2.jsonl", "--labelled", 11]
-    output = run(train_ppo.main, "--policy", "runs/sft", *flags, "--reward", "gold", "--steps", 1, "--rollout_prompts", 4,
+    output = run(train_ppo.main, "--policy", "runs/sft", *flags, "--reward", "gold", "--steps", 1,
+        "--rollout_prompts", 4,
                  "--minibatches", 2, "--output_dir", "runs/ppo", *ANSWER)  # fmt: skip
     assert (
-        "warning: --train_file data/more.jsonl: other rows than those that the policy was trained with, taken because a flag names them"
-        in output
+        "warning: --train_file data/more.jsonl: other rows than those that the policy was trained with, taken because "
+        "a flag names them" in output
     )
     assert (
-        f"--train_file data/more.jsonl: 40 of {len(new) + len(TRAIN_ROWS)} rows trained or evaluated the policy and are left out"
-        in output
+        f"--train_file data/more.jsonl: 40 of {len(new) + len(TRAIN_ROWS)} rows trained or evaluated the policy and "
+        "are left out" in output
     )
     assert "rows trained the policy and are left out" in output and "of 47 rows trained the policy" in output
     assert (
@@ -213,8 +216,8 @@ def test_an_older_record_or_run_is_refused_in_one_sentence(here, capsys):
         shutil.rmtree("runs/sft/checkpoints", ignore_errors=True)
         message = refused(capsys, train_rm.main if edit == "rllr" else train_sft.main, *flags)
         assert (
-            f"{path}: has format 1, this version of rllr has format 2, and what a run computes has changed in between (CHANGELOG.md); "
-            in message
+            f"{path}: has format 1, this version of rllr has format 2, and what a run computes has changed in between "
+            "(CHANGELOG.md); " in message
         )
         (here / path).write_text(json.dumps(content))
 
@@ -231,7 +234,8 @@ def told(labelled, held_out=(), unlabelled=(), evaluation=()):
 def test_rows_per_split_and_class():
     unlabelled = [Example("u", "more")]
     assert told(ROWS[:20], ROWS[20:25], unlabelled, ROWS[30:34]) == [
-        "rows: 20 labelled to train on (good 10, bad 10); 5 labelled held out (good 2, bad 3); 1 unlabelled; 4 for evaluation (good 2, bad 2)"
+        "rows: 20 labelled to train on (good 10, bad 10); 5 labelled held out (good 2, bad 3); 1 unlabelled; 4 for "
+        "evaluation (good 2, bad 2)"
     ]
 
 

@@ -157,7 +157,8 @@ def test_weight_decay_spares_biases_norms_and_what_is_frozen():
 
 
 def test_adamw_by_hand():
-    """Two steps of decoupled weight decay and bias-corrected moments (arXiv:1711.05101, algorithm 2), under a linear schedule."""
+    """Two steps of decoupled weight decay and bias-corrected moments (arXiv:1711.05101, algorithm 2), under a linear
+    schedule."""
     model = torch.nn.Linear(1, 1, dtype=torch.float64)
     with torch.no_grad():
         model.weight.fill_(0.5), model.bias.fill_(-0.25)
@@ -197,7 +198,8 @@ def test_the_gradient_is_clipped_and_its_norm_before_is_returned():
 
 
 def test_a_gradient_step_adds_up_its_micro_batches():
-    """w = 2; the loss of a batch x is sum(w x) / 4: gradient sum(x) / 4, by plain SGD at rate 1 unless it is clipped."""
+    """w = 2; the loss of a batch x is sum(w x) / 4: gradient sum(x) / 4, by plain SGD at rate 1 unless it is
+    clipped."""
     model = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
     with torch.no_grad():
         model.weight.fill_(2.0)
@@ -280,7 +282,8 @@ def test_micro_batches_and_pack():
 
 
 @pytest.mark.parametrize("size, tokens, expected", [
-    (0, 100, ["ebdac"]), (0, 14, ["eb", "da", "c"]), (0, 13, ["e", "bd", "ac"]), (0, 3, list("ebdac")), (2, 100, ["eb", "da", "c"]),
+    (0, 100, ["ebdac"]), (0, 14, ["eb", "da", "c"]), (0, 13, ["e", "bd", "ac"]), (0, 3, list("ebdac")),
+    (2, 100, ["eb", "da", "c"]),
     (1, 14, list("ebdac")), (0, 20, ["eb", "dac"]),
 ])  # fmt: skip
 def test_micro_batches_by_tokens(size, tokens, expected):
@@ -511,7 +514,8 @@ def test_scoring_does_not_depend_on_the_split():
 
 
 def test_deterministic_algorithms_and_a_fixed_number_of_slots(monkeypatch):
-    """What a GPU needs to repeat itself: deterministic kernels, and as many answers at a time whatever memory is free."""
+    """What a GPU needs to repeat itself: deterministic kernels, and as many answers at a time whatever memory is
+    free."""
     from rllr.rollout import slots_within
 
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)

@@ -29,7 +29,8 @@ from rllr.model.trial import try_model
 from rllr.rollout import generate
 
 SMALL = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": None,
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "pad_token_id": None,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 PROMPTS = [[5 + i % 40 for i in range(length)] for length in (40, 25, 6)]
@@ -64,7 +65,8 @@ def test_every_tested_family_passes(family):
 @pytest.mark.parametrize("kind, config, reason", [
     (transformers.RwkvConfig, {"attention_hidden_size": 32}, "nats off those of its own forward"),
     (transformers.MambaConfig, {"state_size": 8}, "MambaForCausalLM"),
-    (transformers.BartConfig, {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "pad_token_id": 0},
+    (transformers.BartConfig, {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 48, "pad_token_id": 0},
      "nats off those of its own forward"),
     (transformers.OpenAIGPTConfig, {"n_embd": 32, "n_layer": 2, "n_head": 4}, "decoding it token by token failed"),
 ])  # fmt: skip
@@ -86,7 +88,8 @@ def test_a_window_that_no_argument_tells_of(monkeypatch):
     ]
     with pytest.raises(
         InputError,
-        match="neo: GPTNeoForCausalLM cannot be used: prompt and answer take 48 tokens, more than its window size of 16",
+        match="neo: GPTNeoForCausalLM cannot be used: prompt and answer take 48 tokens, more than its window size of "
+        "16",
     ):
         try_model(model, PROMPTS, 8, "neo")
     monkeypatch.setattr(rllr.engine.limits, "length_limits", lambda config: [])  # a configuration that does not name it
@@ -170,12 +173,14 @@ def test_texts_are_cut_to_the_window(toy, tmp_path):
     (transformers.MistralConfig(max_position_embeddings=99, sliding_window=32), [32, 99]),
     (transformers.MistralConfig(max_position_embeddings=99, sliding_window=None), [99]),
     (transformers.Qwen2Config(max_position_embeddings=99, sliding_window=32, use_sliding_window=False), [99]),
-    (transformers.Qwen2Config(max_position_embeddings=99, sliding_window=32, use_sliding_window=True, max_window_layers=1), [32, 99]),
+    (transformers.Qwen2Config(max_position_embeddings=99, sliding_window=32, use_sliding_window=True,
+        max_window_layers=1), [32, 99]),
     (transformers.Gemma3TextConfig(max_position_embeddings=99, sliding_window=32), [32, 99]),
     (transformers.Gemma3Config(text_config={"max_position_embeddings": 99, "sliding_window": 32}), [32, 99]),
     (transformers.Llama4TextConfig(max_position_embeddings=99, attention_chunk_size=16), [16, 99]),
     (transformers.GPTNeoConfig(max_position_embeddings=99, window_size=24), [24, 99]),
-    (transformers.GPTNeoConfig(max_position_embeddings=99, num_layers=2, attention_types=[[["global"], 2]], window_size=24), [99]),
+    (transformers.GPTNeoConfig(max_position_embeddings=99, num_layers=2, attention_types=[[["global"], 2]],
+        window_size=24), [99]),
 ])  # fmt: skip
 def test_limits_of_length(config, limits):
     assert [tokens for tokens, _ in length_limits(config)] == limits
@@ -206,13 +211,14 @@ def test_the_tokenizers_limit_says_so():
     assert encoder_of(tokenizer).context_reason == "the tokenizer's model_max_length"
 
 
-# ---- packed attention --------------------------------------------------------------------------------------------------
+# ---- packed attention ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind, config", [
     (transformers.MistralConfig, {"sliding_window": 8}),
     (transformers.Qwen2Config, {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}),
-    (transformers.Gemma3TextConfig, {"sliding_window": 8, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    (transformers.Gemma3TextConfig, {"sliding_window": 8, "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"]}),
 ])  # fmt: skip
 def test_a_window_is_masked_in_packed_rows(kind, config):
     """Rows longer than the window, packed, have the numbers that they have alone."""

@@ -22,8 +22,8 @@ class Decoder:
     """Lets one model write answers in `slots` slots of `length` columns. Nothing here computes gradients.
 
     head: hidden [n, H] -> logits [n, V]; sampler: logits -> (token, log-probability). `admit` starts answers, `step`
-    gives each live answer its next token, `harvest` returns the answers that have ended and frees their slots. records: whether
-    steps become CUDA graphs (by default, on a GPU), for which the sampler must have a `generator`.
+    gives each live answer its next token, `harvest` returns the answers that have ended and frees their slots.
+    records: whether steps become CUDA graphs (by default, on a GPU), for which the sampler must have a `generator`.
     """
 
     def __init__(self, backbone, head, sampler, *, slots, length, max_new_tokens, stop_ids, device, records=None):
