@@ -1,5 +1,5 @@
 # make demo: the whole path on the built-in data.   make test: the tests.   Both build their own virtual environment, with the very
-# versions that were tested (constraints.txt).   make test-all: the slow ones as well.
+# versions that were tested (constraints.txt).   make test-all: the slow ones as well.   make lint: style and types.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV := .venv
@@ -9,7 +9,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 REQUIREMENTS := -r requirements.txt -r requirements-test.txt
 JOBS ?= 2
 
-.PHONY: demo test test-all test-oldest test-newest lock clean
+.PHONY: demo lint test test-all test-oldest test-newest lock clean
 
 $(VENV)/installed: requirements.txt requirements-test.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,11 @@ demo: $(VENV)/installed
 	$(BIN)/python train_rm.py --overwrite --pairs_per_row 2 --epochs 7 --patience 5 --checks_per_epoch 1 --dropout 0.1 --log_every 100
 	$(BIN)/python train_ppo.py --overwrite --eval_every 30 --eval_rows 500 --learning_rate 3e-4 --value_learning_rate 1e-3 --ppo_epochs 2
 	$(BIN)/python -m rllr.evaluate --part test --models $(RUNS)/sft $(RUNS)/ppo-label/last --output_dir $(RUNS)/evaluation --overwrite
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"

@@ -39,7 +39,7 @@ class Samples:
     ids: list = field(default_factory=list)  # of the rows the prompts come from
 
     @property
-    def packed(self):
+    def packed(self) -> Packed:
         """Prompts and answers as the models take them."""
         return Packed(self.sequences, self.prompt_lens, self.response_mask)
 
@@ -277,8 +277,19 @@ def load_function(spec):
             )
         return scores.detach()
 
-    try:
-        checked.source = inspect.getsource(inspect.getmodule(function))
-    except (OSError, TypeError):
-        checked.source = None  # built in, or from no file: nothing to compare when a run is gone on with
-    return checked
+    return UserFunction(checked, function)
+
+
+class UserFunction:
+    """A user's reward function, and the source of its module: a resumed run must have the same."""
+
+    def __init__(self, checked, function):
+        self.checked, self.source = checked, None
+        module = inspect.getmodule(function)
+        try:
+            self.source = inspect.getsource(module) if module else None
+        except (OSError, TypeError):
+            pass  # built in, or from no file: there is nothing to compare
+
+    def __call__(self, samples):
+        return self.checked(samples)

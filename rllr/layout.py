@@ -32,7 +32,7 @@ class Packed(NamedTuple):
         """Tokens of each row [B], prompt and response."""
         return self.prompt_lens + self.response_lens
 
-    def rows(self, rows):
+    def rows(self, rows) -> "Packed":
         """Some of the rows, in that order, without the columns that are padding in all of them.
 
         Scoring and training take their micro-batches by this one method, so both see the same shapes.
@@ -81,7 +81,7 @@ def response_tokens(sequences, prompt_lens, response_mask):
     return sequences.gather(1, positions.masked_fill(~response_mask, 0)).masked_fill(~response_mask, 0)
 
 
-def trim(packed):
+def trim(packed) -> Packed:
     """The same rows without the columns that are padding in all of them."""
     sequences, prompt_lens, response_mask = packed
     width, longest_response = int(packed.lengths.max()), int(packed.response_lens.max())
@@ -128,7 +128,8 @@ def micro_batches(rows, lengths, size=0, tokens=0):
     if not tokens:
         size = size or len(rows)
         return [rows[i : i + size] for i in range(0, len(rows), size)]
-    batches, width = [], 0
+    batches: list[list] = []
+    width = 0
     for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
         if not batches or len(batches[-1]) == (size or len(rows)) or (len(batches[-1]) + 1) * width > tokens:
             batches.append([])

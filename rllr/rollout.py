@@ -36,7 +36,7 @@ class Rollout:
     truncated: torch.Tensor  # [B] bool: cut by max_new_tokens, no stop token
 
     @property
-    def packed(self):
+    def packed(self) -> Packed:
         """Prompts and answers as the models take them."""
         return Packed(self.sequences, self.prompt_lens, self.response_mask)
 
@@ -91,7 +91,7 @@ def generate(
                 slots=slots, length=length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, device=device,
             )  # fmt: skip
             with packed_linears(model):
-                responses, logprobs = _run(decoder, prompts, answers_per_prompt)
+                responses, logprobs = _write_all(decoder, prompts, answers_per_prompt)
     finally:
         model.train(was_training)
     prompts = [prompt for prompt in prompts for _ in range(answers_per_prompt)]
@@ -103,37 +103,43 @@ def generate(
     return Rollout(sequences, prompt_lens, response_mask.sum(1), response_mask, recorded, truncated)
 
 
-def _run(decoder, prompts, answers):
+def _write_all(decoder, prompts, answers):
     """(responses, log-probabilities), lists in the order of the prompts, `answers` of each."""
-    queue = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # taken from the end: the longest first
     responses, logprobs = [None] * len(prompts) * answers, [None] * len(prompts) * answers
-    together = answers if answers <= decoder.free else 1  # answers of one prompt that share its forward
-    queue = [(row, first) for row in queue for first in range(0, answers, together)]
-    admit_at = max(together, int(ADMIT_SHARE * decoder.free))
+    copies = answers if answers <= decoder.free else 1  # answers of one prompt that share its forward
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # taken from the end: the longest first
+    queue = [(row, first) for row in by_length for first in range(0, answers, copies)]
+    admit_at = max(copies, int(ADMIT_SHARE * decoder.free))
+    steps_per_look = for_device(STEPS_PER_LOOK, decoder.device)
     while queue or decoder.live:
         if queue and (decoder.free >= admit_at or not decoder.live):
-            while queue and decoder.free >= together:
-                group = _next_group(queue, prompts, decoder, together)
-                owners = [row * answers + first + copy for row, first in group for copy in range(together)]
-                decoder.admit([prompts[row] for row, _ in group], owners, together)
+            while queue and decoder.free >= copies:
+                group = _next_group(queue, prompts, decoder, copies)
+                owners = [row * answers + first + copy for row, first in group for copy in range(copies)]
+                decoder.admit([prompts[row] for row, _ in group], owners, copies)
         else:
-            for _ in range(_on(decoder.device, STEPS_PER_LOOK)):
+            for _ in range(steps_per_look):
                 decoder.step()
         for owner, response, scored in decoder.harvest():
             responses[owner], logprobs[owner] = response, scored
     return responses, logprobs
 
 
-def _next_group(queue, prompts, decoder, together):
+def _next_group(queue, prompts, decoder, copies):
     """Taken off the queue: as many as find free slots, within the budget of prompt tokens; at least one."""
-    budget, group = _on(decoder.device, PREFILL_TOKENS), []
-    while queue and (len(group) + 1) * together <= decoder.free and (not group or len(prompts[queue[-1][0]]) <= budget):
-        budget -= len(prompts[queue[-1][0]])
+    budget = for_device(PREFILL_TOKENS, decoder.device)
+    group: list[tuple[int, int]] = []
+    while queue and (len(group) + 1) * copies <= decoder.free:
+        length = len(prompts[queue[-1][0]])
+        if group and length > budget:
+            break
+        budget -= length
         group.append(queue.pop())
     return group
 
 
-def _on(device, settings):
+def for_device(settings, device):
+    """The setting for this kind of device."""
     return settings["cpu" if device.type == "cpu" else "other"]
 
 

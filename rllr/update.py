@@ -7,7 +7,7 @@ import torch
 
 from .common.errors import RunError
 from .common.log import say
-from .layout import micro_batches
+from .layout import Packed, micro_batches
 from .logprobs import token_logprobs, token_logprobs_and_entropy
 from .ppo import kl_estimate, policy_loss, value_loss
 from .rollout import Rollout
@@ -80,7 +80,7 @@ class Batch:
     returns: torch.Tensor | None = None  # [B, R] the value targets (act 5)
 
     @property
-    def packed(self):
+    def packed(self) -> Packed:
         return self.rollout.packed
 
     @property
@@ -173,7 +173,7 @@ def improve(models, batch, plan, config) -> dict:
     {"improve/...": mean over the updates}. RunError, with the names of the prompts, before a step whose loss or
     gradient is not finite, and where the first minibatch's ratio is not 1.
     """
-    history = []  # one dict of statistics per minibatch
+    history: list[dict] = []  # one dict of statistics per minibatch
     for minibatch in (minibatch for epoch in plan for minibatch in epoch):
         token_count = batch.response_mask[minibatch].sum()
         parts = [_losses(models, batch, rows, token_count, config) for rows in batch.micro_batches(minibatch, config)]
@@ -206,13 +206,12 @@ def _combine(name, values):
     return torch.stack(values).max() if name.endswith("_max") else torch.stack(values).sum()
 
 
-def _losses(models, batch, rows, token_count, config):
+def _losses(models, batch: Batch, rows, token_count, config):
     """Backward of one micro-batch's share of both losses. Returns detached statistics that add up to the whole."""
     packed = batch.packed.rows(rows)
     mask = packed.response_mask
-    old_logprobs, advantages, old_values, returns = (
-        tensor[rows, : mask.shape[1]] for tensor in (batch.logprobs, batch.advantages, batch.values, batch.returns)
-    )
+    per_token: list = [batch.logprobs, batch.advantages, batch.values, batch.returns]
+    old_logprobs, advantages, old_values, returns = (tensor[rows, : mask.shape[1]] for tensor in per_token)
 
     def share(x, mask):  # the minibatch's token mean, of which this micro-batch is a part
         return x.masked_fill(~mask, 0.0).sum() / token_count

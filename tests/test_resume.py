@@ -89,7 +89,7 @@ def test_more_steps_than_at_first(toy, tmp_path):
     run(train_sft.main, *flags, "--epochs", 4, "--output_dir", tmp_path / "whole")
     run(train_sft.main, *flags, "--epochs", 2, "--output_dir", tmp_path / "parts")
     output = run(train_sft.main, "--resume", tmp_path / "parts", "--epochs", 4)
-    assert "10 -> 20 steps: the learning rate's schedule is planned anew" in output
+    assert "10 -> 20 steps: the learning rate follows a new schedule" in output
     record = json.loads((tmp_path / "parts" / "rllr.json").read_text())
     if record["config"]["epochs"] == 2:  # the best epoch was one of the first two, and is kept as it was recorded
         record["config"]["epochs"] = 4

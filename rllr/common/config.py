@@ -39,14 +39,14 @@ def flag(default=dataclasses.MISSING, help="", *, above=None, at_least=None, bet
 class Settings:
     """Base class of a command's settings. Subclasses are dataclasses; each may name the heading of its own flags."""
 
-    GROUP: typing.ClassVar = "settings"
-    given = frozenset()  # names of the settings that a flag or a file has set
-    inherited: typing.ClassVar = {}  # {name: the file that a setting was taken from, when it was not given}
+    GROUP: typing.ClassVar[str] = "settings"
+    given: frozenset = frozenset()  # names of the settings that a flag or a file has set
+    inherited: dict = {}  # {name: the file that a setting was taken from, when nobody gave it}; replaced, never changed
     _frozen = False
 
     def validate(self):
         """InputError, with the flag, for a setting out of its bounds. Subclasses add what holds between settings."""
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(typing.cast(typing.Any, self)):
             check_bounds(field, getattr(self, field.name))
 
     def freeze(self):
@@ -104,11 +104,13 @@ def _parser(cls, fields, description):
     """The argument parser: a group of flags per class that declares some."""
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with these settings; flags override it")
-    groups, left = {}, dict(fields)
+    groups: dict = {}
+    left = dict(fields)
     for declaring in reversed(cls.__mro__):
         for name in [name for name in inspect.get_annotations(declaring) if name in left]:
             title = vars(declaring).get("GROUP", "settings")
-            groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
+            if title not in groups:
+                groups[title] = parser.add_argument_group(title)
             _add_flag(groups[title], left.pop(name))
     return parser
 
@@ -117,7 +119,7 @@ def _add_flag(group, field):
     kind, _ = _type(field)
     default = "required" if _is_required(field) else "see text" if field.default is None else field.default
     text = f"{field.metadata.get('help', '')} (default: {default})".replace("%", "%%").strip()
-    options = {"default": argparse.SUPPRESS, "help": text}
+    options: dict = {"default": argparse.SUPPRESS, "help": text}
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif kind is list:
@@ -150,7 +152,8 @@ def check_bounds(field, value):
 
 def _joined(argv, fields):
     """The arguments with `--flag -value` as `--flag=-value`: argparse would take the value for a flag."""
-    takes_text, joined = {f"--{name}" for name, field in fields.items() if _type(field)[0] is str}, []
+    takes_text = {f"--{name}" for name, field in fields.items() if _type(field)[0] is str}
+    joined: list[str] = []
     for argument in argv:
         if joined and joined[-1] in takes_text and argument.startswith("-") and not argument.startswith("--"):
             joined[-1] += f"={argument}"

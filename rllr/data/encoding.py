@@ -54,12 +54,10 @@ class Encoder:
         self.end_id = self._end_id()
         if self.end_id not in self.stop_ids:
             self.stop_ids.append(self.end_id)
-        limits = [
-            length_limit(model),
-            (getattr(tokenizer, "model_max_length", None), "the tokenizer's model_max_length"),
-        ]
-        limits = [(tokens, why) for tokens, why in limits if tokens and tokens < 10**9]
-        self.context, self.context_reason = min(limits, default=(DEFAULT_CONTEXT, "the default"))
+        own_limit = (getattr(tokenizer, "model_max_length", None), "the tokenizer's model_max_length")
+        limits = [(tokens, why) for tokens, why in (length_limit(model), own_limit) if tokens and tokens < 10**9]
+        shortest: tuple[int, str] = min(limits, default=(DEFAULT_CONTEXT, "the default"))
+        self.context, self.context_reason = shortest
         pad_id = tokenizer.pad_token_id
         known = pad_id is not None and pad_id < self.vocabulary_size
         self.pad_id = pad_id if known else None  # None: any id fills padding

@@ -201,13 +201,12 @@ def _texts(row):
     return tuple("".join((text or "").casefold().split()) for text in (row.text, row.text_b))
 
 
-# ---- rows taken over, rows of another file ---------------------------------------------------------------------------
+# ---- rows of the policy's record, rows of another file ---------------------------------------------------------------
 
 
 def _other_rows(config, record, sources, rows, evaluation, log):
-    """(training rows, evaluation rows) beside a policy's record: the same ones, or, where a flag names other data,
-    those of them that neither trained nor evaluated the policy. InputError where data that was taken over has
-    changed."""
+    """(training rows, evaluation rows) for a policy with this record: the rows that it names or, where a flag names
+    other data, those that neither trained nor evaluated the policy. InputError where the record's rows have changed."""
     recorded = record.get("rows", {})
     changed = [name for name, digest in sources.items() if recorded.get(f"read for {name}") not in (None, digest)]
     if not changed:
@@ -267,10 +266,11 @@ def _origin(config, setting):
     return f" (from {origin})" if origin else ""
 
 
-def load_evaluation(config: DataConfig, task: Task, part="eval", log=print, record=None) -> list:
+def load_evaluation(config, task: Task, part="eval", log=print, record=None) -> list:
     """The evaluation rows alone; part "test" is the demo data's test split. Without evaluation data, those set aside.
 
-    record: of a model whose data settings were taken over; its evaluation rows must be the same ones still. Rows that
+    config: a DataConfig with the `policy` that is evaluated. record: of a model whose data settings were inherited; its
+    evaluation rows must be the same ones still. Rows that
     a flag names are taken as they are, with a warning where they trained the model.
     """
     if part == "test":
@@ -290,7 +290,7 @@ def load_evaluation(config: DataConfig, task: Task, part="eval", log=print, reco
 
 
 def _load(config, task, part, log):
-    settings = {name: parse_mapping_flag(getattr(config, name), f"--{name}") for name in ("columns", "label_map")}
+    settings: dict = {name: parse_mapping_flag(getattr(config, name), f"--{name}") for name in ("columns", "label_map")}
     path, fallback = getattr(config, f"{part}_file"), False
     if path:
         source = Source(path=path, delimiter=config.delimiter, encoding=config.encoding, **settings)

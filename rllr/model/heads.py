@@ -1,5 +1,7 @@
 """The scalar head of reward and value models, saving and loading."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -79,7 +81,8 @@ class ScalarHeadModel(nn.Module):
                 tokenizer.save_pretrained(temporary)
 
     def _save_whole(self, path, head, pad_token_id):
-        prefix = AutoModelForCausalLM._model_mapping[type(self.config)].base_model_prefix
+        causal_lm: Any = AutoModelForCausalLM._model_mapping[type(self.config)]
+        prefix = causal_lm.base_model_prefix
         state = {f"{prefix}.{name}": tensor for name, tensor in self.backbone.state_dict().items()}
         state |= head
         write_safetensors(state, path / "model.safetensors")

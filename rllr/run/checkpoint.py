@@ -92,11 +92,11 @@ class GlobalStreams:
     """The random streams that belong to no object: Python's, NumPy's, torch's on the CPU and on every GPU."""
 
     def state_dict(self):
-        kind, keys, *rest = np.random.get_state()
+        kind, keys, *rest = np.random.get_state(legacy=True)
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return {
             "python": random.getstate(),
-            "numpy": [kind, keys.tolist(), *rest],
+            "numpy": [kind, np.asarray(keys).tolist(), *rest],
             "torch": torch.get_rng_state(),
             "cuda": cuda,
         }
@@ -165,7 +165,8 @@ def write_checkpoint(run_directory, step, state, keep_last):
     state: nested dicts and lists with tensors. RunError where the disk refuses; the older checkpoints are untouched
     then.
     """
-    path, tensors = checkpoint_path(run_directory, step), {}
+    path = checkpoint_path(run_directory, step)
+    tensors: dict[str, torch.Tensor] = {}
     plain = split_tensors(state, tensors)
     others = [other for other in list_checkpoints(run_directory) if other != path]
     kept = f"The checkpoint before it is whole: {others[0]}." if others else ""

@@ -218,7 +218,7 @@ class Run:
                 then = recorded["machine"].get(name)
                 say(f"warning: {name} {now}, the run began with {then}: equal to rounding from here on, not to the bit")
         if changed:
-            say(f"{recorded.get('steps')} -> {steps} steps: the learning rate's schedule is planned anew from here")
+            say(f"{recorded.get('steps')} -> {steps} steps: the learning rate follows a new schedule from here")
         say(f"resumed from {path}: {loop.step} of {steps} steps are done")
 
     def _moving(self, *arguments):
