@@ -61,13 +61,12 @@ def greedy(model, prompts, new_tokens, batch_size, repeats, bf16=True):
     No token ends an answer: the stop id lies beyond the vocabulary.
     """
     import torch
-    from either_tree import autocast
-    from transformers import AutoModelForCausalLM
+    from either_tree import autocast, find
 
     from rllr.rollout import generate
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device).eval()
+    model = find("load_policy", "rllr.model.loading", "rllr.model")(model, device=device)
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()

@@ -30,7 +30,6 @@ PHASES = ("rollout", "score", "update")
 
 def one(setting):
     """{phase: [GFLOP, CPU seconds, net peak MB]} of the second run of each phase, in this fresh process."""
-    from rllr.layout import trim
     from rllr.logprobs import token_logprobs
 
     set_up(1)
@@ -41,16 +40,15 @@ def one(setting):
     state = {}
 
     def rollout():
-        made = forced_rollout(model, prompts, lengths)
-        state["packed"] = made.sequences, made.prompt_lens, made.response_mask
+        state["packed"] = forced_rollout(model, prompts, lengths).packed
 
     def rows_of(count):
-        return trim(*(part[:count] for part in state["packed"]))
+        return state["packed"].rows(slice(count))
 
     def score():
         with torch.no_grad():
             for start in range(0, len(prompts), 16):
-                token_logprobs(model, *trim(*(part[start : start + 16] for part in state["packed"])))
+                token_logprobs(model, *state["packed"].rows(slice(start, start + 16)))
 
     def update():
         token_logprobs(model, *rows_of(setting["batch"])).sum().backward()

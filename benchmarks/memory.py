@@ -39,13 +39,13 @@ def one(mode, shape, sequences):
     """{net peak in MB, weights in MB, CPU seconds of the second step}."""
     from rllr.layout import pack_sequences
     from rllr.logprobs import token_logprobs
-    from rllr.run.optimizer import make_optimizer
+    from rllr.run.optimizer import Optimizer
 
     imported = status_mb("VmRSS")
     forget_peak()
     policy, reference, value, reward = make_roles(mode, shape)
     weights = status_mb("VmRSS") - imported
-    optimizers = [make_optimizer(model, 1e-5, 100)[0] for model in (policy, value)]
+    optimizers = [Optimizer(model, 1e-5, 100).adamw for model in (policy, value)]
     prompts, lengths = draw_prompts(sequences, 8000), draw_lengths(sequences)
     packed = pack_sequences(prompts, [[5 + t for t in range(n)] for n in lengths])
     for _ in range(2):

@@ -16,7 +16,6 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -30,14 +29,18 @@ def our_iteration(shape, prompts, lengths):
     from rllr.model.heads import RewardModel, ValueModel
     from rllr.ppo import gae, masked_whiten
     from rllr.rewards import shape_rewards
-    from rllr.run.optimizer import make_optimizer
+    from rllr.run.optimizer import Optimizer
     from rllr.update import analyse, improve
 
     policy, reference = make_model(shape), make_model(shape)
     value_model = ValueModel.from_policy(make_model(shape, seed=1)).eval()
     reward_model = RewardModel.from_policy(make_model(shape, seed=2)).eval()
-    optimizers = [make_optimizer(model, 1e-6, 1000) for model in (policy, value_model)]
-    clips = {"clip": 0.2, "value_clip": 0.2, "max_grad_norm": 1.0, "max_update_kl": None}
+    policy_optimizer, value_optimizer = (Optimizer(model, 1e-6, 1000) for model in (policy, value_model))
+    models = SimpleNamespace(
+        policy=policy, reference=reference, value_model=value_model,
+        policy_optimizer=policy_optimizer, value_optimizer=value_optimizer,
+    )  # fmt: skip
+    clips = {"clip": 0.2, "value_clip": 0.2, "max_update_kl": None}
     config = SimpleNamespace(temperature=1.0, precision="fp32", micro_batch_size=0, tokens_per_batch=0, **clips)
     draw = torch.Generator().manual_seed(0)
 
@@ -54,14 +57,15 @@ def our_iteration(shape, prompts, lengths):
         size = BATCH // MINIBATCHES
         parts = [list(range(i, i + size)) for i in range(0, BATCH, size)]
         plan = [[order[i : i + size] for i in range(0, BATCH, size)]]
-        batch = analyse(policy, reference, value_model, rollout, plan, config, nullcontext)
+        batch = analyse(models, rollout, plan, config)
         with torch.no_grad():
-            scores = torch.cat([reward_model(*batch.rows(part)) for part in parts])
-        rewards = shape_rewards(scores, batch.logprobs, batch.ref_logprobs, batch.mask, 0.05)
-        advantages, batch.returns = gae(rewards, batch.values, batch.mask)
-        batch.advantages = masked_whiten(advantages, batch.mask)
+            scores = torch.cat([reward_model(*batch.packed.rows(part)) for part in parts])
+        mask = batch.response_mask
+        rewards = shape_rewards(scores, batch.logprobs, batch.ref_logprobs, mask, 0.05)
+        advantages, batch.returns = gae(rewards, batch.values, mask)
+        batch.advantages = masked_whiten(advantages, mask)
         lap("score")
-        improve(policy, value_model, *optimizers, batch, plan, config, nullcontext)
+        improve(models, batch, plan, config)
         lap("update")
         return seconds
 

@@ -47,17 +47,16 @@ def plain(models, packed):
 @torch.no_grad()
 def ours(models, packed, tokens_per_batch):
     """The same numbers by rllr, the first three as [B, R]."""
-    from rllr.layout import split_rows, trim
+    from rllr.layout import micro_batches
     from rllr.logprobs import token_logprobs, token_logprobs_and_entropy
 
     policy, reference, value_model, reward_model = models
-    sequences, prompt_lens, mask = packed
-    logprobs, ref_logprobs, values = (torch.zeros(mask.shape) for _ in range(3))
-    scores = torch.zeros(len(sequences))
-    lengths = (prompt_lens + mask.sum(1)).tolist()
-    for rows in split_rows(list(range(len(sequences))), lengths, tokens=tokens_per_batch):
-        part = trim(sequences[rows], prompt_lens[rows], mask[rows])
-        width = part[2].shape[1]
+    logprobs, ref_logprobs, values = (torch.zeros(packed.response_mask.shape) for _ in range(3))
+    scores = torch.zeros(len(packed.sequences))
+    lengths = packed.lengths.tolist()
+    for rows in micro_batches(list(range(len(lengths))), lengths, tokens=tokens_per_batch):
+        part = packed.rows(rows)
+        width = part.response_mask.shape[1]
         logprobs[rows, :width], _ = token_logprobs_and_entropy(policy, *part)
         ref_logprobs[rows, :width] = token_logprobs(reference, *part)
         values[rows, :width], scores[rows] = value_model(*part), reward_model(*part)

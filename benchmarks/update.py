@@ -42,17 +42,15 @@ def plain_step(model, packed, rows):
 def our_step(model, packed, rows, pack_below=None, micro_batch=0, tokens=0):
     """The step with `token_logprobs`; micro-batches add up to the same gradient."""
     import rllr.model.backbone
-    from rllr.layout import split_rows, trim
+    from rllr.layout import micro_batches
     from rllr.logprobs import token_logprobs
 
     before = rllr.model.backbone.PACK_BELOW
     rllr.model.backbone.PACK_BELOW = before if pack_below is None else pack_below
     try:
-        sequences, prompt_lens, mask = packed
-        count, lengths = mask.sum(), (prompt_lens + mask.sum(1)).tolist()
-        for part in split_rows(rows, lengths, micro_batch, tokens):
-            logprobs = token_logprobs(model, *trim(sequences[part], prompt_lens[part], mask[part]))
-            (-logprobs.sum() / count).backward()
+        count = packed.response_mask.sum()
+        for part in micro_batches(rows, packed.lengths.tolist(), micro_batch, tokens):
+            (-token_logprobs(model, *packed.rows(part)).sum() / count).backward()
     finally:
         rllr.model.backbone.PACK_BELOW = before
 
