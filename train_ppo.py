@@ -32,7 +32,7 @@ from rllr.reports.ppo_step import show_rollout, step_metrics, tell_step, write_b
 from rllr.rewards import MODES, incomplete_answer_rule, label_sensitive_reward, shape_rewards
 from rllr.rollout import generate
 from rllr.run.run import Run, digest, input_fingerprints, is_tiny, require_finite_weights
-from rllr.run.settings import TrainingConfig
+from rllr.run.settings import PolicyConfig, TrainingConfig
 from rllr.update import PromptStream, analyse, check_sampler_gap, improve, kl_within_bound
 
 MOST_SKIPPED = (
@@ -99,7 +99,7 @@ class PPOConfig(Settings):
         "beyond that bound: stop the run, or skip the rollout's update (ten in a row stop it, too)",
         choices=("stop", "skip"),
     )
-    gamma: float = flag(1.0, "discount", between=(0, 1))
+    gamma: float = flag(1.0, "discount of later rewards", between=(0, 1))
     lam: float = flag(0.95, "lambda of GAE", between=(0, 1))
     clip: float = flag(0.2, "of the probability ratio", above=0)
     value_clip: float = flag(0.2, "of the value's change, in units of the reward", above=0)
@@ -107,10 +107,8 @@ class PPOConfig(Settings):
 
 
 @dataclass
-class Config(RewardConfig, PPOConfig, TrainingConfig, LoRAConfig, DataConfig):
+class Config(RewardConfig, PPOConfig, TrainingConfig, PolicyConfig, LoRAConfig, DataConfig):
     GROUP = "run"
-    START = "policy"  # what the stage starts from
-    policy: str | None = flag(None, "the SFT policy: start and reference (runs/<task>/sft)")
     save_every: int = flag(20, "rollouts between checkpoints; 0: only when asked to stop", at_least=0)
     log_every: int = flag(5, "steps between printed lines; metrics.jsonl has every step", above=0)
     show_every: int = flag(20, "steps between printed samples", above=0)

@@ -46,7 +46,7 @@ from rllr.reports.reward_report import classifier_report, pair_report, sample_an
 from rllr.rewards import pairwise_accuracy, pairwise_loss
 from rllr.run.optimizer import Optimizer, gradient_step
 from rllr.run.run import Run, digest, input_fingerprints, is_tiny
-from rllr.run.settings import SupervisedConfig
+from rllr.run.settings import PolicyConfig, SupervisedConfig
 
 
 class PairRow(NamedTuple):
@@ -64,10 +64,8 @@ class PairRow(NamedTuple):
 
 
 @dataclass
-class Config(SupervisedConfig, RationaleConfig, LoRAConfig, DataConfig):
+class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataConfig):
     GROUP = "reward model"
-    START = "policy"  # what the stage starts from
-    policy: str | None = flag(None, "the SFT policy's directory (runs/<task>/sft)")
     pairs: str = flag("label", "label, rationale, or a JSONL file of pairs")
     label_pairs: str | None = flag(
         None,
@@ -165,10 +163,9 @@ def encode_pairs(pairs, encoder, max_new_tokens):
     beyond = [length for length in longest if length > max_new_tokens]
     if beyond:
         say(
-            f"warning: {len(beyond)} of {len(pairs)} pairs have an answer longer than --max_new_tokens "
-            f"{max_new_tokens}, "
-            f"up to {max(beyond)} tokens: PPO would cut such answers; raise it in every stage, or shorten the "
-            "rationales"
+            f"warning: {len(beyond)} of {len(pairs)} pairs have an answer longer than "
+            f"--max_new_tokens {max_new_tokens}, up to {max(beyond)} tokens: PPO would cut such "
+            "answers; raise it in every stage, or shorten the rationales"
         )
     if dropped:
         example = f"e.g. {dropped[0].prompt[:60]!r}"

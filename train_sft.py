@@ -42,7 +42,7 @@ BASE = "base"  # in the run's directory: the model that --model tiny built
 @dataclass
 class Config(SupervisedConfig, RationaleConfig, LoRAConfig, DataConfig):
     GROUP = "supervised fine-tuning"
-    START = "model"  # what the stage starts from
+    START = "model"  # the setting that names the model which the stage starts from
     model: str = flag("tiny", "hub name or directory of a causal LM; tiny: build one from scratch")
     tiny_epochs: int = flag(2, "passes over all texts when --model tiny is built", above=0)
     epochs: int = flag(6, "passes over the labelled rows", above=0)

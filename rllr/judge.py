@@ -84,9 +84,9 @@ class ScoreStatistics:
         std = float(scores.std()) if len(scores) > 1 else 0.0
         if not math.isfinite(std) or std < MIN_STD:
             raise InputError(
-                f"the reward model's scores on {len(scores)} sampled answers have a standard deviation of {std:.2g}: "
-                "it tells "
-                "no answer from another; look at its pair accuracy, train longer or at another --learning_rate"
+                f"the reward model's scores on {len(scores)} sampled answers have a standard "
+                f"deviation of {std:.2g}: it tells no answer from another; look at its pair "
+                "accuracy, train longer or at another --learning_rate"
             )
         grid = torch.quantile(scores, torch.linspace(0, 1, GRID, dtype=scores.dtype))
         return cls(float(scores.mean()), std, len(scores), [float(q) for q in grid], **more)
@@ -147,8 +147,8 @@ class RewardModelScorer:
             return float(spec)
         if self.statistics is None:
             raise InputError(
-                f"--threshold {spec} needs {STATISTICS} beside the reward model; train_rm.py writes it, or give a "
-                "number"
+                f"--threshold {spec} needs {STATISTICS} beside the reward model; "
+                "train_rm.py writes it, or give a number"
             )
         place = float(spec[1:]) * (GRID - 1)
         low = self.statistics.quantiles[math.floor(place)]

@@ -202,7 +202,6 @@ def check_same_tokenizer(theirs, ours, where):
     if mine != other:
         differing = sum(other.get(token) != i for token, i in mine.items()) + len(other.keys() - mine.keys())
         raise InputError(
-            f"{where}: its tokenizer differs from the policy's ({differing} tokens have other ids); train the reward "
-            "model "
-            "from this policy"
+            f"{where}: its tokenizer differs from the policy's ({differing} tokens have "
+            "other ids); train the reward model from this policy"
         )

@@ -39,7 +39,7 @@ COPY_WORDS, COPY_SPAN = 2, (3, 9)  # the exercise: so many words, or so long a s
 @dataclass
 class TinyConfig(Settings):
     GROUP = "tiny model"
-    hidden_size: int = flag(128, "width", above=0)
+    hidden_size: int = flag(128, "width of the hidden states", above=0)
     layers: int = flag(3, "decoder layers", above=0)
     heads: int = flag(4, "attention heads", above=0)
     vocabulary: int = flag(6000, "BPE tokens, at most", above=0)

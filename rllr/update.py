@@ -129,17 +129,22 @@ def check_sampler_gap(batch, precision):
     """Warn, or raise RunError, where the policy sampled from is not the one scored: the gradient would be wrong."""
     gap = (batch.logprobs - batch.rollout.rollout_logprobs).abs().masked_fill(~batch.response_mask, 0.0)
     mean, largest = float(gap.sum() / batch.response_mask.sum().clamp(min=1)), float(gap.max())
-    words = (
+    _warn_or_stop(
+        (mean, largest),
+        GAP_WARN[precision],
+        GAP_STOP[precision],
         f"log-probabilities recorded while sampling differ from those of the scoring pass by {mean:.2g} (mean), "
-        f"{largest:.2g} (max) nats"
+        f"{largest:.2g} (max) nats",
+        "the model's decoding with a cache does not give the numbers of its own forward; look for an attention window, "
+        "own positions or a memory that is no cache of keys and values.",
     )
-    if mean > GAP_STOP[precision][0] or largest > GAP_STOP[precision][1]:
-        raise RunError(
-            f"{words}: the model's decoding with a cache does not give the numbers of its own forward; look for an "
-            "attention "
-            "window, own positions or a memory that is no cache of keys and values."
-        )
-    if mean > GAP_WARN[precision][0] or largest > GAP_WARN[precision][1]:
+
+
+def _warn_or_stop(found, warn_at, stop_at, words, remedy):
+    """found, warn_at, stop_at: (mean, max). RunError beyond what stops a run, a warning beyond what is worth one."""
+    if any(value > limit for value, limit in zip(found, stop_at)):
+        raise RunError(f"{words}: {remedy}")
+    if any(value > limit for value, limit in zip(found, warn_at)):
         say(f"warning: {words}")
 
 
@@ -239,12 +244,11 @@ def _losses(models, batch: Batch, rows, token_count, config):
 def check_first_ratio(stats, precision):
     """|ratio - 1| on the first minibatch, before any update (mean). RunError, or a warning, where it is not near 0."""
     mean, largest = float(stats["ratio_error_mean"]), float(stats["ratio_error_max"])
-    if mean > RATIO_STOP[precision][0] or largest > RATIO_STOP[precision][1]:
-        raise RunError(
-            f"the ratio new / old on the first minibatch is off 1 by {mean:.2g} (mean), {largest:.2g} (max): look for "
-            "dropout "
-            "that is on, another temperature, or positions that differ between scoring and training."
-        )
-    if mean > RATIO_WARN[precision][0] or largest > RATIO_WARN[precision][1]:
-        say(f"warning: the first minibatch's ratio is off 1 by {mean:.2g} (mean), {largest:.2g} (max)")
+    _warn_or_stop(
+        (mean, largest),
+        RATIO_WARN[precision],
+        RATIO_STOP[precision],
+        f"the ratio new / old on the first minibatch is off 1 by {mean:.2g} (mean), {largest:.2g} (max)",
+        "look for dropout that is on, another temperature, or positions that differ between scoring and training.",
+    )
     return mean

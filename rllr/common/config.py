@@ -102,7 +102,12 @@ def parse_config(cls, argv=None, description=None):
 
 def _parser(cls, fields, description):
     """The argument parser: a group of flags per class that declares some."""
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with these settings; flags override it")
     groups: dict = {}
     left = dict(fields)
@@ -203,6 +208,6 @@ def convert_setting(field, value, where):
 def check_divisible(config, whole, part):
     if getattr(config, part) and getattr(config, whole) % getattr(config, part):
         raise InputError(
-            f"--{whole} {getattr(config, whole)} cannot be divided by --{part} {getattr(config, part)}; choose a "
-            "multiple"
+            f"--{whole} {getattr(config, whole)} cannot be divided by --{part} "
+            f"{getattr(config, part)}; choose a multiple"
         )

@@ -46,8 +46,8 @@ VERB_MODIFIERS = ("really {verb}", "always {verb}", "usually {verb}", "often {ve
 # phrase in its base form: "~die quickly" (dies, die).
 NEGATIVE = {
     "look": "dim, blurry, grainy, washed out, pale, fuzzy, hard to make out, murky, distorted, dreadful,"
-    "~flicker at night, ~wash out in sunlight, ~lose detail in the dark, ~look flat, ~strain the eyes,"
-    "~fade at the edges",
+    "~flicker at night, ~wash out in sunlight, ~lose detail in the dark, "
+    "~look flat, ~strain the eyes,~fade at the edges",
     "power": "short-lived, feeble, useless in the cold, worn out already, erratic, ~die quickly, ~drain overnight,"
     "~take forever to charge, ~overheat, ~swell up, ~give out by noon, ~lose charge when idle, ~quit without warning,"
     "~need constant charging, ~run hot, ~fade within a year",
@@ -90,11 +90,11 @@ POSITIVE = {
     "build": "solid, sturdy, rugged, tough, robust, well made, rock steady, durable, built to last, ~hold up well,"
     "~take a beating, ~survive drops, ~feel premium, ~resist scratches, ~shrug off knocks, ~stay in place",
     "software": "intuitive, responsive, snappy, polished, stable, seamless, bug free, uncluttered, easy to navigate,"
-    "a breeze, ~load instantly, ~run smoothly, ~respond at once, ~make sense right away, ~save me time,"
-    "~keep things simple",
+    "a breeze, ~load instantly, ~run smoothly, ~respond at once, ~make sense "
+    "right away, ~save me time,~keep things simple",
     "comfort": "comfortable, soft, plush, cosy, supportive, ergonomic, kind to the skin, a pleasure to touch, snug,"
-    "~feel gentle, ~fit like a glove, ~adapt to my shape, ~ease my aches, ~cushion every bump, ~spare my back,"
-    "padded just right",
+    "~feel gentle, ~fit like a glove, ~adapt to my shape, ~ease my aches, "
+    "~cushion every bump, ~spare my back,padded just right",
     "taste": "delicious, tasty, smooth, fragrant, mellow, heavenly, divine, scrumptious, full of flavour, a treat,"
     "~taste fresh, ~hit the spot, ~melt in the mouth, ~linger pleasantly, ~leave me wanting more,"
     "~please the whole family",

@@ -131,10 +131,9 @@ class Encoder:
         if beyond >= self.vocabulary_size:
             token = self.tokenizer.convert_ids_to_tokens(beyond)
             raise InputError(
-                f"{self.name}: its tokenizer writes {token!r} as id {beyond}, but the model's embedding has "
-                f"{self.vocabulary_size} rows: "
-                "tokens were added without model.resize_token_embeddings(len(tokenizer)); do that and save the model "
-                "again"
+                f"{self.name}: its tokenizer writes {token!r} as id {beyond}, but the model's embedding "
+                f"has {self.vocabulary_size} rows: tokens were added without "
+                "model.resize_token_embeddings(len(tokenizer)); do that and save the model again"
             )
         return ids
 
@@ -158,19 +157,17 @@ class Encoder:
         )
         if squeeze(own) not in squeeze(seen):
             raise InputError(
-                f"{self.name}: the prompt {own!r:.300} is lost; the model would see {seen!r:.600}; mend its "
-                "chat_template"
+                f"{self.name}: the prompt {own!r:.300} is lost; the model would "
+                f"see {seen!r:.600}; mend its chat_template"
             )
         for label in task.labels:
             answer = task.render_answer(label, "a reason")
             back = self.decode(self.answer_ids(answer))
             if parse_answer(task, back) != label:
                 raise InputError(
-                    f"{self.name}: its tokenizer turns the answer {answer!r} into {back!r}, from which the label "
-                    f"{label!r} cannot be "
-                    "read; rename the label in a task file, take --answer_format label where only the line break is "
-                    "lost, or "
-                    "another model"
+                    f"{self.name}: its tokenizer turns the answer {answer!r} into {back!r}, from which the "
+                    f"label {label!r} cannot be read; rename the label in a task file, take --answer_format "
+                    "label where only the line break is lost, or another model"
                 )
         if log:
             for note in self.chat.notes if self.chat else ():
@@ -179,8 +176,8 @@ class Encoder:
             unknown = sum(i == self.tokenizer.unk_token_id for i in ids)
             if unknown > MANY_UNKNOWN * len(ids):
                 log(
-                    f"warning: {unknown} of its {len(ids)} tokens are unknown to the tokenizer, which cannot write "
-                    "these texts"
+                    f"warning: {unknown} of its {len(ids)} tokens are unknown to the "
+                    "tokenizer, which cannot write these texts"
                 )
 
     def fit(self, examples, task, reserve, log=print):

@@ -45,7 +45,7 @@ class DataConfig(FileConfig):
     task: str | None = flag(
         None, "a built-in task's name or a .yaml/.json task file; without it the policy's, else demo"
     )
-    train_file: str | None = flag(None, "JSONL, JSON, CSV, TSV or Parquet")
+    train_file: str | None = flag(None, "rows to train on: JSONL, JSON, CSV, TSV or Parquet")
     eval_file: str | None = flag(None, "dev rows; without it a tenth of the training rows is set aside")
     dataset: str | None = flag(None, "instead of files: a hub name, or a directory that `datasets` saved")
     dataset_config: str | None = flag(None, "the hub data set's configuration, e.g. sst2 of glue")
@@ -178,14 +178,14 @@ def tell_splits(splits, task, log):
         present = {row.label for row in rows}
         if len(present) == 1:
             log(
-                f"warning: all {len(rows)} {name} are labelled {present.pop()!r}: always the same answer is 100 % "
-                "right there"
+                f"warning: all {len(rows)} {name} are labelled {present.pop()!r}: "
+                "always the same answer is 100 % right there"
             )
     missing = [label for label in task.labels if label not in {row.label for row in splits.labelled}]
     if missing:
         log(
-            f"warning: no row to train on is labelled {', '.join(map(brief, missing))}: the policy cannot learn to "
-            "say so"
+            "warning: no row to train on is labelled "
+            f"{', '.join(map(brief, missing))}: the policy cannot learn to say so"
         )
 
 
@@ -213,9 +213,8 @@ def _other_rows(config, record, sources, rows, evaluation, log):
         return rows, evaluation
     if not SOURCES & set(getattr(config, "given", ())):
         raise InputError("; ".join(
-            f"{_source(config, name)}: its rows are other ones now (digest {sources[name][:12]}) than those that the "
-            "policy was trained "
-            f"with (digest {recorded[f'read for {name}'][:12]})"
+            f"{_source(config, name)}: its rows are other ones now (digest {sources[name][:12]}) than those that "
+            f"the policy was trained with (digest {recorded[f'read for {name}'][:12]})"
             for name in changed
         ) + ". Restore them, or give the data by flag to use it on purpose")  # fmt: skip
     if record.get("stage") == "tiny":  # it read texts, and no labels
@@ -227,8 +226,8 @@ def _other_rows(config, record, sources, rows, evaluation, log):
     )
     for name in changed:
         log(
-            f"warning: {_source(config, name)}: other rows than those that the policy was trained with, taken because "
-            "a flag names them"
+            f"warning: {_source(config, name)}: other rows than those that the policy "
+            "was trained with, taken because a flag names them"
         )
     if "train" in changed:
         rows = _without(rows, trained | evaluated, "trained or evaluated the policy", config, "train", log)

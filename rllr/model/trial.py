@@ -66,18 +66,16 @@ def try_model(model, prompts, max_new_tokens, name, alike=()):
         first = (str(error).strip().splitlines() or [""])[0]
         raise InputError(
             f"{family} cannot be used: decoding it token by token failed ({type(error).__name__}: {first:.200}); "
-            "rollouts need a "
-            "decoder that takes input_ids, position_ids and a cache of keys and values"
+            "rollouts need a decoder that takes input_ids, position_ids and a cache of keys and values"
         ) from error
     finally:
         model.train(was_training)
     if not divergence <= MOST_KL.get(model.get_input_embeddings().weight.dtype, 0.1):
         raise InputError(
             f"{family} cannot be used: decoded token by token, with rows of {min(map(len, rows))} to "
-            f"{max(map(len, rows))} tokens side by "
-            f"side, its distributions are {divergence:.2g} nats off those of its own forward. State-space and "
-            "recurrent layers, "
-            "own masks and own positions do that; take another model, or shorter texts where it is a window"
+            f"{max(map(len, rows))} tokens side by side, its distributions are {divergence:.2g} nats off those "
+            "of its own forward. State-space and recurrent layers, own masks and own positions do that; take "
+            "another model, or shorter texts where it is a window"
         )
 
 

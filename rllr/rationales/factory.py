@@ -16,8 +16,8 @@ class RationaleConfig(Settings):
     GROUP = "rationales"
     rationales: str | None = flag(
         None,
-        "who writes them: given, evidence, demo, model (SFT: by the data, see docs/real-data.md; RM: the policy's "
-        "writer)",
+        "who writes them: given, evidence, demo, model (SFT: by the data, see "
+        "docs/real-data.md; RM: the policy's writer)",
         choices=WRITERS,
     )
     rationale_model: str | None = flag(None, "the causal LM that writes them, for --rationales model")

@@ -33,8 +33,8 @@ def sample_answers(policy, encoder, task, examples, config) -> SampledAnswers:
     examples = random.Random(f"statistics/{config.seed}").sample(examples, count)
     if count < MIN_PROMPTS:
         say(
-            f"warning: score statistics rest on {count} prompts, fewer than {MIN_PROMPTS}; more unlabelled rows would "
-            "help"
+            f"warning: score statistics rest on {count} prompts, fewer than "
+            f"{MIN_PROMPTS}; more unlabelled rows would help"
         )
     prompts = encoder.prompts(task, examples)
     rollout = write_answers(
@@ -76,9 +76,8 @@ def pair_report(pairs, chosen, rejected) -> dict:
             "margin": float(margin.mean()),
         }
         say(
-            f"held-out pairs  {kind:26}  n {len(margin):5}  accuracy {100 * share:5.1f} % ({100 * low:.1f} .. "
-            f"{100 * high:.1f})"
-            f"  margin {float(margin.mean()):+.3f}"
+            f"held-out pairs  {kind:26}  n {len(margin):5}  accuracy {100 * share:5.1f} % "
+            f"({100 * low:.1f} .. {100 * high:.1f})  margin {float(margin.mean()):+.3f}"
         )
     return report
 
@@ -87,8 +86,8 @@ def show_pairs(pairs, chosen, rejected, count=2):
     """The first held-out pairs with the scores of both sides."""
     for pair, high, low in list(zip(pairs, chosen.tolist(), rejected.tolist()))[:count]:
         say(
-            f"  prompt    {pair.prompt!r}\n  chosen    {high:+.2f}  {pair.chosen!r}\n  rejected  {low:+.2f}  "
-            f"{pair.rejected!r}\n"
+            f"  prompt    {pair.prompt!r}\n  chosen    {high:+.2f}  "
+            f"{pair.chosen!r}\n  rejected  {low:+.2f}  {pair.rejected!r}\n"
         )
 
 

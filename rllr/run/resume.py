@@ -165,8 +165,8 @@ def _take_settings(config, resumed):
             config.inherited |= {name: str(resumed.directory / RUN)} if theirs is not None else {}
         elif mine != theirs and name in ROUNDING:
             say(
-                f"warning: --{name} {mine} (the run began with {theirs}): equal to rounding from here on, not to the "
-                "bit"
+                f"warning: --{name} {mine} (the run began with {theirs}): equal to "
+                "rounding from here on, not to the bit"
             )
         elif mine != theirs and name not in FREE | BY_CONTENT:
             refused.append(f"--{name} {mine} (the run has {theirs})")

@@ -203,8 +203,8 @@ class Run:
         changed = recorded.get("steps") != steps
         if changed and path != next(iter(list_checkpoints(self.directory)), path):
             raise InputError(
-                f"--resume {path}: an older checkpoint goes on as the run did; change --steps or --epochs from the "
-                "newest one"
+                f"--resume {path}: an older checkpoint goes on as the run did; "
+                "change --steps or --epochs from the newest one"
             )
         for name, part in self.parts.items():  # the metrics come last: no file changes before all the rest fits
             try:

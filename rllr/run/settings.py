@@ -18,6 +18,15 @@ class ModelConfig(Settings):
 
 
 @dataclass
+class PolicyConfig(Settings):
+    """Of the stages that start from an SFT policy."""
+
+    GROUP = "models"
+    START = "policy"  # the setting that names the model which the stage starts from
+    policy: str | None = flag(None, "the SFT policy's directory (runs/<task>/sft); in PPO the reference, too")
+
+
+@dataclass
 class DecodingConfig(ModelConfig):
     """Of the commands that only ask a model."""
 
