@@ -32,8 +32,13 @@ def write_answers(model, encoder, prompts, *, max_new_tokens, batch_size, temper
 
 def read_answers(rollout, encoder, task) -> list[Answer]:
     """The answers of a rollout as text, each with its label."""
-    texts = [encoder.decode(response) for response in rollout.responses()]
-    return [Answer(text, parse_answer(task, text), cut) for text, cut in zip(texts, rollout.truncated.tolist())]
+    answers = zip(texts_of(rollout, encoder), rollout.truncated.tolist())
+    return [Answer(text, parse_answer(task, text), cut) for text, cut in answers]
+
+
+def texts_of(rollout, encoder) -> list[str]:
+    """The answers of a rollout as text."""
+    return [encoder.decode(response) for response in rollout.responses()]
 
 
 def answer_rows(model, encoder, task, examples, *, max_new_tokens, batch_size=64) -> list[Answer]:

@@ -281,7 +281,7 @@ def test_a_row_of_nothing_but_padding(monkeypatch):
     """A prompt without an answer among the others: no loss, no gradient, nothing for the other rows to notice."""
     from types import SimpleNamespace
 
-    from test_training import learning, policy_model, ppo_config, random_rows, scored_batch
+    from test_update import learning, policy_model, ppo_config, random_rows, scored_batch
 
     from rllr.layout import Packed
     from rllr.model.heads import ValueModel

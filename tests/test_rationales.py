@@ -338,7 +338,7 @@ def test_model_rationales_are_asked_for_every_label_and_cached(tmp_path, asked, 
     def refuse(*args, **options):
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(rllr.rationales.model_writer, "generate", refuse)
+    monkeypatch.setattr(rllr.rationales.model_writer, "write_answers", refuse)
     again = ModelWriter(rows, SST2, cache_file=cache, **asked)
     assert [again.write(row, POS) for row in rows] == [writer.write(row, POS) for row in rows]
     assert len(cache.read_text().splitlines()) == 8
@@ -348,11 +348,11 @@ def test_a_changed_text_is_not_answered_from_the_cache(tmp_path, asked, monkeypa
     """Same id, other words: the cached rationale would be about a text that is no longer there."""
     cache, seen = tmp_path / "rationales.jsonl", []
     ModelWriter([Example("a", "Good film", label=POS)], SST2, cache_file=cache, **asked)
-    real = rllr.rationales.model_writer.generate
+    real = rllr.rationales.model_writer.write_answers
     monkeypatch.setattr(
         rllr.rationales.model_writer,
-        "generate",
-        lambda model, prompts, **rest: seen.append(len(prompts)) or real(model, prompts, **rest),
+        "write_answers",
+        lambda model, encoder, prompts, **rest: seen.append(len(prompts)) or real(model, encoder, prompts, **rest),
     )
     ModelWriter([Example("a", "bad film", label=POS)], SST2, cache_file=cache, **asked)
     assert sum(seen) == 2
@@ -364,10 +364,10 @@ def test_a_changed_text_is_not_answered_from_the_cache(tmp_path, asked, monkeypa
 def test_a_model_rationale_is_one_line(tmp_path, asked, monkeypatch, said, written):
     """So that the label line stays the last one, and the only one of its kind."""
 
-    def say(model, prompts, **options):
+    def say(model, encoder, prompts, **options):
         return SimpleNamespace(responses=lambda: [asked["encoder"].answer_ids(said)] * len(prompts))
 
-    monkeypatch.setattr(rllr.rationales.model_writer, "generate", say)
+    monkeypatch.setattr(rllr.rationales.model_writer, "write_answers", say)
     writer = ModelWriter(CORPUS[:1], SST2, cache_file=tmp_path / "rationales.jsonl", **asked)
     assert writer.write(CORPUS[0], POS) == written
 
@@ -375,15 +375,15 @@ def test_a_model_rationale_is_one_line(tmp_path, asked, monkeypatch, said, writt
 def test_an_interrupted_writer_goes_on(tmp_path, asked, monkeypatch):
     cache, whole = tmp_path / "rationales.jsonl", tmp_path / "whole.jsonl"
     ModelWriter(CORPUS, SST2, cache_file=whole, batch_size=4, **asked)
-    original, asked_for = rllr.rationales.model_writer.generate, []
+    original, asked_for = rllr.rationales.model_writer.write_answers, []
 
-    def stops_at_the_second_batch(model, prompts, **options):
+    def stops_at_the_second_batch(model, encoder, prompts, **options):
         asked_for.append(len(prompts))
         if len(asked_for) == 2:
             raise KeyboardInterrupt
-        return original(model, prompts, **options)
+        return original(model, encoder, prompts, **options)
 
-    monkeypatch.setattr(rllr.rationales.model_writer, "generate", stops_at_the_second_batch)
+    monkeypatch.setattr(rllr.rationales.model_writer, "write_answers", stops_at_the_second_batch)
     with pytest.raises(KeyboardInterrupt):
         ModelWriter(CORPUS, SST2, cache_file=cache, batch_size=4, **asked)
     assert len(read_cache(cache)) == 4

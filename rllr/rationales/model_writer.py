@@ -5,9 +5,9 @@ import hashlib
 import json
 from pathlib import Path
 
+from ..answers import texts_of, write_answers
 from ..common.errors import InputError
 from ..model.trial import check_policy
-from ..rollout import generate
 from .writers import GivenWriter
 
 
@@ -65,10 +65,9 @@ class ModelWriter(GivenWriter):
 
     def _ask(self, batch, task, model, encoder, max_new_tokens):
         prompts = [encoder.prompt_ids(self._prompt(example, label, task)) for example, label in batch]
-        options = {"max_new_tokens": max_new_tokens, "eos_token_id": encoder.stop_ids, "batch_size": len(prompts)}
-        rollout = generate(model, prompts, greedy=True, **options)
+        rollout = write_answers(model, encoder, prompts, max_new_tokens=max_new_tokens, batch_size=len(prompts))
         # A rationale of one line cannot add a second label line to the answer.
-        return [" ".join(encoder.decode(response).split()) or "no reason given" for response in rollout.responses()]
+        return [" ".join(text.split()) or "no reason given" for text in texts_of(rollout, encoder)]
 
     def _find(self, example, label):
         return super()._find(self.by_id.get(example.id, example), label)

@@ -1,0 +1,90 @@
+"""What is recorded beside a model, and what a later stage takes from it."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from families import EOS, tiny_model, toy_tokenizer
+
+from rllr.common.errors import InputError
+from rllr.common.files import RECORD
+from rllr.data.encoding import Encoder
+from rllr.data.splits import DataConfig, inherit
+from rllr.model.loading import load_policy, load_tokenizer
+from rllr.model.records import check_same_task, make_record, read_record, resolve_task, save_policy, task_of_record
+from rllr.tasks import TASKS, Task
+
+OWN = Task("own", ("x", "y"), "{text} {instruction}", metric="macro_f1", answer_format="label")
+
+
+def test_a_saved_policy_comes_back(tmp_path):
+    model, tokenizer = tiny_model("llama", vocab_size=262), toy_tokenizer()
+    model.generation_config.eos_token_id = [7, 9]
+    encoder = Encoder(tokenizer, model)
+    record = make_record(
+        "sft", OWN, DataConfig(task="own.yaml", labelled=7), tmp_path, tiny=True, eval={"accuracy": 0.5}
+    )
+    save_policy(model, encoder, tmp_path / "a" / "b", record)
+    loaded = load_policy(tmp_path / "a" / "b")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+    assert Encoder(load_tokenizer(tmp_path / "a" / "b"), loaded).stop_ids == [7, 9, EOS]  # with the one that is taught
+    again = read_record(tmp_path / "a" / "b")
+    assert again == json.loads(json.dumps(record)) and task_of_record(again) == OWN
+    assert again["data"] == asdict(DataConfig(task="own.yaml", labelled=7)) and again["tiny"] is True
+    encoder.stop_ids = [EOS]
+    save_policy(model, encoder, tmp_path / "one", {})
+    assert json.loads((tmp_path / "one" / "generation_config.json").read_text())["eos_token_id"] == EOS
+
+
+def test_records_that_are_not_there_or_damaged(tmp_path):
+    assert read_record(tmp_path) == read_record("organisation/model") == {} and task_of_record({}) is None
+    task = asdict(OWN)
+    for content, words in (
+        ("{", "not valid JSON"),
+        ("[]", "not a record of rllr"),
+        ('{"data": 3}', "not a record of rllr"),
+        (json.dumps({"task": {k: v for k, v in task.items() if k != "labels"}}), "not a record of rllr"),
+        (json.dumps({"task": task | {"other": 1}}), "not a record of rllr"),
+        (json.dumps({"task": "sst2"}), "not a record of rllr"),
+    ):
+        (tmp_path / RECORD).write_text(content)
+        with pytest.raises(InputError, match=f"^{tmp_path / RECORD}: {words}"):
+            read_record(tmp_path)
+
+
+def test_resolve_task():
+    record = json.loads(json.dumps(make_record("sft", OWN, DataConfig(task="tasks/own.yaml"), "d")))
+    for name in (None, "own", "tasks/own.yaml"):  # a later stage needs no --task, and not the file either
+        assert resolve_task(DataConfig(task=name), record, "d") == OWN
+    assert resolve_task(DataConfig(answer_format="rationale"), record, "d").answer_format == "rationale"
+    assert resolve_task(DataConfig(task="mrpc"), record, "d") == TASKS["mrpc"]
+    assert (
+        resolve_task(DataConfig(), {}, "d") == TASKS["demo"]
+        and resolve_task(DataConfig(), {}, "d", "mr") == TASKS["mr"]
+    )
+    assert resolve_task(DataConfig(task="sst2", answer_format="label"), {}, "d").answer_format == "label"
+    assert resolve_task(DataConfig(), {"task": asdict(OWN)}, "d") == OWN  # a record without data settings
+    with pytest.raises(InputError, match="--task 'tasks/other'"):
+        resolve_task(DataConfig(task="tasks/other"), record, "d")
+
+
+def test_check_same_task():
+    record = make_record("sft", OWN, DataConfig(), "d")
+    check_same_task({}, TASKS["mr"], "--policy x")
+    check_same_task(record, Task("renamed", OWN.labels, OWN.prompt), "--policy x")
+    for other in (Task("own", ("x", "z"), OWN.prompt), Task("own", OWN.labels, "{text}?")):
+        with pytest.raises(InputError, match=r"^--policy x: was trained on task 'own' \(labels x, y\), not on 'own'"):
+            check_same_task(record, other, "--policy x")
+
+
+def test_inherit_fills_what_is_not_given_and_names_contradictions():
+    record = {"data": asdict(DataConfig(task="sst2", train_file="a.jsonl", labelled=100, data_seed=0, held_out=0.2))}
+    config = DataConfig(train_file="b.jsonl", labelled=100, eval_file="e.jsonl")
+    assert inherit(config, record, "runs/sft") == []  # files are compared by what they hold
+    assert config == DataConfig(
+        task="sst2", train_file="b.jsonl", eval_file="e.jsonl", labelled=100, data_seed=0, held_out=0.2
+    )
+    assert config.inherited == dict.fromkeys(("task", "data_seed", "held_out"), "runs/sft/rllr.json")
+    assert inherit(DataConfig(labelled=3), record, "d") == ["--labelled 3 (the policy was trained with 100)"]
+    assert inherit(DataConfig(labelled=3), {}, "d") == []
