@@ -95,8 +95,11 @@ def main(argv=None):
         print(line, file=sys.stderr)
 
     columns, tokenizer = parse_mapping_flag(config.columns, "--columns"), load_tokenizer(config.model)
-    file = Source(path=config.input, delimiter=config.delimiter, encoding=config.encoding)
-    source = read_stdin(sys.stdin) if config.input in (None, "-") else file
+    source: Table | Source
+    if config.input in (None, "-"):
+        source = read_stdin(sys.stdin)
+    else:
+        source = Source(path=config.input, delimiter=config.delimiter, encoding=config.encoding)
     examples = load_examples(source, task, labels="ignored", columns=columns, empty="keep", log=log)
     asked = [example for example in examples if example.text and (example.text_b or not task.is_pair)]
     model = load_policy(config.model, device=device, base=config.base)
