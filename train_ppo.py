@@ -264,7 +264,7 @@ def main(argv=None):
 
     policy, encoder, kl = models.policy, models.encoder, kl_controller(config)
     stream = PromptStream(prompts, config.rollout_prompts, config.seed)
-    sampling, clock = torch.Generator(run.device).manual_seed(config.seed), Clock()
+    sampling, clock = torch.Generator().manual_seed(config.seed), Clock()
     # step: rollouts done; best: how the best policy ranks, and after which step; before: the dev scores of the start
     loop = SimpleNamespace(step=0, best=None, best_step=0, before=None, skipped=0)
     run.track(config.steps, loop, kl=kl, sampling=sampling, **stream.parts(), **models.parts())

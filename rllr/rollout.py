@@ -67,7 +67,8 @@ def generate(
     sampled pad id is an ordinary token. At most `batch_size` answers are written at a time, fewer where their keys and
     values would take more than `cache_bytes` (default on a GPU: half of the free memory, or, where algorithms are to
     be deterministic, a quarter of all); prompts are started longest first, and run through the model once for all
-    their answers. Dropout is off while sampling. The same generator state, prompts and limits give the same answers.
+    their answers. Dropout is off while sampling. An answer depends on the generator's state and on its
+    place among the prompts, not on the batch size or the device (only rounding of the logits can change a token).
     """
     if max_new_tokens < 1 or not temperature > 0:
         raise ValueError(
@@ -82,12 +83,13 @@ def generate(
     length = max(map(len, prompts)) + max_new_tokens
     check_cache_support(model, length)
     slots = min(batch_size, len(prompts) * answers_per_prompt, slots_within(cache_bytes, model, length))
+    sampler = Sampler(temperature, greedy, draw_key(generator))
     was_training = model.training
     model.eval()
     try:
         with autocast(device):
             decoder = Decoder(
-                backbone_of(model), lambda hidden: lm_logits(model, hidden), Sampler(temperature, greedy, generator),
+                backbone_of(model), lambda hidden: lm_logits(model, hidden), sampler,
                 slots=slots, length=length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, device=device,
             )  # fmt: skip
             with packed_linears(model):
@@ -136,6 +138,12 @@ def _next_group(queue, prompts, decoder, copies):
         budget -= length
         group.append(queue.pop())
     return group
+
+
+def draw_key(generator):
+    """64 random bits for one call (None: of torch's default generator): all its random numbers follow from them."""
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.long, device=device, generator=generator))
 
 
 def for_device(settings, device):

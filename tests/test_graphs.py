@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rllr.rollout
 from rllr.engine.decoder import Decoder
 from rllr.engine.graphs import StepGraphs, shape_for
-from rllr.engine.sampling import Sampler
 from rllr.logprobs import token_logprobs
 from rllr.rollout import generate
 
@@ -44,23 +43,21 @@ def recordable(model):
 
 class FakeGraphs(StepGraphs):
     def __init__(self, decoder):
-        super().__init__(decoder.sampler.generator)
+        super().__init__()
         self.decoder, self.recorded, self.replays = decoder, [], 0
 
     def _state(self):
         d = self.decoder
         memory = [m for layer in d.cache.layers for m in (layer.keys, layer.values)]
-        return [d.tokens, d.positions, d.counts, d.answers, d.logprobs, d.ended, *memory]
+        return [*d._per_slot(), *memory]
 
     def record(self, step, rows, width):
         before, places = [x.clone() for x in self._state()], [x.data_ptr() for x in self._state()]
-        random = self.decoder.sampler.generator.get_state()
         with NoLooks():
             step(rows, width)
         assert [x.data_ptr() for x in self._state()] == places  # a graph would go on writing to the old ones
         for x, old in zip(self._state(), before):
             x.copy_(old)
-        self.decoder.sampler.generator.set_state(random)
         self.recorded.append((rows, width))
         return Replay(self, rows, width)
 
@@ -91,11 +88,7 @@ def graphed(monkeypatch):
             self.graphs = FakeGraphs(self)
             made.append(self.graphs)
 
-    class OnDevice(Sampler):
-        on_host = Sampler.on_device
-
     monkeypatch.setattr(rllr.rollout, "Decoder", Graphed)
-    monkeypatch.setattr(rllr.rollout, "Sampler", OnDevice)
     monkeypatch.setattr(rllr.rollout, "STEPS_PER_LOOK", {"cpu": 3})
     return made
 

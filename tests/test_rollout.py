@@ -12,7 +12,7 @@ import rllr.engine.decoder
 import rllr.rollout
 from rllr.engine.cache import SlotLayer
 from rllr.engine.limits import check_cache_support
-from rllr.engine.sampling import Sampler
+from rllr.engine.sampling import Sampler, inverse_cdf, uniforms
 from rllr.logprobs import token_logprobs
 from rllr.rollout import generate, slots_within
 
@@ -277,8 +277,8 @@ def test_draws_follow_the_exact_distribution(temperature):
     logits = torch.tensor([-torch.inf, 0.5, -1.0, -torch.inf, 1.5, 0.0, -2.0, 1.0, -torch.inf])
     p = (logits.double() / temperature).softmax(-1)
     draws = 20_000
-    sampler = Sampler(temperature, False, torch.Generator().manual_seed(3))
-    tokens, logprobs = sampler(logits.expand(draws, -1))
+    sampler = Sampler(temperature, key=3)
+    tokens, logprobs = sampler(logits.expand(draws, -1), torch.arange(draws), torch.zeros(draws, dtype=torch.long))
     counts = torch.bincount(tokens, minlength=len(p)).double()
     possible = p > 0
     assert counts[~possible].sum() == 0
@@ -300,15 +300,59 @@ def test_first_tokens_follow_the_models_distribution(llama):
 
 
 @pytest.mark.parametrize("uniform, expected", [(0.0, 1), (0.4999, 1), (0.5, 3), (1 - 2**-53, 3)])
-def test_the_ends_of_the_uniform_draw(monkeypatch, uniform, expected):
+def test_the_ends_of_the_uniform_draw(uniform, expected):
     """0 must not give the impossible first token, nor the largest draw one past the last possible token."""
-    monkeypatch.setattr(torch, "rand", lambda *shape, **rest: torch.full(shape, uniform, dtype=torch.float64))
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
-    assert Sampler(1.0, False, None)(logits)[0].item() == expected
+    assert inverse_cdf(logits, torch.tensor([[uniform]], dtype=torch.float64))[0].item() == expected
+
+
+def splitmix64(seed, count):
+    """The first outputs of the published generator, by Python's own integers."""
+    found, mask = [], 2**64 - 1
+    for _ in range(count):
+        seed = (seed + 0x9E3779B97F4A7C15) & mask
+        z = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        found.append(z ^ (z >> 31))
+    return found
+
+
+def test_the_random_numbers_are_those_of_splitmix64():
+    """The published outputs for seed 1234567; then our draws: the key's stream gives each place a stream of its own."""
+    assert splitmix64(1234567, 3) == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    for key in (0, 1234567, 2**63 + 5, -1):
+        streams = splitmix64(key, 5)
+        places, counts = torch.tensor([0, 0, 4, 4]), torch.tensor([0, 6, 0, 2])
+        expected = [(splitmix64(streams[p], 7)[t] >> 11) / 2**53 for p, t in zip(places.tolist(), counts.tolist())]
+        given = uniforms(Sampler(1.0, key=key).key, places, counts)
+        assert given.tolist() == expected and given.dtype == torch.float64
+
+
+def test_random_numbers_are_uniform_along_answers_and_across_them():
+    """Chi-squared over 50 cells; neighbours in either direction are not correlated (0 +- 4 / sqrt n)."""
+    places, counts = (x.flatten() for x in torch.meshgrid(torch.arange(300), torch.arange(200), indexing="ij"))
+    draws = uniforms(5, places, counts).view(300, 200)
+    cells = torch.bincount((draws.flatten() * 50).long(), minlength=50).double()
+    assert ((cells - 1200).square() / 1200).sum() < 49 + 4 * 98**0.5
+    for first, second in ((draws[:, 1:], draws[:, :-1]), (draws[1:], draws[:-1])):
+        r = torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1]
+        assert abs(r) < 4 / first.numel() ** 0.5
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_answers_do_not_depend_on_slots_and_neighbours(model, batch_size):
+    """Nor on what else is asked: an answer follows from the key and from its prompt's place."""
+    stops = list(range(2, 12))
+    whole = sample(model, PROMPTS, eos_token_id=stops, batch_size=7, answers_per_prompt=2).responses()
+    assert sample(model, PROMPTS, eos_token_id=stops, batch_size=batch_size, answers_per_prompt=2).responses() == whole
+    first = sample(model, PROMPTS[:2], eos_token_id=stops, batch_size=batch_size, answers_per_prompt=2).responses()
+    assert first == whole[:4]
+    assert whole[0] != whole[1] or whole[2] != whole[3]  # copies draw numbers of their own
 
 
 def test_greedy_records_the_logprob_at_temperature():
-    token, logprob = Sampler(0.5, True, None)(torch.tensor([[0.0, 1.0]]))
+    none = torch.zeros(1, dtype=torch.long)
+    token, logprob = Sampler(0.5, greedy=True)(torch.tensor([[0.0, 1.0]]), none, none)
     assert token.item() == 1
     assert logprob.item() == pytest.approx(torch.tensor([0.0, 2.0]).log_softmax(0)[1].item(), abs=1e-6)
 

@@ -21,9 +21,9 @@ SPAN = 16  # slots whose keys and values are read in one piece: about as much as
 class Decoder:
     """Lets one model write answers in `slots` slots of `length` columns. Nothing here computes gradients.
 
-    head: hidden [n, H] -> logits [n, V]; sampler: logits -> (token, log-probability). `admit` starts answers, `step`
-    gives each live answer its next token, `harvest` returns the answers that have ended and frees their slots.
-    records: whether steps become CUDA graphs (by default, on a GPU), for which the sampler must have a `generator`.
+    head: hidden [n, H] -> logits [n, V]; sampler: (logits, places, counts) -> (token, log-probability). `admit` starts
+    answers, `step` gives each live answer its next token, `harvest` returns the answers that have ended and frees
+    their slots. records: whether steps become CUDA graphs (by default, on a GPU).
     """
 
     def __init__(self, backbone, head, sampler, *, slots, length, max_new_tokens, stop_ids, device, records=None):
@@ -35,6 +35,7 @@ class Decoder:
         self.tokens = torch.zeros(slots, **long)  # the newest token of each answer, not yet seen by the model
         self.positions = torch.zeros(slots, **long)  # the position of that token
         self.counts = torch.zeros(slots, **long)  # tokens written so far
+        self.places = torch.zeros(slots, **long)  # of each answer: its owner, from which its random numbers follow
         self.answers = torch.zeros(slots, max_new_tokens, **long)
         self.logprobs = torch.zeros(slots, max_new_tokens, device=device)
         self.ended = torch.zeros(slots, dtype=torch.bool, device=device)
@@ -45,7 +46,7 @@ class Decoder:
         # they count on until `harvest`, which only makes the view a little wider.
         self.host_positions = []
         records = device.type == "cuda" if records is None else records
-        self.graphs = StepGraphs(sampler.generator) if records else None
+        self.graphs = StepGraphs() if records else None
         # A 4-D mask from here saves transformers from building one per step. Families that read the 2-D mask themselves
         # (alibi) must get the 2-D one.
         self.ready_mask = takes_our_attention(backbone)
@@ -65,7 +66,8 @@ class Decoder:
     def admit(self, prompts, owners, copies=1):
         """Run prompts (lists of ids) and sample the first token of `copies` answers to each; every answer takes a slot.
 
-        owners: one per answer, returned by `harvest`; the copies of one prompt are neighbours.
+        owners: one number per answer, its place in the call, returned by `harvest`; the copies of one prompt are
+        neighbours.
         """
         lens = [len(prompt) for prompt in prompts]
         slots = slice(self.live, self.live + len(prompts) * copies)
@@ -77,6 +79,7 @@ class Decoder:
             hidden = hidden.repeat_interleave(copies, 0)
         positions = torch.tensor(lens, device=self.device).repeat_interleave(copies)
         self.owners += owners
+        self.places[slots] = torch.tensor(owners, device=self.device)
         self.host_positions += [length for length in lens for _ in range(copies)]
         self.positions[slots] = positions - 1  # `_append_tokens` adds one
         self.counts[slots], self.ended[slots] = 0, False
@@ -132,7 +135,7 @@ class Decoder:
 
     def _append_tokens(self, hidden, slots):
         """Sample a token for each slot of a slice and append it to the slot's answer, unless that answer has ended."""
-        token, logprob = self.sampler(self.head(hidden))
+        token, logprob = self.sampler(self.head(hidden), self.places[slots], self.counts[slots])
         going = ~self.ended[slots]
         place = self.counts[slots].clamp(max=self.max_new_tokens - 1).unsqueeze(1)
         for written, new in ((self.answers[slots], token), (self.logprobs[slots], logprob)):
@@ -158,13 +161,17 @@ class Decoder:
         self._close_gaps(done)
         return results
 
+    def _per_slot(self):
+        """Everything that belongs to a slot, beside its keys and values."""
+        return self.tokens, self.positions, self.counts, self.places, self.answers, self.logprobs, self.ended
+
     def _close_gaps(self, done):
         """Move the last live slots into those that ended, so that the live slots are the first ones again."""
         kept = self.live - len(done)
         gaps = [slot for slot in done if slot < kept]
         movers = [slot for slot in range(kept, self.live) if slot not in done]
         if gaps:
-            for state in (self.tokens, self.positions, self.counts, self.answers, self.logprobs, self.ended):
+            for state in self._per_slot():
                 state[gaps] = state[movers]
             self.cache.move(movers, gaps, max(self.host_positions[slot] for slot in movers))
             for gap, mover in zip(gaps, movers):

@@ -14,12 +14,11 @@ import torch
 class StepGraphs:
     """Runs a decoder's step: eagerly the first time a shape occurs (a warm-up), afterwards recorded and replayed.
 
-    generator: the generator that the step draws from, None for the device's default one. The step is always the same,
-    but each call passes it: a reference here would form a circle with the decoder and keep its cache alive.
+    The step is always the same, but each call passes it: a reference here would form a circle with the decoder and keep
+    its cache alive.
     """
 
-    def __init__(self, generator=None):
-        self.generator = generator
+    def __init__(self):
         self._seen, self._graphs, self._memory, self._usable = set(), {}, None, True
 
     def __call__(self, step, rows, width):
@@ -40,8 +39,6 @@ class StepGraphs:
     def record(self, step, rows, width):
         """The graph, to be run by its `replay()`. Recording computes nothing. All shapes share one pool of memory."""
         graph = torch.cuda.CUDAGraph()
-        if self.generator is not None:  # each replay then draws new numbers from it
-            graph.register_generator_state(self.generator)
         with torch.cuda.graph(graph, pool=self._memory):
             step(rows, width)
         self._memory = graph.pool()

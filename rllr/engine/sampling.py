@@ -1,39 +1,60 @@
-"""Sample one token per row from softmax(logits / temperature), with its log-probability. There is no top-k or top-p."""
+"""Sample one token per row from softmax(logits / temperature), with its log-probability. There is no top-k or top-p.
+
+The random number of a token is a function of (key, place of the answer, token's number): SplitMix64 (Steele, Lea,
+Flood, "Fast splittable pseudorandom number generators", 2014), once to split the key by place and once along the
+answer. So an answer does not depend on its slot, on its neighbours, on the batch size or on the device; only rounding
+of the logits can change a token. There is no state that a recorded step would have to carry.
+"""
 
 import torch
 
 BLOCK = 128  # tokens per block sum; a draw looks into one block only
+STEP, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # SplitMix64's constants
 
 
 class Sampler:
-    """logits [B, V] -> (token [B] long, its log-probability [B] float32) under softmax(logits / temperature).
+    """(logits [B, V], places [B], counts [B]) -> (token [B] long, its log-probability [B] float32).
 
-    `greedy` takes the most likely token; its log-probability is still the one at `temperature`.
+    places: each answer's own number in the whole call; counts: the tokens that it has so far. key: 64 random bits as
+    an integer, of the whole call. `greedy` takes the most likely token; its log-probability is still the one at
+    `temperature`.
     """
 
-    def __init__(self, temperature, greedy=False, generator=None):
-        self.temperature, self.greedy, self.generator = temperature, greedy, generator
+    def __init__(self, temperature, greedy=False, key=0):
+        self.temperature, self.greedy, self.key = temperature, greedy, signed(key)
 
-    def __call__(self, logits):
+    def __call__(self, logits, places, counts):
         scaled = logits if self.temperature == 1.0 else logits / self.temperature
-        return self.on_host(scaled) if scaled.device.type == "cpu" and not self.greedy else self.on_device(scaled)
-
-    def on_host(self, scaled):
-        uniform = torch.rand(len(scaled), 1, dtype=torch.float64, generator=self.generator)
-        return inverse_cdf(scaled, uniform)
-
-    def on_device(self, scaled):
-        """Greedy, or a draw for which the host reads nothing from the device."""
+        if not self.greedy:
+            return inverse_cdf(scaled, uniforms(self.key, places, counts).unsqueeze(1))
         logprobs = scaled.log_softmax(-1)
-        token = logprobs.argmax(-1) if self.greedy else exponential_race(logprobs, self.generator)
+        token = logprobs.argmax(-1)
         return token, logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1).float()
 
 
-def exponential_race(logprobs, generator):
-    """argmax of p / Exp(1), which is a sample of p. It needs no sum over the vocabulary and no host (for the GPU)."""
-    # A draw of exactly 0 would win against every other token, even with p = 0.
-    race = torch.empty_like(logprobs).exponential_(generator=generator).clamp_(min=1e-30)
-    return (logprobs - race.log()).argmax(-1)
+def uniforms(key, places, counts):
+    """Draws [B] in [0, 1), float64: output number `counts` of the SplitMix64 stream that `key` and `places` name."""
+    stream = mix(key + (places + 1) * signed(STEP))
+    bits = mix(stream + (counts + 1) * signed(STEP))
+    return shifted(bits, 11).double() * 2.0**-53
+
+
+def mix(x):
+    """SplitMix64's output function on 64-bit integers [B]; torch's products wrap around as it wants."""
+    x = (x ^ shifted(x, 30)) * signed(FIRST)
+    x = (x ^ shifted(x, 27)) * signed(SECOND)
+    return x ^ shifted(x, 31)
+
+
+def shifted(x, bits):
+    """x >> bits for unsigned numbers: torch's own shift copies the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def signed(x):
+    """The 64 bits of an integer as torch's signed int64 has them."""
+    x &= (1 << 64) - 1
+    return x - (1 << 64) if x >> 63 else x
 
 
 def inverse_cdf(logits, uniform):
@@ -44,7 +65,7 @@ def inverse_cdf(logits, uniform):
     rows, vocabulary = logits.shape
     blocks = -(-vocabulary // BLOCK)
     weights = torch.empty(rows, blocks * BLOCK, dtype=logits.dtype, device=logits.device)
-    weights[:, vocabulary:] = 0.0
+    weights[:, vocabulary:].zero_()
     top = logits.amax(-1, keepdim=True)
     torch.sub(logits, top, out=weights[:, :vocabulary]).exp_()
     weights = weights.view(rows, blocks, BLOCK)

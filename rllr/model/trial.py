@@ -27,7 +27,7 @@ class _Teacher:
     def __init__(self, tokens):
         self.tokens, self.logprobs = tokens, []  # [rows, DECODED]; [rows, V] a step
 
-    def __call__(self, logits):
+    def __call__(self, logits, places, counts):
         token = self.tokens[:, len(self.logprobs)]
         self.logprobs.append(logits.log_softmax(-1))
         return token, torch.zeros(len(token), device=token.device)

@@ -43,7 +43,7 @@ def sample_answers(policy, encoder, task, examples, config) -> SampledAnswers:
         prompts,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
-        generator=torch.Generator(policy.device).manual_seed(config.seed),
+        generator=torch.Generator().manual_seed(config.seed),
         batch_size=config.eval_batch_size,
     )
     answers, responses = read_answers(rollout, encoder, task), rollout.responses()
