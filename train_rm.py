@@ -37,16 +37,27 @@ from rllr.pairs import (
     Pair,
     describe,
     label_sensitive_pairs,
+    on_policy_pairs,
     rationale_sensitive_pairs,
     split_by_prompt,
     write_pairs,
 )
 from rllr.rationales.factory import RationaleConfig, check_writer, default_label_pairs, default_writer, make_writer
-from rllr.reports.reward_report import classifier_report, pair_report, sample_answers, save_statistics, show_pairs
+from rllr.reports.reward_report import (
+    classifier_report,
+    pair_report,
+    sample_answers,
+    sample_rows,
+    save_statistics,
+    show_pairs,
+)
 from rllr.rewards import pairwise_accuracy, pairwise_loss
 from rllr.run.optimizer import Optimizer, gradient_step
 from rllr.run.run import Run, digest, input_fingerprints, is_tiny
 from rllr.run.settings import PolicyConfig, SupervisedConfig
+
+PAIR_FILES = ("pairs.jsonl", "pairs_held_out.jsonl")  # in the run's directory
+LEARNT_BY_HEART = 0.2  # samples right on labelled rows minus those on held-out rows, above which a warning is due
 
 
 class PairRow(NamedTuple):
@@ -69,11 +80,12 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
     pairs: str = flag("label", "label, rationale, or a JSONL file of pairs")
     label_pairs: str | None = flag(
         None,
-        "independent, paper or drawn: see docs/label-pairs.md (evidence independent, demo drawn, else paper)",
+        "on_policy (the default), or written pairs alone: independent, paper or drawn (docs/label-pairs.md)",
         choices=LABEL_PAIRS,
     )
     negatives: str = flag("one", "one wrong label per pair, drawn uniformly, or all of them", choices=("one", "all"))
-    pairs_per_row: int = flag(4, "pairs drawn of each row (label pairs; drawings that coincide count once)", above=0)
+    pairs_per_row: int = flag(4, "written pairs of each row (label pairs; drawings that coincide count once)", above=0)
+    samples_per_row: int = flag(8, "answers that the policy samples for each row, for on-policy pairs", above=0)
     loss: str = flag(
         "eos",
         "eos: score at the last response token; span: mean from the first token that differs",
@@ -119,28 +131,60 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
 
 
 def draw_pairs(config, examples, task, writer, seed):
-    """The pairs of some rows, as --pairs asks: label-sensitive ones `pairs_per_row` times over, without repetitions."""
+    """The written pairs of some rows: label-sensitive ones `pairs_per_row` times over, without repetitions."""
     if config.pairs == "rationale":
         return rationale_sensitive_pairs(examples, task, writer, seed=seed, log=say)
-    options = {"rationales": config.label_pairs, "negatives": config.negatives, "log": say}
+    on_policy = config.label_pairs == "on_policy"
+    rationales = default_label_pairs(config.rationales) if on_policy else config.label_pairs
+    options = {"rationales": rationales, "negatives": config.negatives, "log": say}
     drawn = {}
     for copy in range(config.pairs_per_row):
         drawn |= dict.fromkeys(label_sensitive_pairs(examples, task, writer, seed=seed + copy, **options))
     return list(drawn)
 
 
-def make_pairs(run, labelled, held_out):
+def sample_pairs(run, models, parts, writer):
+    """On-policy pairs of each part, {"labelled", "held out": rows}: of --samples_per_row answers that the policy
+    samples."""
+    config, task, found, right = run.config, run.task, [], {}
+    for part, rows in parts.items():
+        answers = sample_rows(models.policy, models.encoder, task, rows, f"pairs/{part}/{config.seed}", config)
+        found.append(on_policy_pairs(rows, task, writer, answers, seed=config.seed))
+        labels = [(row.label, answer.label) for row in rows for answer in answers[row.id]]
+        right[part] = sum(gold == label for gold, label in labels) / len(labels)
+    say(
+        f"sampled by the policy: {100 * right['labelled']:.1f} % right on the labelled rows, "
+        f"{100 * right['held out']:.1f} % on rows held out"
+    )
+    if right["labelled"] - right["held out"] > LEARNT_BY_HEART:
+        say(
+            "warning: the policy has learnt its labelled rows by heart: its samples there are hardly ever wrong, and "
+            "make "
+            "few on-policy pairs. Train SFT for fewer epochs, or use more labelled rows"
+        )
+    return found
+
+
+def make_pairs(run, models, labelled, held_out):
     """(pairs to train on, held-out pairs, the rationale writer): drawn from the rows, or read from --pairs FILE."""
     config, task = run.config, run.task
     writer = config.rationales or default_writer(task, labelled)
-    run.settle(rationales=writer, label_pairs=config.label_pairs or default_label_pairs(writer))
+    run.settle(rationales=writer, label_pairs=config.label_pairs or "on_policy")
     if config.kind == "file":
         return *split_by_prompt([Pair(**pair) for pair in load_pairs(config.pairs, say)]), None
     check_writer(config.rationales, labelled + held_out, task, config.rationale_model)
     options = {"config": config, "device": run.device, "directory": run.directory.parent, "also": held_out}
     writer = make_writer(config.rationales, labelled, task, log=say, **options)
+    if run.resumed and all((run.directory / name).is_file() for name in PAIR_FILES):  # sampled once, then kept
+        kept = ([Pair(**pair) for pair in load_pairs(str(run.directory / name), say)] for name in PAIR_FILES)
+        return *kept, writer
     train_pairs = draw_pairs(config, labelled, task, writer, config.seed)
-    return train_pairs, draw_pairs(config, held_out, task, writer, 10_000 + config.seed), writer
+    held_pairs = draw_pairs(config, held_out, task, writer, 10_000 + config.seed)
+    if config.kind == "label" and config.label_pairs == "on_policy":
+        parts = {"labelled": labelled, "held out": held_out}
+        ours, theirs = sample_pairs(run, models, parts, writer)
+        train_pairs, held_pairs = train_pairs + ours, held_pairs + theirs
+    return train_pairs, held_pairs, writer
 
 
 def encode_pairs(pairs, encoder, max_new_tokens):
@@ -176,10 +220,10 @@ def encode_pairs(pairs, encoder, max_new_tokens):
 
 
 def save_pairs(directory, train_pairs, held_pairs):
-    """The drawn pairs beside the model, as --pairs FILE would read them."""
-    with disk_faults(str(directory / "pairs.jsonl")):
-        write_pairs(directory / "pairs.jsonl", train_pairs)
-        write_pairs(directory / "pairs_held_out.jsonl", held_pairs)
+    """The pairs beside the model, as --pairs FILE would read them."""
+    for name, pairs in zip(PAIR_FILES, (train_pairs, held_pairs)):
+        with disk_faults(str(directory / name)):
+            write_pairs(directory / name, pairs)
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -316,7 +360,7 @@ def main(argv=None):
     )  # fmt: skip
 
     # Label-sensitive pairs: what makes the score, and so the reward, follow the label.
-    train_pairs, held_pairs, writer = make_pairs(run, labelled, held_out)
+    train_pairs, held_pairs, writer = make_pairs(run, models, labelled, held_out)
     train_rows, train_pairs = encode_pairs(train_pairs, encoder, config.max_new_tokens)
     held_rows, held_pairs = encode_pairs(held_pairs, encoder, config.max_new_tokens)
     say(f"train: {describe(train_pairs)}\nheld out: {describe(held_pairs)}")

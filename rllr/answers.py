@@ -1,6 +1,9 @@
 """What a policy answers: greedy or sampled, as text, with the label read from it."""
 
+import hashlib
 from dataclasses import dataclass
+
+import torch
 
 from .rollout import Rollout, generate
 from .tasks import parse_answer
@@ -15,8 +18,11 @@ class Answer:
     truncated: bool
 
 
-def write_answers(model, encoder, prompts, *, max_new_tokens, batch_size, temperature=None, generator=None) -> Rollout:
-    """Answers to prompts (lists of ids): sampled at a temperature, or, without one, greedy."""
+def write_answers(
+    model, encoder, prompts, *, max_new_tokens, batch_size, temperature=None, generator=None, answers_per_prompt=1
+) -> Rollout:
+    """Answers to prompts (lists of ids): sampled at a temperature, or, without one, greedy. Several to a prompt are
+    neighbours in the rollout."""
     return generate(
         model,
         prompts,
@@ -27,6 +33,7 @@ def write_answers(model, encoder, prompts, *, max_new_tokens, batch_size, temper
         greedy=temperature is None,
         generator=generator,
         batch_size=batch_size,
+        answers_per_prompt=answers_per_prompt,
     )
 
 
@@ -39,6 +46,11 @@ def read_answers(rollout, encoder, task) -> list[Answer]:
 def texts_of(rollout, encoder) -> list[str]:
     """The answers of a rollout as text."""
     return [encoder.decode(response) for response in rollout.responses()]
+
+
+def named_generator(name) -> torch.Generator:
+    """A random stream of its own for what the name says, e.g. "preview/0"."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))
 
 
 def answer_rows(model, encoder, task, examples, *, max_new_tokens, batch_size=64) -> list[Answer]:

@@ -1,6 +1,7 @@
 """Preference pairs, from which a reward model becomes sensitive to the label (RLLR) or to the rationale (RLHF).
 
     label-sensitive       gold label + a rationale   beats   wrong label + a rationale        (section 3.2 of the paper)
+    on-policy             the policy's own right answer  beats  its own wrong one            (label-sensitive, too)
     rationale-sensitive   gold label + a better one  beats   gold label + a worse one
 
 In the paper, each side of a label pair has its own best rationale. If rationales name evidence words, the reward model
@@ -16,11 +17,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 
 from .common.errors import InputError
+from .tasks import split_answer
 
-LABEL_PAIRS = ("independent", "paper", "drawn")
+LABEL_PAIRS = ("on_policy", "independent", "paper", "drawn")  # on_policy: written pairs and the policy's own samples
 DRAWN_SHARE = 0.5  # with "drawn": label pairs with a random basis on the wrong side; the others are as in the paper
 INDEPENDENT_SHARE = 0.9  # with "independent": label pairs with random bases; the others are as in the paper
 SAME_RATIONALE_SHARE = 0.5  # independent pairs in which both sides have the same basis
+SAMPLED_SHARE = 0.7  # on-policy pairs whose right side is a sample, too; the others have the written gold answer
 OTHER_TEXT_SHARE = 0.5  # rationale-sensitive pairs whose worse rationale is from another text
 
 
@@ -45,8 +48,8 @@ def label_sensitive_pairs(examples, task, writer, *, rationales="independent", n
     The pairs of a row depend only on the seed and the row. Pairs with identical sides are dropped and counted.
     InputError for a row without a label.
     """
-    if rationales not in LABEL_PAIRS or negatives not in ("one", "all"):
-        choices = f"choose {', '.join(LABEL_PAIRS)}; negatives {negatives!r}: one or all"
+    if rationales not in LABEL_PAIRS[1:] or negatives not in ("one", "all"):
+        choices = f"choose {', '.join(LABEL_PAIRS[1:])}; negatives {negatives!r}: one or all"
         raise InputError(f"--label_pairs {rationales!r}: {choices}")
     pairs = []
     for example in examples:
@@ -67,6 +70,34 @@ def label_sensitive_pairs(examples, task, writer, *, rationales="independent", n
             rejected = task.render_answer(label, writer.phrase(rejected_basis, label))
             pairs.append(Pair(task.render_prompt(example.text, example.text_b), chosen, rejected, kind))
     return _refuse_identical(pairs, log)
+
+
+def on_policy_pairs(examples, task, writer, answers, *, seed=0):
+    """Pairs of what the policy itself writes, which is what PPO will ask the reward model about.
+
+    answers: {row id: [`rllr.answers.Answer`]}, several sampled by the policy for each row. Each distinct one with a
+    wrong label is rejected against a sample with the gold label or, without one and in some other cases, against the
+    written gold answer (kind label/on_policy). One right sample of each row is preferred to itself with a wrong label
+    (label/flipped). Samples without a readable label, and those that the length limit cut, make no pair. The pairs of
+    a row depend only on the seed, the row and its samples; a row whose samples are all right gives one pair, and none
+    at all is no error.
+    """
+    pairs = []
+    for example in examples:
+        rng, gold = random.Random(f"on_policy/{seed}/{example.id}"), _label(example)
+        whole = {answer.text: answer.label for answer in answers[example.id] if answer.label and not answer.truncated}
+        right = [text for text, label in whole.items() if label == gold]
+        wrong = [text for text, label in whole.items() if label != gold]
+        prompt = task.prompt_of(example)
+        for rejected in wrong:
+            sampled = right and rng.random() < SAMPLED_SHARE
+            chosen = rng.choice(right) if sampled else task.render_answer(gold, writer.write(example, gold))
+            pairs.append(Pair(prompt, chosen, rejected, "label/on_policy"))
+        if right:
+            chosen = rng.choice(right)
+            flipped = task.render_answer(rng.choice(task.wrong_labels(gold)), split_answer(task, chosen)[0])
+            pairs.append(Pair(prompt, chosen, flipped, "label/flipped"))
+    return pairs
 
 
 def rationale_sensitive_pairs(examples, task, writer, *, seed=0, log=print):

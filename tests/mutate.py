@@ -160,10 +160,10 @@ MUTANTS = [
         "positions.masked_fill(~response_mask, 0)).masked_fill(~response_mask, 0)",
         "positions)",
     ),
-    ("layout.trim", "(prompt_lens + response_lens).max()", "prompt_lens.max() + response_lens.max()"),
-    ("layout.trim", "response_mask[:, : int(response_lens.max())]", "response_mask"),
+    ("layout.trim", "packed.lengths.max()", "packed.lengths.min()"),
+    ("layout.trim", "response_mask[:, :longest_response]", "response_mask"),
     ("layout.batches_by_length", "-lengths[row]", "lengths[row]"),
-    ("logprobs.token_logprobs", "response_mask, temperature)\n", "response_mask, 1.0)\n"),
+    ("logprobs.token_logprobs", "response_mask), temperature, _chunk", "response_mask), 1.0, _chunk"),
     (
         "logprobs._score",
         "range(0, max(len(tokens), 1), CHUNK_TOKENS)",
@@ -171,7 +171,7 @@ MUTANTS = [
     ),
     ("logprobs._score", "len(tokens) > CHUNK_TOKENS", "len(tokens) < 0"),
     ("logprobs._score", "max(len(tokens), 1)", "len(tokens)"),
-    ("logprobs._score", "for piece in pieces]", "for piece in pieces[::-1]]"),
+    ("logprobs._score", "zip(*pieces)", "zip(*pieces[::-1])"),
     ("layout.unflatten", "dtype=values.dtype", "dtype=torch.float32"),
     ("layout.unflatten", "torch.zeros(", "torch.ones("),
     (

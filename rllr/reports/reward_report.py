@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..answers import answer_rows, read_answers, write_answers
+from ..answers import answer_rows, named_generator, read_answers, write_answers
 from ..common.errors import InputError
 from ..common.files import read_json, write_json
 from ..common.log import say
@@ -59,6 +59,22 @@ def sample_answers(policy, encoder, task, examples, config) -> SampledAnswers:
             f"{config.max_new_tokens}, too few for the statistics of its scores; raise it, or train the policy longer"
         )
     return SampledAnswers(pack(rows, encoder.pad_id, policy.device), cut)
+
+
+def sample_rows(policy, encoder, task, examples, name, config) -> dict:
+    """{row id: `samples_per_row` answers}, sampled at PPO's temperature. name: of the random stream."""
+    rollout = write_answers(
+        policy,
+        encoder,
+        encoder.prompts(task, examples),
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        generator=named_generator(name),
+        batch_size=config.eval_batch_size,
+        answers_per_prompt=config.samples_per_row,
+    )
+    answers, count = read_answers(rollout, encoder, task), config.samples_per_row
+    return {row.id: answers[i * count : (i + 1) * count] for i, row in enumerate(examples)}
 
 
 def pair_report(pairs, chosen, rejected) -> dict:
