@@ -6,12 +6,14 @@ from collections import Counter
 
 import pytest
 
+from rllr.answers import Answer
 from rllr.common.errors import InputError
 from rllr.data.rows import load_pairs
 from rllr.pairs import (
     Pair,
     describe,
     label_sensitive_pairs,
+    on_policy_pairs,
     rationale_sensitive_pairs,
     split_by_prompt,
     write_pairs,
@@ -290,3 +292,59 @@ def test_a_prompts_pairs_stay_together_when_some_are_held_out():
     assert len(train) == len(held) == 1
     with pytest.raises(InputError, match="--pairs: 2 pairs over 1 prompt: give at least two"):
         split_by_prompt([pairs[0], pairs[40]])
+
+
+# ---- on-policy pairs -------------------------------------------------------------------------------------------------
+
+
+def said(*texts, truncated=False):
+    """Sampled answers, with the label that each carries."""
+    return [Answer(text, parse_answer(SST2, text), truncated) for text in texts]
+
+
+GOOD, BAD = "fine\nLabel: positive", "dull\nLabel: negative"
+ROW = Example("a", "a fine film", label="positive")
+
+
+def test_a_wrong_sample_loses_to_a_right_one_or_to_the_written_answer():
+    written = "own a positive for positive\nLabel: positive"
+    answers = {f"r{i}": said(GOOD, BAD, BAD) for i in range(400)}  # one distinct wrong sample each
+    many = [Example(name, f"text {name}", label="positive") for name in answers]
+    pairs = [pair for pair in on_policy_pairs(many, SST2, Scripted(), answers) if pair.kind == "label/on_policy"]
+    assert len(pairs) == 400 and {pair.rejected for pair in pairs} == {BAD}
+    sampled = sum(pair.chosen == GOOD for pair in pairs)
+    assert 245 < sampled < 315  # of 400 seven in ten: 280 +- 4 standard errors of 9
+    others = [pair for pair in pairs if pair.chosen != GOOD]
+    assert all(pair.chosen == written.replace("own a", f"own {pair.prompt.split()[2]}") for pair in others)
+    (alone,) = on_policy_pairs([ROW], SST2, Scripted(), {"a": said(BAD)})  # no right sample to choose
+    assert (alone.chosen, alone.rejected, alone.kind) == (written, BAD, "label/on_policy")
+    assert alone.prompt == SST2.prompt_of(ROW)
+
+
+def test_a_right_sample_is_preferred_to_itself_with_a_wrong_label():
+    (pair,) = on_policy_pairs([ROW], SST2, Scripted(), {"a": said(GOOD, GOOD)})
+    assert (pair.chosen, pair.rejected, pair.kind) == (GOOD, "fine\nLabel: negative", "label/flipped")
+    news = Example("b", "oil", label="world")
+    answer = [Answer("war\nLabel: world", "world", False)]
+    flipped = {on_policy_pairs([news], AGNEWS, Scripted(), {"b": answer}, seed=seed)[0].rejected for seed in range(40)}
+    assert flipped == {f"war\nLabel: {label}" for label in ("business", "sports", "technology")}
+
+
+def test_samples_without_a_label_and_cut_ones_make_no_pair():
+    cut = said(BAD, GOOD, truncated=True)
+    assert on_policy_pairs([ROW], SST2, Scripted(), {"a": [*said("no label here"), *cut]}) == []
+
+
+def test_on_policy_pairs_hang_on_the_row_and_the_seed_alone():
+    answers = {f"r{i}": said(GOOD, BAD, f"{i}\nLabel: negative", "so\nLabel: positive") for i in range(30)}
+    many = [Example(name, f"text {name}", label="positive") for name in answers]
+    whole = on_policy_pairs(many, SST2, Scripted(), answers)
+    assert (
+        whole
+        == on_policy_pairs(many, SST2, Scripted(), answers)
+        != on_policy_pairs(many, SST2, Scripted(), answers, seed=1)
+    )
+    alone = on_policy_pairs(many[7:8], SST2, Scripted(), answers)
+    assert len(alone) == 3 and [pair for pair in whole if pair.prompt == alone[0].prompt] == alone
+    with pytest.raises(InputError, match="has no label"):
+        on_policy_pairs([Example("a", "x")], SST2, Scripted(), {"a": said(GOOD)})

@@ -166,12 +166,15 @@ def test_reward_model_ranks_its_training_pairs(toy, tmp_path, loss):
         run(train_rm.main, "--policy", toy.sft, *toy.rm_flags, "--loss", "span", "--output_dir", directory)
     assert read_record(directory)["config"]["loss"] == loss
     pairs, _, _, (chosen, rejected) = training_pairs(toy, directory)
-    assert len(pairs) >= 36 and pairwise_accuracy(chosen, rejected) > 0.95
+    assert len(pairs) >= 36 and pairwise_accuracy(chosen, rejected) > 0.9
 
 
 def test_reward_model_reports_and_stores_its_scores(toy):
     report, metrics = read_record(toy.label_rm)["report"], read_metrics(toy.label_rm, "eval/accuracy")
-    assert report["pairs"]["all"]["accuracy"] > 0.9 and report["classifier"]["eval"]["rows"] == len(DEV_ROWS)
+    assert report["pairs"]["all"]["accuracy"] > 0.7 and report["classifier"]["eval"]["rows"] == len(DEV_ROWS)
+    assert {"label/paper", "label/flipped"} <= report[
+        "pairs"
+    ].keys()  # written pairs, and pairs of the policy's samples
     assert report["classifier"]["eval"]["reward_model"] >= report["classifier"]["eval"]["policy"]
     assert metrics[-1]["eval/loss"] < metrics[0]["eval/loss"]
     for directory in (toy.label_rm, toy.rationale_rm):
@@ -489,7 +492,10 @@ def test_a_gradient_that_is_not_finite_makes_no_step(value):
 
 
 def test_non_finite_loss_stops_sft_and_rm(toy, tmp_path, monkeypatch, capsys):
-    starts = {"sft_loss": (train_sft, [*toy.data, "--model", toy.base]), "rm_loss": (train_rm, ["--policy", toy.sft])}
+    starts = {
+        "sft_loss": (train_sft, [*toy.data, "--model", toy.base]),
+        "rm_loss": (train_rm, ["--policy", toy.sft, "--label_pairs", "paper"]),
+    }
     for name, (module, flags) in starts.items():
         original, calls = getattr(module, name), []
 
