@@ -46,6 +46,7 @@ from rllr.rationales.factory import RationaleConfig, check_writer, default_label
 from rllr.reports.reward_report import (
     classifier_report,
     pair_report,
+    preview_report,
     sample_answers,
     sample_rows,
     save_statistics,
@@ -102,6 +103,8 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
         None, "AdamW peak (tiny 5e-4, any other model 5e-6; adapters 1.5e-3, 5e-5)", above=0
     )
     temperature: float = flag(1.0, "of the sampled answers: PPO's", above=0)
+    preview_rows: int = flag(400, "dev rows of PPO's preview, at most", above=0)
+    preview_samples: int = flag(16, "answers that the preview samples for each of them", above=0)
     statistics_prompts: int = flag(1024, "sampled answers behind the stored statistics (at least 512)", above=0)
 
     def validate(self):
@@ -335,6 +338,8 @@ def report(run, models, held, writer, sampled, parts):
         f"scores on {statistics.count} answers sampled by the policy: mean {statistics.mean:.3f}, "
         f"standard deviation {statistics.std:.3f}"
     )
+    if config.kind != "rationale":
+        found["preview"] = preview_report(model, models, run.task, parts["eval"], statistics, config)
     base = {"base": {"path": config.policy, "fingerprint": models.fingerprint}} if config.lora_rank else {}
     more = {"report": found, "policy_fingerprint": models.fingerprint} | base
     with disk_faults(str(directory / RECORD)):

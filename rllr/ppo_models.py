@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .common.errors import InputError, RunError
+from .common.files import RECORD
 from .common.log import say
 from .data.encoding import Encoder
 from .judge import STATISTICS, Judges, RewardModelScorer, gold_reward, load_function
@@ -18,6 +19,7 @@ from .model.peft_format import is_adapter
 from .model.recompute import checkpoint_layers
 from .model.records import check_same_task, read_record
 from .model.roles import RolePolicy, load_base, load_scalar_role, new_role
+from .preview import sentence
 from .reports.reward_report import load_statistics
 from .run.optimizer import Optimizer
 
@@ -151,7 +153,23 @@ def load_judges(config, tokenizer, device, base=None, policy_fingerprint=None) -
             scorer = by_part[part] = scorer_of(model, directory, config)
             if scorer.statistics and scorer.statistics.policy_fingerprint != policy_fingerprint:
                 say(f"warning: the {part} reward model was measured on answers of another policy than {config.policy}")
+            else:
+                tell_preview(directory)
     return Judges(config.reward, by_part, config.threshold, penalties)
+
+
+def tell_preview(directory):
+    """Say what the reward model's own record promises of PPO, where it was measured (`rllr.preview`)."""
+    report = read_record(directory).get("report")
+    found = report.get("preview") if isinstance(report, dict) else None
+    if found is None:
+        return
+    try:
+        say(f"preview of PPO, from train_rm.py: {sentence(found)}")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        raise InputError(
+            f"{Path(directory) / RECORD}: field 'report' is damaged; train the reward model again"
+        ) from None
 
 
 def scorer_of(model, directory, config) -> RewardModelScorer:

@@ -134,8 +134,8 @@ def preview(scores, right, greedy_right, ns=(1, 2, 4, 8, 16), seed=0) -> dict:
     Tibshirani 1993, chapter 13), paired, 1,000 resamples, the same ones for every n. An n above S is left out.
 
     verdict, in this order:
-      "loss"     at some n >= 2 high is below 0, or at the largest n the difference is more than one paired standard
-                 error below 0
+      "loss"     high is below 0 at n = 8 or beyond it, or at the largest n the difference is more than one paired
+                 standard error below 0 (below n = 8 a low curve only says that one sample is worse than greedy)
       "gain"     low is above 0 at n = 8; where the curve lacks it, at its largest n from 2 to 7 (if none, its smallest)
       "unclear"  anything else; also a single prompt, which has no spread, and n = 1 alone, where no score chooses
     ValueError: what best_of_n refuses, greedy_right that is not [P], no n left.
@@ -179,9 +179,11 @@ def _verdict(curve, at_largest):
     if not chosen or len(at_largest) < 2:
         return "unclear"
     error = at_largest.std(ddof=1) / math.sqrt(len(at_largest))
-    if any(point["high"] < -ROUNDING for point in chosen) or at_largest.mean() < -error - ROUNDING:
+    judged = _judged(curve)
+    beyond = [point for point in chosen if point["n"] >= judged["n"]]
+    if any(point["high"] < -ROUNDING for point in beyond) or at_largest.mean() < -error - ROUNDING:
         return "loss"
-    return "gain" if _judged(curve)["low"] > ROUNDING else "unclear"
+    return "gain" if judged["low"] > ROUNDING else "unclear"
 
 
 def _judged(curve):
@@ -215,7 +217,8 @@ def sentence(found) -> str:
     )
     text += f": what helps is {REMEDIES}"
     if judged["low"] > ROUNDING:  # only beside "loss": choosing among few answers works, optimising further does not
-        text += f"; best-of-{judged['n']} beats greedy ({_points(judged)}), so predict with it instead of PPO"
+        text += f"; best-of-{judged['n']} beats greedy ({_points(judged)}), "
+        text += "so choosing among a few answers helps where training on does not"
     elif judged["difference"] > ROUNDING:
         text += f"; best-of-{judged['n']} beats greedy only within chance"
         text += " (more prompts would tell)" if shown is judged else f" ({_points(judged)})"

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -604,3 +605,36 @@ def test_ppo_as_a_process(toy, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "step 1/1" in done.stdout and "Traceback" not in done.stderr
     assert (tmp_path / "ppo" / "last" / "model.safetensors").is_file()
+
+
+# ---- on-policy pairs and the preview ---------------------------------------------------------------------------------
+
+
+def test_the_label_reward_model_is_previewed(toy, tmp_path, capsys):
+    """In its record, on the console, and again where PPO starts; a record that is damaged is named."""
+    found = read_record(toy.label_rm)["report"]["preview"]
+    assert found["prompts"] == len(DEV_ROWS) and found["samples"] == 16
+    assert [point["n"] for point in found["curve"]] == [1, 2, 4, 8, 16]
+    assert found["verdict"] in ("gain", "loss", "unclear")
+    assert "preview of PPO, on 24 dev rows:" in toy.outputs["rm-label"] and "400 or more" in toy.outputs["rm-label"]
+    assert "preview" not in read_record(toy.rationale_rm)["report"]
+    rm = shutil.copytree(toy.label_rm, tmp_path / "rm")
+    output = toy.ppo(tmp_path / "ppo", "--label_rm", rm, steps=1)
+    assert "preview of PPO, from train_rm.py: Best-of-" in output
+    record = json.loads((rm / "rllr.json").read_text())
+    record["report"]["preview"] = {"verdict": "gain"}
+    (rm / "rllr.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit):
+        toy.ppo(tmp_path / "again", "--label_rm", rm, steps=1)
+    assert "rllr.json: field 'report' is damaged" in capsys.readouterr().err
+
+
+def test_on_policy_pairs_are_sampled_once_and_kept(toy, tmp_path):
+    """A run that goes on reads its pairs from its own files; the log says how often the samples are right."""
+    flags = ["--policy", toy.sft, *toy.rm_flags, "--epochs", 1, "--save_every", 1, "--output_dir", tmp_path / "rm"]
+    output = run(train_rm.main, *flags)
+    assert re.search(r"sampled by the policy: \d+\.\d % right on the labelled rows, \d+\.\d % on rows held out", output)
+    kinds = {json.loads(line)["kind"] for line in (tmp_path / "rm" / "pairs.jsonl").read_text().splitlines()}
+    assert {"label/paper", "label/flipped"} <= kinds
+    again = run(train_rm.main, "--resume", tmp_path / "rm", "--epochs", 2)
+    assert "resumed from" in again and "sampled by the policy: " not in again

@@ -14,8 +14,11 @@ from ..common.log import say
 from ..judge import STATISTICS, ScoreStatistics, score_rows
 from ..layout import Packed, pack
 from ..metrics import accuracy, tell_parse_failures
+from ..preview import preview, sentence, table
+from ..rewards import incomplete_answer_rule
 from ..tasks import split_answer
 
+FEW_ROWS = 400  # dev rows below which a preview is shaky
 MIN_PROMPTS = 512  # sampled answers wanted behind the stored statistics
 
 
@@ -142,6 +145,43 @@ def classifier_report(model, models, task, parts, writer, config) -> dict:
             f"  to harvest {100 * (judged - greedy):+.1f} points"
         )
     return report
+
+
+def preview_report(model, models, task, dev, statistics, config) -> dict:
+    """PPO's preview (`rllr.preview`) on --preview_rows dev rows: best-of-n of sampled answers beside greedy. Printed.
+
+    An answer that PPO would call incomplete scores what PPO would give it (`rewards.incomplete_answer_rule`).
+    """
+    dev = random.Random(f"preview/{config.seed}").sample(dev, min(len(dev), config.preview_rows))
+    policy, encoder, count = models.policy, models.encoder, config.preview_samples
+    limits = {"max_new_tokens": config.max_new_tokens, "batch_size": config.eval_batch_size}
+    greedy = answer_rows(policy, encoder, task, dev, **limits)
+    rollout = write_answers(
+        policy,
+        encoder,
+        encoder.prompts(task, dev),
+        temperature=config.temperature,
+        generator=named_generator(f"preview/{config.seed}"),
+        answers_per_prompt=count,
+        **limits,
+    )
+    labels = [answer.label for answer in read_answers(rollout, encoder, task)]
+    unlabelled = torch.tensor([label is None for label in labels], device=policy.device)
+    scores = score_rows(model, rollout.packed, config.eval_batch_size)
+    spread = statistics.std  # one penalty is one standard deviation of the scores
+    scores = incomplete_answer_rule(scores, rollout.truncated, unlabelled, spread, spread, statistics.mean)
+    right = [label == row.label for row, own in zip(dev, _in_rows(labels, count)) for label in own]
+    greedy_right = [row.label == answer.label for row, answer in zip(dev, greedy)]
+    found = preview(_in_rows(scores.tolist(), count), _in_rows(right, count), greedy_right, seed=config.seed)
+    say(f"preview of PPO, on {len(dev)} dev rows:\n{table(found)}\n{sentence(found)}")
+    if len(dev) < FEW_ROWS:
+        say(f"warning: the preview rests on {len(dev)} dev rows; {FEW_ROWS} or more would make it surer")
+    return found
+
+
+def _in_rows(values, count):
+    """A flat list as rows of `count`."""
+    return [values[i : i + count] for i in range(0, len(values), count)]
 
 
 def save_statistics(statistics, directory):
