@@ -637,4 +637,4 @@ def test_on_policy_pairs_are_sampled_once_and_kept(toy, tmp_path):
     kinds = {json.loads(line)["kind"] for line in (tmp_path / "rm" / "pairs.jsonl").read_text().splitlines()}
     assert {"label/paper", "label/flipped"} <= kinds
     again = run(train_rm.main, "--resume", tmp_path / "rm", "--epochs", 2)
-    assert "resumed from" in again and "sampled by the policy: " not in again
+    assert "resumed from" in again and "right on the labelled rows" not in again

@@ -209,14 +209,14 @@ def test_paths_for_and_from_a_record(tmp_path, monkeypatch):
 
 def test_an_older_record_or_run_is_refused_in_one_sentence(here, capsys):
     run(train_sft.main, "--resume", "runs/sft", "--epochs", 2)
-    for path, edit in (("runs/sft/rllr.json", "rllr"), ("runs/sft/run.json", "run")):
+    for path, edit, own in (("runs/sft/rllr.json", "rllr", 2), ("runs/sft/run.json", "run", 3)):
         content = json.loads((here / path).read_text())
         (here / path).write_text(json.dumps({key: value for key, value in content.items() if key != "format"}))
         flags = ["--policy", "runs/sft", *RM] if edit == "rllr" else ["--resume", "runs/sft"]
         shutil.rmtree("runs/sft/checkpoints", ignore_errors=True)
         message = refused(capsys, train_rm.main if edit == "rllr" else train_sft.main, *flags)
         assert (
-            f"{path}: has format 1, this version of rllr has format 2, and what a run computes has changed in between "
+            f"{path}: has format 1, this version of rllr has format {own}, and what a run computes has changed in between "
             "(CHANGELOG.md); " in message
         )
         (here / path).write_text(json.dumps(content))

@@ -26,7 +26,7 @@ BY_CONTENT = frozenset(
     "task train_file eval_file dataset delimiter encoding model policy label_rm rationale_rm value_init".split()
 )
 OWN = {"output_dir", "overwrite", "resume", "trust_remote_code"}  # of each command, never taken from the run
-RUN_FORMAT = 2  # of run.json; raised where what a run computes changes, with a line in CHANGELOG.md
+RUN_FORMAT = 3  # of run.json; raised where what a run computes changes, with a line in CHANGELOG.md
 
 
 @dataclass
