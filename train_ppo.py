@@ -28,7 +28,7 @@ from rllr.model.roles import LoRAConfig, check_lora, lora_rate_factor
 from rllr.model.trial import check_policy
 from rllr.ppo import AdaptiveKL, FixedKL, gae, masked_whiten
 from rllr.ppo_models import load_models, name_judges
-from rllr.reports.ppo_step import show_rollout, step_metrics, tell_step, write_batch
+from rllr.reports.ppo_step import grounded_metrics, show_rollout, step_metrics, tell_step, write_batch
 from rllr.rewards import MODES, incomplete_answer_rule, label_sensitive_reward, shape_rewards
 from rllr.rollout import generate
 from rllr.run.run import Run, digest, input_fingerprints, is_tiny, require_finite_weights
@@ -313,6 +313,7 @@ def main(argv=None):
 
                 # 6 improve: clipped policy and value losses, minibatch by minibatch -----------------------------------
                 line = step_metrics(step, batch, samples, models.judges, judged, kl.value)
+                line |= grounded_metrics(task, examples, samples.answers)
                 if kl_within_bound(batch, config, loop):
                     with clock("update"):
                         line |= improve(models, batch, plan, config)

@@ -71,13 +71,15 @@ def table(task, results) -> str:
     scale, unit = (100, " %") if percent else (1, "")
     digits = 1 if percent else 3
     width = max(len("model"), *(len(row["model"]) for row in results))
-    lines = [
-        f"{'model':{width}}  {task.metric:>10}  {'95 % interval':>16}  {'parse fail.':>11}  difference to the first"
-    ]
+    with_rationales = any("grounded" in row for row in results)
+    title = f"{'model':{width}}  {task.metric:>10}  {'95 % interval':>16}  {'parse fail.':>11}"
+    lines = [title + ("  grounded" if with_rationales else "") + "  difference to the first"]
     for row in results:
         low, high = (scale * v for v in row["interval"])
         line = f"{row['model']:{width}}  {scale * row[task.metric]:>{10 - len(unit)}.{digits}f}{unit}"
         line += f"  {f'{low:.{digits}f} .. {high:.{digits}f}':>16}  {100 * row['parse_failures']:>9.1f} %"
+        if with_rationales:
+            line += f"  {100 * row['grounded']:>6.1f} %" if "grounded" in row else f"  {'-':>8}"
         if "difference" in row:
             low, high = (scale * v for v in row["difference_interval"])
             line += f"  {scale * row['difference']:+.{digits}f} ({low:+.{digits}f} .. {high:+.{digits}f})"

@@ -15,7 +15,7 @@ FLOORS = [
     {"model", "data"},
     {"run"},
     {"rollout", "logprobs", "answers", "judge"},
-    {"metrics", "preview", "rationales", "update"},
+    {"metrics", "grounding", "preview", "rationales", "update"},
     {"tiny", "ppo_models", "reports", "evaluate", "predict", "merge"},
 ]
 TORCH_ONLY = {"layout", "ppo"}  # and rewards, which stands on ppo

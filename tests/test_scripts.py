@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 
 STEP_METRICS = {
     "step", "episodes", "seconds",
-    "act/tokens_per_second", "act/response_len", "act/truncated", "act/parse_failures",
+    "act/tokens_per_second", "act/response_len", "act/truncated", "act/parse_failures", "act/grounded",
     "analyse/kl_sequence", "analyse/kl_token", "analyse/entropy", "analyse/logprob_gap",
     "judge/label_score", "judge/score",
     "shape/kl_coef", "shape/reward",

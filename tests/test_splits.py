@@ -216,8 +216,8 @@ def test_an_older_record_or_run_is_refused_in_one_sentence(here, capsys):
         shutil.rmtree("runs/sft/checkpoints", ignore_errors=True)
         message = refused(capsys, train_rm.main if edit == "rllr" else train_sft.main, *flags)
         assert (
-            f"{path}: has format 1, this version of rllr has format {own}, and what a run computes has changed in between "
-            "(CHANGELOG.md); " in message
+            f"{path}: has format 1, this version of rllr has format {own}, and what a run computes has changed "
+            "in between (CHANGELOG.md); " in message
         )
         (here / path).write_text(json.dumps(content))
 

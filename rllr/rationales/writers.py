@@ -8,6 +8,7 @@ labels.
 """
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 
@@ -17,6 +18,8 @@ from .words import words_of
 
 SMOOTHING = 0.5  # added to each count of the log-odds: half an occurrence, Jeffreys' prior
 NAMED_WORDS = 2  # evidence words that a rationale names
+WHO_SAYS = {"both": "both say", "first": "only the first says", "second": "only the second says"}  # of a pair's texts
+NO_WORD = "no word stands out"
 MANY_ONCE = 0.9  # if a larger share of the words occurs in one row only, evidence means little
 
 
@@ -184,8 +187,23 @@ class EvidenceWriter(RationaleWriter):
         named = " and ".join(words)
         several = len(words) > 1
         if not words:
-            return f"no word stands out, which suggests {label}"
+            return f"{NO_WORD}, which suggests {label}"
         if kind == "has":
             return f"the words {named} suggest {label}" if several else f"the word {named} suggests {label}"
-        who = {"both": "both say", "first": "only the first says", "second": "only the second says"}[kind]
-        return f"{who} {named}, which suggests {label}"
+        return f"{WHO_SAYS[kind]} {named}, which suggests {label}"
+
+
+_NAMED = r"(\S+(?: and \S+)*)"  # words have no spaces inside
+_EVIDENCE = {"has": re.compile(rf"the words? {_NAMED} suggests? .+", re.IGNORECASE)} | {
+    kind: re.compile(rf"{who} {_NAMED}, which suggests .+", re.IGNORECASE) for kind, who in WHO_SAYS.items()
+}
+
+
+def evidence_of(rationale):
+    """(kind, words) that a rationale of `EvidenceWriter.phrase` names; None for a text of another form."""
+    if rationale.startswith(f"{NO_WORD}, which suggests "):
+        return "has", ()
+    for kind, form in _EVIDENCE.items():
+        if match := form.fullmatch(rationale):
+            return kind, tuple(match[1].split(" and "))
+    return None

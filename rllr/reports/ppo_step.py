@@ -4,6 +4,7 @@ import torch
 
 from ..common.files import disk_faults, write_safetensors
 from ..common.log import say
+from ..grounding import grounded, known_means
 from ..metrics import tell_parse_failures
 from ..ppo import explained_variance, kl_estimate, masked_mean
 
@@ -29,6 +30,11 @@ def step_metrics(step, batch, samples, judges, judged, kl_coef):
         "credit/advantage_std": masked_mean((advantages - masked_mean(advantages, mask)).square(), mask).sqrt(),
         "credit/explained_variance": explained_variance(batch.values, batch.returns, mask),
     }
+
+
+def grounded_metrics(task, examples, answers):
+    """How much of the sampled rationales stands in their texts (`rllr.grounding`); {} where there are none."""
+    return known_means({"act/grounded": [grounded(task, *pair) for pair in zip(examples, answers, strict=True)]})
 
 
 def judge_metrics(judges, judged, samples, scores):
