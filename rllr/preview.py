@@ -40,10 +40,9 @@ def best_of_n(scores, right, n) -> np.ndarray:
         raise ValueError(f"best of {n}: n must be 1 to {size}, the number of samples per prompt")
     below, equal = _standing(scores)
     drawn = np.arange(n)
-    inside = np.prod(np.clip(np.arange(size + 1)[:, None] - drawn, 0, None) / (size - drawn), axis=1)
-    weights = (
-        inside[below + equal] - inside[below]
-    ) / equal  # inside[m] = C(m, n) / C(S, n): all n are among m samples
+    # inside[m] = C(m, n) / C(S, n), the probability that all n are among m samples; for m < n one factor is 0
+    inside = np.prod((np.arange(size + 1)[:, None] - drawn) / (size - drawn), axis=1)
+    weights = (inside[below + equal] - inside[below]) / equal
     return np.clip((weights * right).sum(1), 0.0, 1.0)
 
 

@@ -282,6 +282,8 @@ def test_loss_where_the_largest_n_is_one_standard_error_below():
         result = found(a, b)
         assert result["curve"][0]["difference"] == pytest.approx((a - b) / 40)
         assert result["curve"][0]["high"] > 0 and result["verdict"] == expected
+    # a single row lost is exactly one standard error of 40 rows (n - 1 in the variance), so not more than one
+    assert verdict([NEVER] + [BEST] * 39, [1] * 40, ns=(16,)) == "unclear"
 
 
 def test_a_gain_that_the_largest_n_loses_again_is_loss():
