@@ -45,12 +45,11 @@ def known_means(groups: dict) -> dict[str, float]:
 
 
 def _rationale_of(task, answer):
-    """What stands before the label line, also before one that cannot be read or was cut ("Lab")."""
-    rationale, label = split_answer(task, answer)
+    """What stands before the label line, also before one that cannot be read, was cut ("Lab") or is written twice."""
+    rationale, _ = split_answer(task, answer)
     *before, last = rationale.split("\n")
     start = last.strip()[: len(LABEL_PREFIX)].casefold()
-    is_label_line = LABEL_PREFIX.casefold().startswith(start)
-    return "\n".join(before).strip() if label is None and is_label_line else rationale
+    return "\n".join(before).strip() if LABEL_PREFIX.casefold().startswith(start) else rationale
 
 
 def _words(text):

@@ -166,7 +166,8 @@ def test_free_text_by_hand(text, rationale, expected):
     ("the words dull and mess suggest negative\nLabel: maybe", 1),
     ("the words dull and mess suggest negative\nLab", 1),
     ("the words dull and docks suggest negative\n\nlabel: ", 0),
-    ("dull dullness", 1 / 2),
+    ("dull dullness", 1 / 2), ("loud\nLabel: loud\nLabel: negative", 0),
+    ("the word dull suggests negative\nLabel: negative\nLabel: negative", 1), ("Label: maybe\nLabel: negative", None),
 ])  # fmt: skip
 def test_parse_failures_and_answers_without_a_rationale(answer, expected):
     for task in (SINGLE, TASKS["mr"]):
