@@ -83,7 +83,7 @@ def generate(
     length = max(map(len, prompts)) + max_new_tokens
     check_cache_support(model, length)
     slots = min(batch_size, len(prompts) * answers_per_prompt, slots_within(cache_bytes, model, length))
-    sampler = Sampler(temperature, greedy, draw_key(generator))
+    sampler = Sampler(temperature, greedy, key=0 if greedy else draw_key(generator))
     was_training = model.training
     model.eval()
     try:

@@ -260,6 +260,15 @@ def test_no_gradient_and_no_change_of_the_global_random_state(llama):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_greedy_answers_draw_no_random_number(llama):
+    """A run's evaluations would otherwise change the dropout of the steps after them."""
+    before = torch.get_rng_state()
+    generate(llama, PROMPTS, max_new_tokens=3, eos_token_id=EOS, greedy=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    generate(llama, PROMPTS, max_new_tokens=3, eos_token_id=EOS)  # sampled, without a generator: of torch's own
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 def test_same_seed_same_answers(llama):
     """And another seed, others."""
     first, again, other = sample(llama), sample(llama), sample(llama, seed=1)
