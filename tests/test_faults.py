@@ -391,7 +391,7 @@ def test_a_disk_that_fills_up(toy, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("failing, call, words", [
-    ("write_safetensors", 2, "checkpoint"), ("force_to_disk", 40, "checkpoint"), ("write_json", 9, "cannot be written"),
+    ("write_safetensors", 2, "checkpoint"), ("force_to_disk", 42, "checkpoint"), ("write_json", 9, "cannot be written"),
 ])  # fmt: skip
 def test_writing_fails(toy, tmp_path, monkeypatch, capsys, failing, call, words):
     """The same by an injected error, wherever it strikes."""

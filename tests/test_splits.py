@@ -123,7 +123,7 @@ def test_a_resumed_run_keeps_its_data_by_flag(here):
     """Which settings were given is kept, so that the data of the first command is no surprise to the second."""
     new = [
         {"text": f"the dog {i} was tasty", "label": "good", "rationales": {"good": "tasty", "bad": "dog"}}
-        for i in range(30)
+        for i in range(150)  # few of their sampled answers end: the policy is barely trained
     ]
     write_rows("data/more.jsonl", new)
     flags = ["--train_file", "data/more.jsonl", "--labelled", 20, *RM, "--output_dir", "runs/rm"]
