@@ -162,14 +162,16 @@ def is_threshold(text):
 def load_prompts(run, splits, models):
     """(prompts, dev rows, gold labels by row id): prompts without their labels, except for --reward gold."""
     config, task, encoder = run.config, run.task, models.encoder
-    rows = splits.unlabelled or splits.labelled
+    rows = splits.prompts
     kind = "unlabelled rows" if splits.unlabelled else "labelled rows, the same that trained SFT and reward model"
     say(f"prompts: {len(rows)} {kind}")
     prompts = encoder.fit(rows, task, config.max_new_tokens, say)
     dev = encoder.fit(splits.eval[: config.eval_rows or None], task, config.max_new_tokens, say)
     others = [models.reference, models.value_model, *(scorer.model for scorer in models.judges.scorers.values())]
-    limits = {"max_new_tokens": config.max_new_tokens}
-    check_policy(models.policy, encoder, task, prompts + dev, name=config.policy, log=say, alike=others, **limits)
+    check_policy(
+        models.policy, encoder, task, prompts + dev,
+        max_new_tokens=config.max_new_tokens, name=config.policy, log=say, alike=others,
+    )  # fmt: skip
     gold = splits.gold if config.reward == "gold" else {row.id: row.label for row in prompts if row.label}
     unknown = [row.name for row in prompts if row.id not in gold]
     if config.reward == "gold" and unknown:
@@ -201,8 +203,7 @@ class Keeper:
     def evaluate(self, step):
         """The dev metrics {"eval/...": value} of greedy answers; the policy is saved where they are the best so far."""
         run, models, loop = self.run, self.models, self.loop
-        limits = {"max_new_tokens": run.config.max_new_tokens, "batch_size": run.config.eval_batch_size}
-        self.answers = answer_rows(models.policy, models.encoder, run.task, self.dev, **limits)
+        self.answers = answer_rows(models.policy, models.encoder, run.task, self.dev, **run.config.answer_limits)
         self.scores = answer_metrics(run.task, self.dev, self.answers)
         say(f"step {step}/{run.config.steps}  dev {metric_line(self.scores)}")
         tell_parse_failures(self.scores["parse_failures"], say)
@@ -241,8 +242,7 @@ class Keeper:
 
 def default_steps(config, task, splits):
     """--steps where nobody gave it: one pass over the prompts."""
-    prompts = splits.unlabelled or splits.labelled
-    return 120 if task.name == "demo" else max(1, len(prompts) // config.rollout_prompts)
+    return 120 if task.name == "demo" else max(1, len(splits.prompts) // config.rollout_prompts)
 
 
 def kl_controller(config):
@@ -274,7 +274,7 @@ def main(argv=None):
         steps = range(loop.step + 1, config.steps + 1)
         for step in tqdm(steps, desc="ppo", initial=loop.step, total=config.steps, mininterval=2, disable=None):
             batch = None
-            with run.step(step, lambda: keeper.rescue(batch)):  # noqa: B023
+            with run.step(step, lambda: keeper.rescue(batch)):
                 examples = stream.next()
 
                 # 1 act: the policy answers ----------------------------------------------------------------------------

@@ -13,16 +13,16 @@ classifier.
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
+from rllr.answers import answer_rows
 from rllr.common.config import check_divisible, flag
-from rllr.common.errors import InputError, brief, command
+from rllr.common.errors import command
 from rllr.common.files import RECORD, disk_faults, write_json
 from rllr.common.log import say
 from rllr.data.encoding import Encoder
-from rllr.data.rows import load_pairs
 from rllr.data.splits import DataConfig, load_splits
 from rllr.judge import STATISTICS, ScoreStatistics, score_rows
 from rllr.layout import micro_batches, pack, shuffled_batches
@@ -32,47 +32,21 @@ from rllr.model.loading import fingerprint, load_policy, load_tokenizer
 from rllr.model.recompute import checkpoint_layers
 from rllr.model.roles import LoRAConfig, RolePolicy, check_lora, load_base, load_scalar_role, lora_rate_factor, new_role
 from rllr.model.trial import check_policy
-from rllr.pairs import (
-    LABEL_PAIRS,
-    Pair,
-    describe,
-    label_sensitive_pairs,
-    on_policy_pairs,
-    rationale_sensitive_pairs,
-    split_by_prompt,
-    write_pairs,
-)
-from rllr.rationales.factory import RationaleConfig, check_writer, default_label_pairs, default_writer, make_writer
+from rllr.pairs import LABEL_PAIRS, describe
+from rllr.rationales.factory import RationaleConfig
 from rllr.reports.reward_report import (
     classifier_report,
     pair_report,
     preview_report,
     sample_answers,
-    sample_rows,
     save_statistics,
     show_pairs,
 )
 from rllr.rewards import pairwise_accuracy, pairwise_loss
+from rllr.rm_pairs import encode_pairs, make_pairs, save_pairs
 from rllr.run.optimizer import Optimizer, gradient_step
 from rllr.run.run import Run, digest, input_fingerprints, is_tiny
 from rllr.run.settings import PolicyConfig, SupervisedConfig
-
-PAIR_FILES = ("pairs.jsonl", "pairs_held_out.jsonl")  # in the run's directory
-LEARNT_BY_HEART = 0.2  # samples right on labelled rows minus those on held-out rows, above which a warning is due
-
-
-class PairRow(NamedTuple):
-    """An encoded pair: prompt and chosen answer first, as `layout.shuffled_batches` wants it."""
-
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-    name: str  # the prompt's beginning, for messages
-
-    @property
-    def length(self):
-        """Padded tokens of both sides together."""
-        return 2 * (len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids)))
 
 
 @dataclass
@@ -128,105 +102,6 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
         self.rationales = self.rationales or record.get("config", {}).get("rationales")
         self.learning_rate = self.learning_rate or (5e-4 if tiny else 5e-6) * lora_rate_factor(self, tiny)
         self.dropout = (0.2 if tiny else 0.0) if self.dropout is None else self.dropout
-
-
-# ---- the pairs -------------------------------------------------------------------------------------------------------
-
-
-def draw_pairs(config, examples, task, writer, seed):
-    """The written pairs of some rows: label-sensitive ones `pairs_per_row` times over, without repetitions."""
-    if config.pairs == "rationale":
-        return rationale_sensitive_pairs(examples, task, writer, seed=seed, log=say)
-    on_policy = config.label_pairs == "on_policy"
-    rationales = default_label_pairs(config.rationales) if on_policy else config.label_pairs
-    options = {"rationales": rationales, "negatives": config.negatives, "log": say}
-    drawn = {}
-    for copy in range(config.pairs_per_row):
-        drawn |= dict.fromkeys(label_sensitive_pairs(examples, task, writer, seed=seed + copy, **options))
-    return list(drawn)
-
-
-def sample_pairs(run, models, parts, writer):
-    """On-policy pairs of each part, {"labelled", "held out": rows}: of --samples_per_row answers that the policy
-    samples."""
-    config, task, found, right = run.config, run.task, [], {}
-    for part, rows in parts.items():
-        answers = sample_rows(models.policy, models.encoder, task, rows, f"pairs/{part}/{config.seed}", config)
-        found.append(on_policy_pairs(rows, task, writer, answers, seed=config.seed))
-        labels = [(row.label, answer.label) for row in rows for answer in answers[row.id]]
-        right[part] = sum(gold == label for gold, label in labels) / len(labels)
-    say(
-        f"sampled by the policy: {100 * right['labelled']:.1f} % right on the labelled rows, "
-        f"{100 * right['held out']:.1f} % on rows held out"
-    )
-    if right["labelled"] - right["held out"] > LEARNT_BY_HEART:
-        say(
-            "warning: the policy has learnt its labelled rows by heart: its samples there are hardly ever wrong, and "
-            "make "
-            "few on-policy pairs. Train SFT for fewer epochs, or use more labelled rows"
-        )
-    return found
-
-
-def make_pairs(run, models, labelled, held_out):
-    """(pairs to train on, held-out pairs, the rationale writer): drawn from the rows, or read from --pairs FILE."""
-    config, task = run.config, run.task
-    writer = config.rationales or default_writer(task, labelled)
-    run.settle(rationales=writer, label_pairs=config.label_pairs or "on_policy")
-    if config.kind == "file":
-        return *split_by_prompt([Pair(**pair) for pair in load_pairs(config.pairs, say)]), None
-    check_writer(config.rationales, labelled + held_out, task, config.rationale_model)
-    options = {"config": config, "device": run.device, "directory": run.directory.parent, "also": held_out}
-    writer = make_writer(config.rationales, labelled, task, log=say, **options)
-    if run.resumed and all((run.directory / name).is_file() for name in PAIR_FILES):  # sampled once, then kept
-        kept = ([Pair(**pair) for pair in load_pairs(str(run.directory / name), say)] for name in PAIR_FILES)
-        return *kept, writer
-    train_pairs = draw_pairs(config, labelled, task, writer, config.seed)
-    held_pairs = draw_pairs(config, held_out, task, writer, 10_000 + config.seed)
-    if config.kind == "label" and config.label_pairs == "on_policy":
-        parts = {"labelled": labelled, "held out": held_out}
-        ours, theirs = sample_pairs(run, models, parts, writer)
-        train_pairs, held_pairs = train_pairs + ours, held_pairs + theirs
-    return train_pairs, held_pairs, writer
-
-
-def encode_pairs(pairs, encoder, max_new_tokens):
-    """([`PairRow`], the pairs kept). Pairs longer than the context are dropped, counted and named; answers longer than
-    PPO will let any be are told of. InputError where no pair fits."""
-    rows, kept, dropped, longest = [], [], [], []
-    for pair in pairs:
-        row = PairRow(
-            encoder.prompt_ids(pair.prompt),
-            encoder.answer_ids(pair.chosen),
-            encoder.answer_ids(pair.rejected),
-            brief(pair.prompt),
-        )
-        if row.length > 2 * encoder.context:
-            dropped.append(pair)
-        else:
-            rows.append(row)
-            kept.append(pair)
-            longest.append(max(len(row.chosen_ids), len(row.rejected_ids)))
-    beyond = [length for length in longest if length > max_new_tokens]
-    if beyond:
-        say(
-            f"warning: {len(beyond)} of {len(pairs)} pairs have an answer longer than "
-            f"--max_new_tokens {max_new_tokens}, up to {max(beyond)} tokens: PPO would cut such "
-            "answers; raise it in every stage, or shorten the rationales"
-        )
-    if dropped:
-        example = f"e.g. {dropped[0].prompt[:60]!r}"
-        say(f"{len(dropped)} of {len(pairs)} pairs are longer than the context and dropped, {example}")
-    if not rows:
-        raise InputError(f"no pair fits the model's context of {encoder.context} tokens")
-    return rows, kept
-
-
-def save_pairs(directory, train_pairs, held_pairs):
-    """The pairs beside the model, as --pairs FILE would read them."""
-    for name, pairs in zip(PAIR_FILES, (train_pairs, held_pairs)):
-        with disk_faults(str(directory / name)):
-            write_pairs(directory / name, pairs)
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -325,7 +200,11 @@ def report(run, models, held, writer, sampled, parts):
     show_pairs(held_pairs, chosen, rejected)
     found = {"pairs": pair_report(held_pairs, chosen, rejected)}
     if config.kind != "rationale":
-        found["classifier"] = classifier_report(model, models, run.task, parts, writer, config)
+        policy, encoder, limits = models.policy, models.encoder, config.answer_limits
+        answered = {
+            part: (rows, answer_rows(policy, encoder, run.task, rows, **limits)) for part, rows in parts.items()
+        }
+        found["classifier"] = classifier_report(model, models, run.task, answered, writer, config)
     statistics = ScoreStatistics.of(
         score_rows(model, sampled.packed, config.eval_batch_size),
         truncated=sampled.truncated,
@@ -339,7 +218,7 @@ def report(run, models, held, writer, sampled, parts):
         f"standard deviation {statistics.std:.3f}"
     )
     if config.kind != "rationale":
-        found["preview"] = preview_report(model, models, run.task, parts["eval"], statistics, config)
+        found["preview"] = preview_report(model, models, run.task, answered["eval"], statistics, config)
     base = {"base": {"path": config.policy, "fingerprint": models.fingerprint}} if config.lora_rank else {}
     more = {"report": found, "policy_fingerprint": models.fingerprint} | base
     with disk_faults(str(directory / RECORD)):
@@ -401,7 +280,7 @@ def main(argv=None):
                         loop.loss, grad_norm = gradient_step(
                             optimizer,
                             micro_batches(batch, lengths, config.micro_batch_size, config.tokens_per_batch),
-                            lambda rows: rm_loss(model, rows, len(batch), encoder, config),  # noqa: B023
+                            lambda rows: rm_loss(model, rows, len(batch), encoder, config),
                             "the reward model's loss",
                             lambda rows: [row.name for row in rows],
                         )

@@ -173,7 +173,7 @@ def main(argv=None):
                         micro_batches(
                             batch, [r.length for r in batch], config.micro_batch_size, config.tokens_per_batch
                         ),
-                        lambda rows: sft_loss(model, rows, answer_tokens, encoder),  # noqa: B023
+                        lambda rows: sft_loss(model, rows, answer_tokens, encoder),
                         "the SFT loss",
                         lambda rows: [row.name for row in rows],
                     )
@@ -184,8 +184,7 @@ def main(argv=None):
                 progress.update()
 
             model.eval()
-            limits = {"max_new_tokens": config.max_new_tokens, "batch_size": config.eval_batch_size}
-            answers = answer_rows(model, encoder, task, dev, **limits)
+            answers = answer_rows(model, encoder, task, dev, **config.answer_limits)
             scores = answer_metrics(task, dev, answers)
             run.metrics.write(
                 {"step": loop.step, "epoch": loop.epoch, **{f"eval/{name}": value for name, value in scores.items()}},

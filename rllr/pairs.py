@@ -15,8 +15,10 @@ import json
 import random
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from .common.errors import InputError
+from .common.files import write_lines
 from .tasks import split_answer
 
 LABEL_PAIRS = ("on_policy", "independent", "paper", "drawn")  # on_policy: written pairs and the policy's own samples
@@ -145,9 +147,18 @@ def _refuse_identical(pairs, log):
 
 def write_pairs(path, pairs):
     """Pairs as JSONL with the fields prompt, chosen, rejected, kind; `train_rm.py --pairs FILE` reads them back."""
-    with open(path, "w", encoding="utf-8") as file:
-        for pair in pairs:
-            file.write(json.dumps(asdict(pair), ensure_ascii=False) + "\n")
+    write_lines(path, map(asdict, pairs))
+
+
+def read_pairs(path):
+    """The very pairs that `write_pairs` wrote: what a policy samples may hold characters that no data file may.
+
+    InputError for anything else; `data.rows.load_pairs` reads the pairs of a user's file.
+    """
+    try:
+        return [Pair(**json.loads(line)) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise InputError(f"{path}: not the pairs that this run wrote; restore the file, or start again") from None
 
 
 def split_by_prompt(pairs, share=0.1):

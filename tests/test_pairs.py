@@ -15,6 +15,7 @@ from rllr.pairs import (
     label_sensitive_pairs,
     on_policy_pairs,
     rationale_sensitive_pairs,
+    read_pairs,
     split_by_prompt,
     write_pairs,
 )  # fmt: skip
@@ -292,6 +293,23 @@ def test_a_prompts_pairs_stay_together_when_some_are_held_out():
     assert len(train) == len(held) == 1
     with pytest.raises(InputError, match="--pairs: 2 pairs over 1 prompt: give at least two"):
         split_by_prompt([pairs[0], pairs[40]])
+
+
+@pytest.mark.parametrize("text", ["a\x00b", "one\u2028two", 'tab\tand "quotes"', " space \r\n", "\ufffd\x1f"])
+def test_a_runs_own_pairs_come_back_whatever_was_sampled(tmp_path, text):
+    """A policy may write what no data file may hold, NUL for one; a run that goes on must find the very same pairs."""
+    pairs = [Pair("p", text, "b", "label/on_policy"), Pair(text, "c", text, "label/flipped")]
+    write_pairs(tmp_path / "pairs.jsonl", pairs)
+    assert read_pairs(tmp_path / "pairs.jsonl") == pairs and [path.name for path in tmp_path.iterdir()] == [
+        "pairs.jsonl"
+    ]
+
+
+@pytest.mark.parametrize("content", ['{"prompt": "p", "cho', '{"prompt": "p"}\n', "[1]\n", "3\n", "\xff\n"])
+def test_a_damaged_file_of_the_runs_pairs_is_named(tmp_path, content):
+    (tmp_path / "pairs.jsonl").write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match="pairs.jsonl: not the pairs that this run wrote"):
+        read_pairs(tmp_path / "pairs.jsonl")
 
 
 # ---- on-policy pairs -------------------------------------------------------------------------------------------------

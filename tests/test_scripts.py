@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import train_ppo
 import train_rm
 import train_sft
-from rllr import evaluate, predict, tasks, update
+from rllr import evaluate, predict, rm_pairs, tasks, update
 from rllr.common.errors import RunError
 from rllr.data import splits
 from rllr.data.encoding import Encoder
@@ -154,7 +154,7 @@ def training_pairs(toy, directory):
     encoder = Encoder(load_tokenizer(toy.sft), load_policy(toy.sft))
     labelled = splits.load_splits(config, task, lambda line: None).labelled
     writer = rationales.make_writer(config.rationales, labelled, task)
-    rows, pairs = train_rm.encode_pairs(train_rm.draw_pairs(config, labelled, task, writer, config.seed), encoder, 48)
+    rows, pairs = rm_pairs.encode_pairs(rm_pairs.draw_pairs(config, labelled, task, writer, config.seed), encoder, 48)
     model = RewardModel.from_pretrained(directory)
     return pairs, rows, encoder, train_rm.score_pairs(model, rows, encoder, config)
 

@@ -13,10 +13,11 @@ from rllr.layout import Packed, micro_batches, pack_sequences
 from rllr.logprobs import token_logprobs
 from rllr.model.heads import RewardModel, ValueModel
 from rllr.ppo import policy_loss, value_loss
+from rllr.rm_pairs import PairRow
 from rllr.rollout import generate
 from rllr.run.optimizer import Optimizer
 from rllr.update import Batch, _losses, analyse, improve
-from train_rm import PairRow, rm_loss
+from train_rm import rm_loss
 from train_sft import sft_loss
 
 SPLITS = (1, 3, -20, 0)  # rows; negative: tokens; 0: all in one

@@ -31,6 +31,13 @@ def write_json(path, value):
         temporary.write_text(content, encoding="utf-8")
 
 
+def write_lines(path, values):
+    """Write a JSONL file, a value per line, completely or not at all."""
+    content = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    with _replacing(Path(path)) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
 def read_json(path):
     """The content of a JSON file. InputError if there is no such file or it is not JSON."""
     path = Path(path)

@@ -77,6 +77,11 @@ class Splits:
     sources: dict = field(default_factory=dict)  # {"train", "eval"}: digest of the rows as they were read
     gold: dict = field(default_factory=dict)  # {row id: label} of every training row: only --reward gold looks at it
 
+    @property
+    def prompts(self):
+        """The rows that PPO answers: those without a label, or, where all have one, those that trained SFT."""
+        return self.unlabelled or self.labelled
+
     def digests(self):
         """What a record keeps: of the rows that were read, and of each split, whatever their order."""
         own = {name: rows_digest(getattr(self, name)) for name in ("labelled", "held_out", "unlabelled", "eval")}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..answers import answer_rows, named_generator, read_answers, write_answers
+from ..answers import named_generator, read_answers, write_answers
 from ..common.errors import InputError
 from ..common.files import read_json, write_json
 from ..common.log import say
@@ -39,16 +39,8 @@ def sample_answers(policy, encoder, task, examples, config) -> SampledAnswers:
             f"warning: score statistics rest on {count} prompts, fewer than "
             f"{MIN_PROMPTS}; more unlabelled rows would help"
         )
-    prompts = encoder.prompts(task, examples)
-    rollout = write_answers(
-        policy,
-        encoder,
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        generator=torch.Generator().manual_seed(config.seed),
-        batch_size=config.eval_batch_size,
-    )
+    prompts, generator = encoder.prompts(task, examples), torch.Generator().manual_seed(config.seed)
+    rollout = _sample(policy, encoder, prompts, config, generator)
     answers, responses = read_answers(rollout, encoder, task), rollout.responses()
     rows = [(prompt, ids) for prompt, ids, answer in zip(prompts, responses, answers) if not answer.truncated]
     cut = count - len(rows)
@@ -66,18 +58,21 @@ def sample_answers(policy, encoder, task, examples, config) -> SampledAnswers:
 
 def sample_rows(policy, encoder, task, examples, name, config) -> dict:
     """{row id: `samples_per_row` answers}, sampled at PPO's temperature. name: of the random stream."""
-    rollout = write_answers(
-        policy,
-        encoder,
-        encoder.prompts(task, examples),
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        generator=named_generator(name),
-        batch_size=config.eval_batch_size,
-        answers_per_prompt=config.samples_per_row,
-    )
-    answers, count = read_answers(rollout, encoder, task), config.samples_per_row
-    return {row.id: answers[i * count : (i + 1) * count] for i, row in enumerate(examples)}
+    prompts, count = encoder.prompts(task, examples), config.samples_per_row
+    rollout = _sample(policy, encoder, prompts, config, named_generator(name), count)
+    answers = _in_rows(read_answers(rollout, encoder, task), count)
+    return {row.id: own for row, own in zip(examples, answers, strict=True)}
+
+
+def _sample(policy, encoder, prompts, config, generator, count=1):
+    """The rollout of `count` answers to each prompt (ids), sampled as PPO samples."""
+    options = {"temperature": config.temperature, "generator": generator, "answers_per_prompt": count}
+    return write_answers(policy, encoder, prompts, **options, **config.answer_limits)
+
+
+def _in_rows(values, count):
+    """A flat list as rows of `count`."""
+    return [values[i : i + count] for i in range(0, len(values), count)]
 
 
 def pair_report(pairs, chosen, rejected) -> dict:
@@ -120,68 +115,53 @@ def wilson_interval(share, n, z=1.959964):
 def classifier_report(model, models, task, parts, writer, config) -> dict:
     """{part: {rows, reward_model, policy}}: accuracy of the best-scored label beside the policy's greedy accuracy.
 
-    models: the policy and its encoder. Each label is scored with a rationale that argues for it, by the writer; where
-    the writer has none for every label, with the policy's own rationale. The gap between the two accuracies is what
-    PPO can gain. Printed.
+    models: the policy and its encoder. parts: {name: (rows, the policy's greedy answers to them)}. Each label is scored
+    with a rationale that argues for it, by the writer; where the writer has none for every label, with the policy's own
+    rationale. The gap between the two accuracies is what PPO can gain. Printed.
     """
-    policy, encoder, report = models.policy, models.encoder, {}
-    limits = {"max_new_tokens": config.max_new_tokens, "batch_size": config.eval_batch_size}
-    for part, examples in parts.items():
-        answers = answer_rows(policy, encoder, task, examples, **limits)
+    encoder, report = models.encoder, {}
+    for part, (examples, answers) in parts.items():
         rows = []
         for example, prompt, answer in zip(examples, encoder.prompts(task, examples), answers):
             own = split_answer(task, answer.text)[0]
             for label in task.labels:
                 rationale = writer.write(example, label) if writer and writer.argues_for_all(example) else own
                 rows.append((prompt, encoder.answer_ids(task.render_answer(label, rationale))))
-        scores = score_rows(model, pack(rows, encoder.pad_id, policy.device), config.eval_batch_size)
+        scores = score_rows(model, pack(rows, encoder.pad_id, models.policy.device), config.eval_batch_size)
         chosen = [task.labels[i] for i in scores.view(len(examples), len(task.labels)).argmax(1).tolist()]
         gold = [example.label for example in examples]
         judged, greedy = accuracy(gold, chosen), accuracy(gold, [answer.label for answer in answers])
         report[part] = {"rows": len(examples), "reward_model": judged, "policy": greedy}
         say(
-            f"as a classifier  {part:26}  n {len(examples):5}  reward model {100 * judged:.1f} %  policy "
-            f"{100 * greedy:.1f} %"
-            f"  to harvest {100 * (judged - greedy):+.1f} points"
+            f"as a classifier  {part:26}  n {len(examples):5}  reward model {100 * judged:.1f} %  "
+            f"policy {100 * greedy:.1f} %  to harvest {100 * (judged - greedy):+.1f} points"
         )
     return report
 
 
-def preview_report(model, models, task, dev, statistics, config) -> dict:
+def preview_report(model, models, task, answered, statistics, config) -> dict:
     """PPO's preview (`rllr.preview`) on --preview_rows dev rows: best-of-n of sampled answers beside greedy. Printed.
 
-    An answer that PPO would call incomplete scores what PPO would give it (`rewards.incomplete_answer_rule`).
+    answered: (dev rows, the policy's greedy answers to them). An answer that PPO would call incomplete scores what PPO
+    would give it (`rewards.incomplete_answer_rule`).
     """
-    dev = random.Random(f"preview/{config.seed}").sample(dev, min(len(dev), config.preview_rows))
-    policy, encoder, count = models.policy, models.encoder, config.preview_samples
-    limits = {"max_new_tokens": config.max_new_tokens, "batch_size": config.eval_batch_size}
-    greedy = answer_rows(policy, encoder, task, dev, **limits)
-    rollout = write_answers(
-        policy,
-        encoder,
-        encoder.prompts(task, dev),
-        temperature=config.temperature,
-        generator=named_generator(f"preview/{config.seed}"),
-        answers_per_prompt=count,
-        **limits,
-    )
+    rows = list(zip(*answered, strict=True))
+    rows = random.Random(f"preview/{config.seed}").sample(rows, min(len(rows), config.preview_rows))
+    gold, encoder, count = [row.label for row, _ in rows], models.encoder, config.preview_samples
+    prompts = encoder.prompts(task, [row for row, _ in rows])
+    rollout = _sample(models.policy, encoder, prompts, config, named_generator(f"preview/{config.seed}"), count)
     labels = [answer.label for answer in read_answers(rollout, encoder, task)]
-    unlabelled = torch.tensor([label is None for label in labels], device=policy.device)
+    unlabelled = torch.tensor([label is None for label in labels], device=rollout.truncated.device)
     scores = score_rows(model, rollout.packed, config.eval_batch_size)
     spread = statistics.std  # one penalty is one standard deviation of the scores
     scores = incomplete_answer_rule(scores, rollout.truncated, unlabelled, spread, spread, statistics.mean)
-    right = [label == row.label for row, own in zip(dev, _in_rows(labels, count)) for label in own]
-    greedy_right = [row.label == answer.label for row, answer in zip(dev, greedy)]
-    found = preview(_in_rows(scores.tolist(), count), _in_rows(right, count), greedy_right, seed=config.seed)
-    say(f"preview of PPO, on {len(dev)} dev rows:\n{table(found)}\n{sentence(found)}")
-    if len(dev) < FEW_ROWS:
-        say(f"warning: the preview rests on {len(dev)} dev rows; {FEW_ROWS} or more would make it surer")
+    right = [[label == own for label in sampled] for own, sampled in zip(gold, _in_rows(labels, count))]
+    greedy_right = [own == answer.label for own, (_, answer) in zip(gold, rows)]
+    found = preview(_in_rows(scores.tolist(), count), right, greedy_right, seed=config.seed)
+    say(f"preview of PPO, on {len(rows)} dev rows:\n{table(found)}\n{sentence(found)}")
+    if len(rows) < FEW_ROWS:
+        say(f"warning: the preview rests on {len(rows)} dev rows; {FEW_ROWS} or more would make it surer")
     return found
-
-
-def _in_rows(values, count):
-    """A flat list as rows of `count`."""
-    return [values[i : i + count] for i in range(0, len(values), count)]
 
 
 def save_statistics(statistics, directory):

@@ -65,6 +65,11 @@ class TrainingConfig(RunConfig, ModelConfig):
     max_new_tokens: int = flag(48, "longest answer, in tokens (256 in the paper)", above=0)
     eval_batch_size: int = flag(256, "prompts decoded, or rows scored, together", above=0)
 
+    @property
+    def answer_limits(self):
+        """What `answers.write_answers` and `answer_rows` are given."""
+        return {"max_new_tokens": self.max_new_tokens, "batch_size": self.eval_batch_size}
+
 
 @dataclass
 class SupervisedConfig(TrainingConfig):
