@@ -61,6 +61,16 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
     negatives: str = flag("one", "one wrong label per pair, drawn uniformly, or all of them", choices=("one", "all"))
     pairs_per_row: int = flag(4, "written pairs of each row (label pairs; drawings that coincide count once)", above=0)
     samples_per_row: int = flag(8, "answers that the policy samples for each row, for on-policy pairs", above=0)
+    cross_fit: str = flag(
+        "auto",
+        "whether policies that never saw a labelled row answer it, for on-policy pairs: auto, where the policy knows "
+        "its rows by heart; always; never",
+        choices=("auto", "always", "never"),
+    )
+    folds: int = flag(2, "parts of the labelled rows, each answered by a policy fine-tuned on the others", above=1)
+    sampler: str | None = flag(
+        None, "a further policy that answers every row for on-policy pairs, such as a former PPO run's best"
+    )
     loss: str = flag(
         "eos",
         "eos: score at the last response token; span: mean from the first token that differs",
@@ -95,7 +105,7 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
         return f"runs/{task.name}/rm-{self.kind}"
 
     def protected_paths(self):
-        return [self.policy, self.task, self.train_file, self.eval_file, self.rationale_model, self.pairs]
+        return [self.policy, self.task, self.train_file, self.eval_file, self.rationale_model, self.pairs, self.sampler]
 
     def resolve(self, task, record):
         tiny = is_tiny(self, record)

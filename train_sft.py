@@ -16,12 +16,13 @@ from tqdm import tqdm
 from rllr.answers import answer_rows
 from rllr.common.config import check_divisible, flag
 from rllr.common.errors import InputError, command
+from rllr.common.files import BASE
 from rllr.common.log import say
 from rllr.data.encoding import Encoder
 from rllr.data.splits import DataConfig, load_splits
 from rllr.evaluate import show_samples
-from rllr.layout import micro_batches, pack, shuffled_batches
-from rllr.logprobs import token_logprobs
+from rllr.layout import micro_batches, shuffled_batches
+from rllr.logprobs import sft_loss
 from rllr.metrics import answer_metrics, metric_line, rank, tell_parse_failures
 from rllr.model.backbone import backbone_of
 from rllr.model.dropout import set_dropout
@@ -35,8 +36,6 @@ from rllr.run.optimizer import Optimizer, gradient_step
 from rllr.run.run import Run, digest, input_fingerprints, is_tiny
 from rllr.run.settings import SupervisedConfig
 from rllr.tiny import TinyConfig, build_tiny
-
-BASE = "base"  # in the run's directory: the model that --model tiny built
 
 
 @dataclass
@@ -78,12 +77,6 @@ class Config(SupervisedConfig, RationaleConfig, LoRAConfig, DataConfig):
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         self.learning_rate = self.learning_rate or (1e-3 if tiny else 1e-5) * lora_rate_factor(self, tiny)
         self.dropout = (0.2 if tiny else 0.0) if self.dropout is None else self.dropout
-
-
-def sft_loss(model, rows, answer_tokens, encoder):
-    """-sum log pi(answer | prompt) / answer_tokens. `answer_tokens` counts the whole batch, so that the micro-batches'
-    losses add up to the exact token mean whatever the split."""
-    return -token_logprobs(model, *pack(rows, encoder.pad_id, model.device)).sum() / answer_tokens
 
 
 def load_model(run, splits):

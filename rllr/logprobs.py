@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .layout import Packed, response_places, response_tokens, unflatten
+from .layout import Packed, pack, response_places, response_tokens, unflatten
 from .model.backbone import hidden_at, lm_logits
 from .model.precision import autocast
 
@@ -30,6 +30,15 @@ def token_logprobs_and_entropy(model, sequences, prompt_lens, response_mask, tem
     """`token_logprobs` and the entropy [B, R] of the same distributions in nats, for the scoring pass (no gradient)."""
     with autocast(sequences.device):
         return _score(model, Packed(sequences, prompt_lens, response_mask), temperature, _chunk_logprobs_and_entropy)
+
+
+def sft_loss(model, rows, answer_tokens, encoder):
+    """-sum log pi(answer | prompt) / answer_tokens: what supervised fine-tuning minimises.
+
+    rows: (prompt ids, answer ids, ...) each. `answer_tokens` counts the whole batch, so that the micro-batches' losses
+    add up to the exact token mean whatever the split.
+    """
+    return -token_logprobs(model, *pack(rows, encoder.pad_id, model.device)).sum() / answer_tokens
 
 
 def _score(model, packed, temperature, chunk_function):

@@ -14,7 +14,7 @@ from .data.encoding import Encoder
 from .judge import STATISTICS, Judges, RewardModelScorer, gold_reward, load_function
 from .model.backbone import backbone_of
 from .model.heads import RewardModel, ValueModel
-from .model.loading import fingerprint, load_backbone, load_policy, load_tokenizer, read_head
+from .model.loading import check_same_tokenizer, fingerprint, load_backbone, load_policy, load_tokenizer, read_head
 from .model.peft_format import is_adapter
 from .model.recompute import checkpoint_layers
 from .model.records import check_same_task, read_record
@@ -212,14 +212,3 @@ def load_value_model(config, device, base=None, policy_fingerprint=None, judges=
         value_model.rescale(statistics.mean, statistics.std)
     say(f"value model: from {source}")
     return value_model
-
-
-def check_same_tokenizer(theirs, ours, where):
-    """InputError unless two tokenizers give the same ids: a reward model reads the very ids that the policy sampled."""
-    mine, other = ours.get_vocab(), theirs.get_vocab()
-    if mine != other:
-        differing = sum(other.get(token) != i for token, i in mine.items()) + len(other.keys() - mine.keys())
-        raise InputError(
-            f"{where}: its tokenizer differs from the policy's ({differing} tokens have "
-            "other ids); train the reward model from this policy"
-        )

@@ -8,7 +8,9 @@ from typing import NamedTuple
 from .common.errors import InputError, brief
 from .common.files import disk_faults
 from .common.log import say
+from .cross_fit import cross_fitted_answers
 from .data.rows import load_pairs
+from .model.loading import check_same_tokenizer, load_policy, load_tokenizer
 from .pairs import (
     Pair,
     label_sensitive_pairs,
@@ -22,7 +24,9 @@ from .rationales.factory import check_writer, default_label_pairs, default_write
 from .reports.reward_report import sample_rows
 
 PAIR_FILES = ("pairs.jsonl", "pairs_held_out.jsonl")  # in the run's directory
-LEARNT_BY_HEART = 0.2  # samples right on labelled rows minus those on held-out rows, above which a warning is due
+LEARNT_BY_HEART = (
+    0.5  # wrong samples on labelled rows, as a share of those on held-out rows, below which they are too few
+)
 
 
 class PairRow(NamedTuple):
@@ -54,22 +58,53 @@ def draw_pairs(config, examples, task, writer, seed):
 
 def sample_pairs(run, models, parts, writer):
     """On-policy pairs of each part, {"labelled", "held out": rows}, from --samples_per_row sampled answers a row."""
-    config, task, found, right = run.config, run.task, [], {}
-    for part, rows in parts.items():
-        answers = sample_rows(models.policy, models.encoder, task, rows, f"pairs/{part}/{config.seed}", config)
-        found.append(on_policy_pairs(rows, task, writer, answers, seed=config.seed))
-        labels = [(row.label, answer.label) for row in rows for answer in answers[row.id]]
-        right[part] = sum(gold == label for gold, label in labels) / len(labels)
+    config, task = run.config, run.task
+
+    def ask(policy, rows, name):
+        return sample_rows(policy, models.encoder, task, rows, f"pairs/{name}/{config.seed}", config)
+
+    answers = {part: ask(models.policy, rows, part) for part, rows in parts.items()}
+    right = {part: share_right(rows, answers[part]) for part, rows in parts.items()}
     say(
         f"sampled by the policy: {100 * right['labelled']:.1f} % right on the labelled rows, "
         f"{100 * right['held out']:.1f} % on rows held out"
     )
-    if right["labelled"] - right["held out"] > LEARNT_BY_HEART:
+    if is_cross_fit_due(config, run.start_record, right):
+        answers["labelled"] = cross_fitted_answers(run, models.encoder, parts["labelled"], writer, ask)
+    if config.sampler:
+        sampler = load_policy(config.sampler, device=run.device)
+        check_same_tokenizer(load_tokenizer(config.sampler), models.encoder.tokenizer, f"--sampler {config.sampler}")
+        for part, rows in parts.items():
+            found = ask(sampler, rows, f"sampler {part}")
+            say(f"sampled by --sampler: {100 * share_right(rows, found):.1f} % right, {part}")
+            answers[part] = {row.id: answers[part][row.id] + found[row.id] for row in rows}
+    return [on_policy_pairs(rows, task, writer, answers[part], seed=config.seed) for part, rows in parts.items()]
+
+
+def share_right(rows, answers):
+    """The share of all answers, {row id: answers}, that have their row's label."""
+    right = [answer.label == row.label for row in rows for answer in answers[row.id]]
+    return sum(right) / len(right)
+
+
+def is_cross_fit_due(config, record, right):
+    """Whether the labelled rows are to be answered by other policies than the one that learnt them.
+
+    record: of the policy. right: {"labelled", "held out": share of its samples that are right}. Says so where they
+    should be and cannot be, or must not.
+    """
+    by_heart = 1 - right["labelled"] < LEARNT_BY_HEART * (1 - right["held out"])
+    is_possible = record.get("stage") == "sft"
+    is_due = config.cross_fit == "always" or config.cross_fit == "auto" and by_heart and is_possible
+    if by_heart:
+        remedy = "" if is_possible else "; a policy of train_sft.py could be cross-fitted"
+        remedy = "; leave out --cross_fit never" if config.cross_fit == "never" else remedy
         say(
-            "warning: the policy has learnt its labelled rows by heart: its samples there are hardly ever wrong, and "
-            "make few on-policy pairs. Train SFT for fewer epochs, or use more labelled rows"
+            "the policy knows its labelled rows by heart: other policies answer them, each fine-tuned without them"
+            if is_due
+            else "warning: the policy knows its labelled rows by heart, and makes few on-policy pairs there" + remedy
         )
-    return found
+    return is_due
 
 
 def make_pairs(run, models, labelled, held_out):

@@ -18,12 +18,12 @@ from rllr.answers import Answer, answer_rows
 from rllr.data.encoding import Encoder
 from rllr.data.splits import DataConfig
 from rllr.evaluate import compare, show_samples, table
+from rllr.logprobs import sft_loss
 from rllr.metrics import accuracy, answer_metrics, bootstrap_interval, macro_f1, mcnemar, metric_line, pearson, spearman
 from rllr.model.records import make_record, save_policy
 from rllr.pairs import Pair
 from rllr.reports.reward_report import pair_report, wilson_interval
 from rllr.tasks import TASKS, Example, load_task
-from train_sft import sft_loss
 
 SST2, STSB, AGNEWS, APPS = TASKS["sst2"], TASKS["stsb"], TASKS["agnews"], TASKS["app_reviews"]
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import rllr.update
 from rllr.layout import Packed, micro_batches, pack_sequences
-from rllr.logprobs import token_logprobs
+from rllr.logprobs import sft_loss, token_logprobs
 from rllr.model.heads import RewardModel, ValueModel
 from rllr.ppo import policy_loss, value_loss
 from rllr.rm_pairs import PairRow
@@ -18,7 +18,6 @@ from rllr.rollout import generate
 from rllr.run.optimizer import Optimizer
 from rllr.update import Batch, _losses, analyse, improve
 from train_rm import rm_loss
-from train_sft import sft_loss
 
 SPLITS = (1, 3, -20, 0)  # rows; negative: tokens; 0: all in one
 FAKE_ENCODER = SimpleNamespace(pad_id=None)

@@ -19,6 +19,7 @@ from .errors import InputError, RunError
 PART = ".part"  # the end of a temporary name
 RECORD = "rllr.json"  # in the directory of every saved model: which stage made it, from which inputs, on which rows
 PROBE = ".writable"  # created and removed to test whether a directory is writable
+BASE = "base"  # in an SFT run's directory: the model that --model tiny built
 ROWS = "rows.json"  # in a policy's directory: hashes of the texts that trained and evaluated it
 METRICS, RUN = "metrics.jsonl", "run.json"  # in a run's directory: a line per step; its settings and inputs
 

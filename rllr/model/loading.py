@@ -158,6 +158,17 @@ def load_tokenizer(name_or_path):
         ) from error
 
 
+def check_same_tokenizer(theirs, ours, where):
+    """InputError unless two tokenizers give the same ids: a reward model reads the very ids that the policy sampled."""
+    mine, other = ours.get_vocab(), theirs.get_vocab()
+    if mine != other:
+        differing = sum(other.get(token) != i for token, i in mine.items()) + len(other.keys() - mine.keys())
+        raise InputError(
+            f"{where}: its tokenizer differs from the policy's ({differing} tokens have "
+            "other ids); train the reward model from this policy"
+        )
+
+
 def _require_model_directory(name_or_path):
     """InputError for a local path without a readable model. Such a path must never be looked up on the hub."""
     name, path = str(name_or_path), Path(name_or_path)

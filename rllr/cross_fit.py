@@ -1,0 +1,112 @@
+"""Cross-fitting: rows that a policy knows by heart are answered by policies that never saw their labels.
+
+On-policy pairs need the policy's own mistakes. On the rows that trained it a small SFT policy hardly makes any, and so
+says little of what it will write to PPO's prompts. The labelled rows are therefore cut into folds, and the rows of each
+fold are answered by a policy that SFT has made anew, with the same settings, of all other folds. (Cross-fitting as in
+Chernozhukov et al., arXiv 1608.00060; out-of-fold predictions as in Wolpert 1992, stacked generalization.)
+"""
+
+import hashlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+
+from .common.errors import InputError
+from .common.files import BASE, path_from_record
+from .common.log import say
+from .layout import micro_batches, shuffled_batches
+from .logprobs import sft_loss
+from .model.backbone import backbone_of
+from .model.dropout import set_dropout
+from .model.loading import cast_parameters, load_policy
+from .model.recompute import checkpoint_layers
+from .model.roles import DTYPES, new_role
+from .run.optimizer import Optimizer, gradient_step
+
+
+def folds_of(rows, count):
+    """The rows as `count` lists of nearly equal size, each row by a hash of its id and whatever the order of the rows.
+
+    Rows of one label are dealt out in turn, so that every fold has its share of each label. InputError for fewer rows
+    than folds.
+    """
+    if len(rows) < count:
+        raise InputError(f"--folds {count}: there are only {len(rows)} labelled rows to train on; give fewer folds")
+    order = sorted(rows, key=lambda row: (row.label, hashlib.sha256(str(row.id).encode()).digest()))
+    return [order[first::count] for first in range(count)]
+
+
+def sft_recipe(policy, record):
+    """How a policy was fine-tuned: its SFT run's settings, `model` being where its base lies now.
+
+    InputError where the record does not say it, so that no fold can be trained alike.
+    """
+    if record.get("stage") != "sft":
+        raise InputError(
+            f"--policy {policy}: has no record of train_sft.py, which says how the folds are to be trained"
+        )
+    settings = SimpleNamespace(**record["config"])
+    settings.model = str(Path(policy) / BASE) if settings.model == "tiny" else path_from_record(settings.model, policy)
+    return settings
+
+
+def fine_tune(rows, encoder, settings, device, name=""):
+    """A policy from the base that `settings.model` names, fine-tuned on encoded rows as `train_sft.py` does it.
+
+    settings: of the SFT run (`sft_recipe`). The policy of the last epoch is taken: no dev row chooses one. The global
+    random stream, which dropout draws from, is left as it was.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        model = base = load_policy(settings.model, device=device)
+        if settings.lora_rank:
+            model = new_role(cast_parameters(base, DTYPES[settings.base_dtype]), "sft", settings, settings.seed)
+        set_dropout(base, settings.dropout)
+        if settings.gradient_checkpointing:
+            checkpoint_layers(backbone_of(model))
+        steps = settings.epochs * len(shuffled_batches(rows, settings.batch_size, settings.seed, 0))
+        optimizer = Optimizer(
+            model, settings.learning_rate, steps,
+            warmup=settings.warmup, schedule=settings.schedule,
+            weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
+        )  # fmt: skip
+        model.train()
+        with tqdm(total=steps, desc=name, mininterval=2, disable=None) as progress:
+            for epoch in range(settings.epochs):
+                for batch in shuffled_batches(rows, settings.batch_size, settings.seed, epoch):
+                    tokens, lengths = sum(len(row.answer_ids) for row in batch), [row.length for row in batch]
+                    gradient_step(
+                        optimizer,
+                        micro_batches(batch, lengths, settings.micro_batch_size, settings.tokens_per_batch),
+                        lambda part, tokens=tokens: sft_loss(model, part, tokens, encoder),
+                        "the SFT loss",
+                        lambda part: [row.name for row in part],
+                    )
+                    progress.update()
+    return model.eval()
+
+
+def cross_fitted_answers(run, encoder, rows, writer, ask):
+    """{row id: answers} of rows, each answered by a policy that was fine-tuned on the folds without it.
+
+    ask(policy, rows, name) -> {row id: answers} samples them. writer: of the gold rationales. Says how each fold went.
+    """
+    config, task = run.config, run.task
+    settings, folds = sft_recipe(config.policy, run.start_record), folds_of(rows, config.folds)
+    answers: dict[str, list] = {}
+    for number, fold in enumerate(folds, start=1):
+        others = [row for other in folds if other is not fold for row in other]
+        encoded = encoder.rows(
+            others, task, lambda row: task.render_answer(row.label, writer.write(row, row.label)), config.max_new_tokens
+        )
+        policy = fine_tune(encoded, encoder, settings, run.device, f"fold {number}/{config.folds}")
+        found = ask(policy, fold, f"fold {number}")
+        right = [answer.label == row.label for row in fold for answer in found[row.id]]
+        say(
+            f"fold {number}/{config.folds}: SFT on {len(others)} rows, {settings.epochs} epochs; "
+            f"{100 * sum(right) / len(right):.1f} % of its samples on the other {len(fold)} rows are right"
+        )
+        answers |= found
+    return answers
