@@ -4,8 +4,8 @@
     python train_sft.py --task sst2 --train_file train.jsonl --eval_file dev.jsonl --model Qwen/Qwen3-0.6B
 
 The loss is the mean negative log-likelihood of the answer's tokens, the end token included; prompts are not learnt.
-After each epoch the policy answers the dev rows greedily, and the epoch with the best dev metric is the one that is
-kept. Writes runs/<task>/sft: a Hugging Face model directory, metrics.jsonl, rllr.json.
+Every --eval_every epochs the policy answers the dev rows greedily, and the epoch with the best dev metric is the one
+that is kept. Writes runs/<task>/sft: a Hugging Face model directory, metrics.jsonl, rllr.json.
 """
 
 from dataclasses import dataclass
@@ -52,8 +52,9 @@ class Config(SupervisedConfig, RationaleConfig, LoRAConfig, DataConfig):
     schedule: str = flag(
         "linear", "linear, cosine or constant, after the warm-up", choices=("linear", "cosine", "constant")
     )
-    eval_rows: int = flag(0, "dev rows that each epoch's evaluation answers; 0: all", at_least=0)
-    show: int = flag(3, "sample answers printed after each epoch", at_least=0)
+    eval_every: int = flag(1, "epochs between evaluations on dev; the last epoch has one, too", above=0)
+    eval_rows: int = flag(0, "dev rows per evaluation; 0: all", at_least=0)
+    show: int = flag(3, "sample answers printed at each evaluation", at_least=0)
 
     def validate(self):
         super().validate()
@@ -109,6 +110,20 @@ def encode_answers(run, labelled, encoder):
         return task.render_answer(example.label, writer.write(example, example.label) if writer else None)
 
     return encoder.rows(labelled, task, write_answer, config.max_new_tokens, say)
+
+
+def evaluate_epoch(run, model, encoder, dev, loop):
+    """Answer the dev rows greedily, say and log how it went, show samples; the scores."""
+    model.eval()
+    answers = answer_rows(model, encoder, run.task, dev, **run.config.answer_limits)
+    scores = answer_metrics(run.task, dev, answers)
+    run.metrics.write(
+        {"step": loop.step, "epoch": loop.epoch, **{f"eval/{name}": value for name, value in scores.items()}},
+        f"epoch {loop.epoch + 1}/{run.config.epochs}  loss {loop.loss / loop.tokens:.3f}  dev {metric_line(scores)}",
+    )
+    show_samples(run.task, dev, answers, run.config.show)
+    tell_parse_failures(scores["parse_failures"], say)
+    return scores
 
 
 def save_best(run, model, encoder, splits, base_record, scores):
@@ -176,21 +191,12 @@ def main(argv=None):
                 run.checkpoint(loop.step, last=loop.step == steps)
                 progress.update()
 
-            model.eval()
-            answers = answer_rows(model, encoder, task, dev, **config.answer_limits)
-            scores = answer_metrics(task, dev, answers)
-            run.metrics.write(
-                {"step": loop.step, "epoch": loop.epoch, **{f"eval/{name}": value for name, value in scores.items()}},
-                f"epoch {loop.epoch + 1}/{config.epochs}  loss {loop.loss / loop.tokens:.3f}  dev "
-                f"{metric_line(scores)}",
-            )
-            show_samples(task, dev, answers, config.show)
-            tell_parse_failures(scores["parse_failures"], say)
-            if loop.best is None or rank(task, scores) >= rank(
-                task, loop.best
-            ):  # of equals the later, which learnt more
-                loop.best = scores | {"epoch": loop.epoch + 1}
-                save_best(run, model, encoder, splits, base_record, loop.best)
+            if (loop.epoch + 1) % config.eval_every == 0 or loop.epoch + 1 == config.epochs:
+                scores = evaluate_epoch(run, model, encoder, dev, loop)
+                # Of equals the later one, which learnt more.
+                if loop.best is None or rank(task, scores) >= rank(task, loop.best):
+                    loop.best = scores | {"epoch": loop.epoch + 1}
+                    save_best(run, model, encoder, splits, base_record, loop.best)
             loop.epoch, loop.batch, loop.loss, loop.tokens = loop.epoch + 1, 0, 0.0, 0
     say(f"best epoch {loop.best['epoch']}: dev {metric_line(loop.best)}; saved {run.directory}")
 

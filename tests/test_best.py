@@ -103,3 +103,11 @@ def test_sft_and_reward_model_warn_when_most_answers_have_no_label(toy, tmp_path
         tmp_path / "rm",
     )
     assert "of the answers sampled by the policy have no readable label" in output
+
+
+def test_epochs_between_evaluations(toy, tmp_path):
+    """Every second epoch is evaluated, and the last one whatever its number; others are never kept."""
+    flags = ["--model", toy.base, "--epochs", 5, "--eval_every", 2, "--output_dir", tmp_path / "sft", *ANSWER]
+    run(train_sft.main, *toy.data, *flags)
+    assert [line["epoch"] for line in read_metrics(tmp_path / "sft", "eval/accuracy")] == [1, 3, 4]
+    assert read_record(tmp_path / "sft")["eval"]["epoch"] in (2, 4, 5)
