@@ -64,6 +64,12 @@ class RewardConfig(Settings):
 @dataclass
 class PPOConfig(Settings):
     GROUP = "PPO"
+    prompts: str = flag(
+        "auto",
+        "auto: the unlabelled rows or, where there are none, the labelled ones; labelled: the labelled rows that "
+        "trained SFT",
+        choices=("auto", "labelled"),
+    )
     steps: int | None = flag(None, "rollouts (demo 120; else one pass over the prompts)", above=0)
     rollout_prompts: int = flag(64, "prompts per rollout, one answer each", above=0)
     ppo_epochs: int = flag(1, "passes over a rollout", above=0)
@@ -162,8 +168,9 @@ def is_threshold(text):
 def load_prompts(run, splits, models):
     """(prompts, dev rows, gold labels by row id): prompts without their labels, except for --reward gold."""
     config, task, encoder = run.config, run.task, models.encoder
-    rows = splits.prompts
-    kind = "unlabelled rows" if splits.unlabelled else "labelled rows, the same that trained SFT and reward model"
+    rows = splits.prompts(config.prompts)
+    trained = rows is splits.labelled
+    kind = "labelled rows, the same that trained SFT and reward model" if trained else "unlabelled rows"
     say(f"prompts: {len(rows)} {kind}")
     prompts = encoder.fit(rows, task, config.max_new_tokens, say)
     dev = encoder.fit(splits.eval[: config.eval_rows or None], task, config.max_new_tokens, say)
@@ -242,7 +249,7 @@ class Keeper:
 
 def default_steps(config, task, splits):
     """--steps where nobody gave it: one pass over the prompts."""
-    return 120 if task.name == "demo" else max(1, len(splits.prompts) // config.rollout_prompts)
+    return 120 if task.name == "demo" else max(1, len(splits.prompts(config.prompts)) // config.rollout_prompts)
 
 
 def kl_controller(config):

@@ -1,263 +1,430 @@
-"""Does the label-sensitive reward help? All stages on one task, with several seeds and all methods, in one table.
+"""Does the label-sensitive reward help on real tasks? One cell: a task, a model, a seed, and every method.
 
-    python benchmarks/quality.py --task demo --seeds 1 2 3
-    python benchmarks/quality.py --task sst2 --train_file train.jsonl --dev_file dev.jsonl --labelled 4000 --seeds 0 1 2
+    python benchmarks/quality.py --data data --task sst2 --seed 0       # data/sst2/train.jsonl, data/sst2/dev.jsonl
+    python benchmarks/quality_tables.py                                 # the tables, made of the cells alone
 
-A hash of the row id halves the dev file: one half chooses epochs and checkpoints during training, the other is only
-reported. (The demo has its own test split.) Finished stages do not run again, so an interrupted benchmark can continue.
-Writes <output>/quality-<task>.md and quality-<task>.json with commands, versions and hardware.
+A hash of the row id halves the dev file. One half chooses epochs, steps and settings (--eval_file), the other is only
+reported. The stages run as processes of one thread; finished ones do not run again. At the end the cell is written:
+benchmarks/results/cells/<task>-<model>-<seed>.json, with every predicted label, metrics, the preview, what PPO handed
+back, seconds, commit and versions. TF-IDF needs scikit-learn: pip install ".[bench]".
+
+Settings are chosen with --tune: seeds from 100 on, figures of the choosing half alone, cells in the runs' directory.
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib import metadata, util
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = {  # name in the table: directory of the policy
-    "SFT, label only": "sft-label-only",
-    "SFT with rationale": "sft",
-    "RLHF (rationale reward)": "ppo-rationale/last",
-    "RLLR": "ppo-label/last",
-    "RLLR-mixed": "ppo-mixed/last",
-    "gold reward (upper bound)": "ppo-gold/last",
+sys.path.insert(0, str(ROOT))
+CELLS = ROOT / "benchmarks" / "results" / "cells"
+CODE = ["rllr", "train_sft.py", "train_rm.py", "train_ppo.py", "benchmarks/quality.py", "benchmarks/quality_stages.py"]
+FIRST_TUNING_SEED = 100
+BEST_OF = 8  # answers of which the label reward model chooses one
+
+METHODS = {  # in a cell: what a table calls it
+    "sft-label": "SFT, label only",
+    "sft": "SFT with rationale",
+    "sft-long": "SFT as long as all stages",
+    "ppo-rationale/best": "RLHF (rationale reward), handed back",
+    "ppo-rationale/last": "RLHF (rationale reward), last",
+    "ppo-label/best": "RLLR, handed back",
+    "ppo-label/last": "RLLR, last",
+    "ppo-mixed/best": "RLLR-mixed, handed back",
+    "ppo-mixed/last": "RLLR-mixed, last",
+    "ppo-gold/best": "gold reward (upper bound), handed back",
+    "ppo-gold/last": "gold reward (upper bound), last",
+    "ppo-gold-labelled/best": "gold reward on labelled rows only, handed back",
+    "ppo-gold-labelled/last": "gold reward on labelled rows only, last",
+    "sft-best-of": "SFT on unlabelled rows answered by best-of-8",
+    "best-of": "best-of-8",
+    "choice": "the reward model's own choice",
+    "tfidf": "TF-IDF with logistic regression",
 }
-BASE = "SFT with rationale"
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+LABELLED = {"mrpc": 2400}  # rows with a label; 4,000 for every other task
+TASKS = ("mr", "app_reviews", "sst2", "stsb", "mrpc", "qqp", "mnli", "agnews")
+DECODING = "--max_new_tokens 40"  # an evidence rationale and its label take 12 to 30 tokens
+QUIET = "--save_every 0 --log_every 1000"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True)
-    parser.add_argument("--train_file")
-    parser.add_argument("--dev_file")
-    parser.add_argument("--labelled", type=int, default=4000)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", default="runs/quality", help="directory for the models")
-    parser.add_argument("--output", default="benchmarks/results", help="directory for the table")
-    parser.add_argument("--workers", type=int, default=2, help="number of seeds in parallel, one thread each")
-    parser.add_argument("--model", default="tiny", help="tiny, or a model directory or hub name")
-    parser.add_argument("--tiny", default="", help="further flags of python -m rllr.tiny")
-    parser.add_argument("--sft", default="", help="further flags of train_sft.py")
-    parser.add_argument("--rm", default="", help="further flags of train_rm.py")
-    parser.add_argument("--ppo", default="", help="further flags of train_ppo.py")
-    parser.add_argument("--methods", nargs="+", default=["rationale", "label", "mixed", "gold"], help="PPO rewards")
-    parser.add_argument("--no_label_only", action="store_true")
-    args = parser.parse_args()
-    runs = Path(args.runs) / args.task
-    runs.mkdir(parents=True, exist_ok=True)
-    data = []
-    if args.train_file:
-        choose, report = halve(Path(args.dev_file), runs)
-        data = ["--train_file", args.train_file, "--eval_file", str(choose)]
-    base = args.model
-    if base == "tiny":
-        base = str(runs / "tiny")
-        stage(runs / "tiny", ["-m", "rllr.tiny", "--task", args.task, *data, *args.tiny.split()])
-    with ThreadPoolExecutor(args.workers) as pool:
-        jobs = [pool.submit(one_seed, args, runs / f"seed{seed}", seed, data, base) for seed in args.seeds]
-        try:
-            for job in jobs:
-                job.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # seeds that have not started
-            raise
-    for seed in args.seeds:
-        evaluate(args, runs / f"seed{seed}", report if args.train_file else None)
-    write_table(args, runs)
+@dataclass(frozen=True)
+class Settings:
+    """Flags of each stage, beside data, seed and models. They fit 30 minutes of one core with a tiny model."""
+
+    tiny: str = "--hidden_size 128 --heads 4 --layers 2 --vocabulary 6000 --context 192 --epochs 3"
+    sft: str = "--epochs 5 --show 0"
+    rm: str = "--epochs 2 --patience 3 --pairs_per_row 1 --samples_per_row 4"
+    rationale_rm: str = "--epochs 3 --patience 4 --samples_per_row 4"  # about as many pairs seen as by the label one
+    ppo: str = "--steps 80 --rollout_prompts 64 --warmup 0.2 --eval_every 20 --show_every 1000"
+    best_of: str = "--epochs 3 --show 0"  # SFT on the answers that best-of-n chose
+
+    def with_more(self, **more):
+        """These flags with further ones, which override them."""
+        return replace(self, **{name: f"{getattr(self, name)} {flags}".strip() for name, flags in more.items()})
 
 
-def halve(dev_file, runs):
-    """(file for choosing, file for reporting): the parity of a hash of the id divides the rows."""
-    parts = runs / "dev_choose.jsonl", runs / "dev_report.jsonl"
+SETTINGS = {task: Settings() for task in TASKS}
+ALL_LABELLED = {  # instead of unlabelled prompts: five times the labels, so fewer passes over them
+    "sft": "--epochs 2",
+    "rm": "--epochs 1 --samples_per_row 2",
+    "rationale_rm": "--epochs 1 --samples_per_row 2",
+    "best_of": "--epochs 1",
+}
+QUICK = {  # only to see that everything runs
+    "tiny": "--hidden_size 32 --heads 2 --layers 1 --vocabulary 600 --epochs 1",
+    "sft": "--epochs 2",
+    "rm": "--epochs 1 --preview_rows 20 --preview_samples 8 --statistics_prompts 64",
+    "rationale_rm": "--epochs 1 --statistics_prompts 64",
+    "ppo": "--steps 4 --rollout_prompts 8 --eval_every 2",
+    "best_of": "--epochs 1",
+}
+QUICK_LABELLED = 100
+
+
+def settings_of(args):
+    """The settings of a cell: the task's, changed by what the flags ask for."""
+    settings = SETTINGS[args.task]
+    if args.all_labelled:
+        settings = settings.with_more(**ALL_LABELLED)
+    if args.quick:
+        settings = settings.with_more(**QUICK)
+    if args.tune:
+        settings = settings.with_more(sft=args.sft, rm=args.rm, ppo=args.ppo)
+    return settings
+
+
+# ---- the stages of a cell --------------------------------------------------------------------------------------------
+
+
+class Cell:
+    """Where the files of one cell are, and its stages as processes."""
+
+    def __init__(self, args):
+        self.args, self.settings = args, settings_of(args)
+        self.data = Path(args.data).resolve() / args.task
+        self.runs = Path(args.runs).resolve() / (args.task + "-quick" * args.quick)  # shared by the task's cells
+        model = Path(args.model).name + "-all" * args.all_labelled
+        self.name = f"{args.task}-{model}-{args.seed}"
+        self.directory = self.runs / self.name
+        self.labelled = QUICK_LABELLED if args.quick else LABELLED.get(args.task, 4000)
+        self.commit = commit_of_code()
+        self.stages = {}  # {name: what the stage took}
+
+    def script(self, name, script, *words):
+        """Run a script of the product into <cell>/<name>."""
+        self.stage(self.directory / name, str(ROOT / script), *words, "--seed", self.args.seed)
+
+    def stage(self, directory, *words):
+        """Run `python <words> --output_dir <directory>` unless that has run already; what it took is kept beside it.
+
+        Exits where the process fails, naming its log, and where it has run with other flags.
+        """
+        mark, log = (directory.parent / f"{directory.name}.{end}" for end in ("done.json", "log"))
+        command = [sys.executable, *map(str, words), "--output_dir", str(directory), "--overwrite"]
+        typed = self.as_typed(command[1:])
+        if not mark.exists():
+            print(f"{time.strftime('%H:%M:%S')}  {directory.relative_to(self.runs)}", flush=True)
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+            start, cpu = time.monotonic(), cpu_seconds()
+            with open(log, "w") as file:
+                if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode:
+                    sys.exit(f"{directory}: failed, see {log}; finished stages will not run again")
+            took = {"seconds": time.monotonic() - start, "cpu_seconds": cpu_seconds() - cpu}
+            took = {name: round(value, 1) for name, value in took.items()}
+            mark.write_text(json.dumps({"command": typed, **took, "commit": self.commit}))
+        done = json.loads(mark.read_text())
+        if done["command"] != typed:
+            sys.exit(f"{mark}: this stage has run with other flags; remove {directory.parent}, or give another --runs")
+        self.stages[directory.name] = done
+
+    def as_typed(self, words):
+        """A command line without this machine's paths."""
+        typed = " ".join(["python", *words])
+        for place, name in ((self.runs.parent, "runs/"), (self.data.parent, "data/"), (ROOT, "")):
+            typed = typed.replace(f"{place}/", name)
+        return typed.replace(str(Path(self.args.model).resolve()), Path(self.args.model).name)
+
+    def cpu(self, *names):
+        """Processor seconds of finished stages."""
+        return sum(self.stages[name]["cpu_seconds"] for name in names)
+
+
+def cpu_seconds():
+    """Processor time of all finished child processes: a busy machine stretches it less than the clock's."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def run_stages(cell):
+    """Every stage of a cell, in order."""
+    args, settings, path = cell.args, cell.settings, cell.directory
+    data, base = prepare(cell)
+    sft_data = data + ([] if args.all_labelled else ["--labelled", cell.labelled])
+    epochs = int(settings.sft.split("--epochs ")[-1].split()[0])
+    sft = ["train_sft.py", "--model", base, *sft_data, *settings.sft.split()]
+    cell.script("sft-label", *sft, "--answer_format", "label")
+    cell.script("sft", *sft)
+    policy = ["--policy", path / "sft"]
+    cell.script("rm-label", "train_rm.py", "--pairs", "label", *policy, *settings.rm.split())
+    cell.script("rm-rationale", "train_rm.py", "--pairs", "rationale", *policy, *settings.rationale_rm.split())
+    label, rationale = ["--label_rm", path / "rm-label"], ["--rationale_rm", path / "rm-rationale"]
+    as_rllr = ["--reward", "gold", "--value_init", path / "rm-label"]  # so that only the reward differs
+    rewards = {
+        "ppo-rationale": ["--reward", "rationale", *rationale],
+        "ppo-label": ["--reward", "label", *label],
+        "ppo-mixed": ["--reward", "mixed", *label, *rationale],
+        "ppo-gold": as_rllr,
+        "ppo-gold-labelled": [*as_rllr, "--prompts", "labelled"],
+    }
+    if args.all_labelled:  # the labelled rows are the prompts already
+        del rewards["ppo-gold-labelled"]
+    for name, reward in rewards.items():
+        cell.script(name, "train_ppo.py", *policy, *reward, *settings.ppo.split())
+    # As much processor time as the three stages of RLLR together, and as many looks at dev as SFT has.
+    factor = cell.cpu("sft", "rm-label", "ppo-label") / cell.cpu("sft")
+    longer = ["--epochs", round(epochs * factor), "--eval_every", max(1, round(factor))]
+    cell.script("sft-long", *sft, *longer)
+    own = ["benchmarks/quality_stages.py", *policy, *label]
+    answers = read(path / "ppo-label" / "last" / "rllr.json")["step"] * option(settings.ppo, "rollout_prompts")
+    cell.script("best-of-rows", *own, "--make", "rows", "--answers", answers, "--best_of", BEST_OF)
+    config = read(path / "sft" / "rllr.json")["config"]
+    start = ["--model", path / "best-of-rows" / "policy", *data, "--train_file", path / "best-of-rows" / "rows.jsonl"]
+    start += ["--held_out", "0.001", "--rationales", "given"]  # held-out rows would only serve a reward model
+    start += ["--dropout", config["dropout"], "--learning_rate", config["learning_rate"]]
+    cell.script("sft-best-of", "train_sft.py", *start, *settings.best_of.split())
+    cell.script("choice", *own, "--make", "choice")
+    if util.find_spec("sklearn"):
+        cell.script("tfidf", *own, "--make", "tfidf")
+    evaluate = ["-m", "rllr.evaluate", "--part", "eval" if args.tune else "test"]
+    models = [path / name for name in policies(cell)]
+    cell.stage(path / "evaluation", *evaluate, "--models", *models)
+    best_of = ["--best_of", BEST_OF, *label, "--seed", args.seed]
+    cell.stage(path / "best-of", *evaluate, "--models", path / "sft", *best_of)
+
+
+def option(flags, name):
+    """The number behind the last --name in a string of flags."""
+    return int(flags.split(f"--{name} ")[-1].split()[0])
+
+
+def policies(cell):
+    """The methods of a cell that are one policy, as their directories are called."""
+    own = ("best-of", "choice", "tfidf")
+    return [name for name in METHODS if name not in own and name.partition("/")[0] in cell.stages]
+
+
+def prepare(cell):
+    """(data flags of every stage, the model that SFT starts from).
+
+    No stage is told of the reporting half where settings are tuned. A tiny model is built once a task, whatever the
+    seed and whatever is reported; cells of a task may start together, so one waits for the other.
+    """
+    args = cell.args
+    cell.runs.mkdir(parents=True, exist_ok=True)
+    with open(cell.runs / "prepare.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        choose, report = halve(cell.data / "dev.jsonl", cell.runs, 40 if args.quick else None)
+        train = cell.data / "train.jsonl"
+        if args.quick:
+            lines = train.read_text(encoding="utf-8").splitlines(keepends=True)
+            train = cell.runs / "train.jsonl"
+            train.write_text("".join(lines[: 4 * QUICK_LABELLED]), encoding="utf-8")
+        data = ["--task", args.task, "--train_file", train, "--eval_file", choose]
+        base = Path(args.model).resolve()
+        if args.model == "tiny":
+            base = cell.runs / "tiny"
+            cell.stage(base, "-m", "rllr.tiny", *data, "--test_share", "0", *cell.settings.tiny.split())
+    return data + (["--test_share", "0"] if args.tune else ["--test_file", report]), base
+
+
+def halve(dev_file, directory, most=None):
+    """(file for choosing, file for reporting): the parity of a hash of the id divides the rows; `most` of each."""
+    parts = directory / "dev_choose.jsonl", directory / "dev_report.jsonl"
     lines = [line for line in dev_file.read_text(encoding="utf-8").splitlines() if line.strip()]
     for part, path in enumerate(parts):
         kept = [line for line in lines if hashlib.sha256(json.loads(line)["id"].encode()).digest()[0] % 2 == part]
-        path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+        path.write_text("\n".join(kept[:most]) + "\n", encoding="utf-8")
     return parts
 
 
-def stage(directory, command, threads=1):
-    """Run a stage unless it is finished. Its command, wall time and log are in the parent directory."""
-    mark = directory.parent / f"{directory.name}.done.json"
-    if mark.exists():
-        return
-    command = [sys.executable, *command, "--output_dir", str(directory), "--overwrite"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    start = time.monotonic()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with open(directory.parent / f"{directory.name}.log", "w") as log:
-        if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode:
-            sys.exit(f"{directory}: failed, see {log.name}; finished stages will not run again")
-    seconds = round(time.monotonic() - start, 1)
-    mark.write_text(json.dumps({"command": as_typed(command[1:]), "seconds": seconds}))
+# ---- what a cell tells -----------------------------------------------------------------------------------------------
 
 
-def as_typed(words):
-    """A command line with file names in place of absolute paths."""
-    return " ".join(["python", *[Path(word).name if Path(word).is_absolute() else word for word in words]])
-
-
-def one_seed(args, directory, seed, data, base):
-    """All training stages of one seed."""
-    train_sft, train_rm, train_ppo = (str(ROOT / name) for name in ("train_sft.py", "train_rm.py", "train_ppo.py"))
-    common = ["--seed", str(seed)]
-    sft = [train_sft, "--model", base, "--task", args.task, *data, "--labelled", str(args.labelled), *common]
-    if not args.no_label_only:
-        stage(directory / "sft-label-only", [*sft, "--answer_format", "label", *args.sft.split()])
-    stage(directory / "sft", [*sft, *args.sft.split()])
-    policy = ["--policy", str(directory / "sft"), *common]
-    for pairs in ("label", "rationale"):
-        if pairs == "label" or {"rationale", "mixed"} & set(args.methods):
-            stage(directory / f"rm-{pairs}", [train_rm, "--pairs", pairs, *policy, *args.rm.split()])
-    models = ["--label_rm", str(directory / "rm-label")]
-    rationale = ["--rationale_rm", str(directory / "rm-rationale")]
-    for reward in args.methods:
-        own = {"label": models, "rationale": rationale, "mixed": models + rationale, "gold": []}[reward]
-        if reward == "gold":  # the value model starts as in RLLR, so that only the reward differs
-            own = ["--value_init", str(directory / "rm-label")]
-        stage(directory / f"ppo-{reward}", [train_ppo, "--reward", reward, *policy, *own, *args.ppo.split()])
-
-
-def evaluate(args, directory, report):
-    """Evaluate all policies of one seed on the rows of the file `report`, or on the test split."""
-    models = [str(directory / place) for place in METHODS.values() if (directory / place).is_dir()]
-    command = ["-m", "rllr.evaluate", "--models", *models]
-    command += ["--task", args.task] + (["--eval_file", str(report)] if report else ["--part", "test"])
-    stage(directory / "evaluation", list(command))
-
-
-def read_answers(args, runs):
-    """(right, failures): {method: [seeds, rows] of right answers}, {method: shares of parse failures by seed}."""
-    right, failures = {}, {}
-    for seed in args.seeds:
-        directory = runs / f"seed{seed}"
-        present = [name for name, place in METHODS.items() if (directory / place).is_dir()]
-        for n, name in enumerate(present):
-            answers = directory / "evaluation" / f"answers-{n}.jsonl"
-            rows = [json.loads(line) for line in answers.open(encoding="utf-8")]
-            right.setdefault(name, []).append([row["label"] == row["gold"] for row in rows])
-            failures.setdefault(name, []).append(np.mean([row["label"] is None for row in rows]))
-    return right, failures
-
-
-def compare(right, failures):
-    """Rows of the table: means over seeds, and differences to SFT with rationale with bootstrap intervals.
-
-    The bootstrap draws rows; all seeds have the same rows.
-    """
-    rng = np.random.default_rng(0)
-    base, table = np.array(right[BASE], float), []
-    drawn = rng.integers(0, base.shape[1], (4000, base.shape[1]))
-    for name, values in right.items():
-        values = np.array(values, float)
-        row = {
-            "method": name,
-            "accuracy": values.mean(),
-            "seeds": values.mean(1).tolist(),
-            "parse_failures": float(np.mean(failures[name])),
-        }
-        if name != BASE:
-            difference = (values - base).mean(0)
-            low, high = np.percentile(difference[drawn].mean(1), [2.5, 97.5])
-            row |= {"difference": difference.mean(), "interval": [low, high]}
-        table.append(row)
-    return table
-
-
-def write_table(args, runs):
-    """Write the results of all seeds as Markdown and JSON."""
-    right, failures = read_answers(args, runs)
-    reward_models = {
-        seed: {kind: read(runs / f"seed{seed}" / f"rm-{kind}" / "rllr.json") for kind in ("label", "rationale")}
-        for seed in args.seeds
-    }
-    marks = sorted((runs / f"seed{args.seeds[0]}").glob("*.done.json"))
-    stages = {mark.name.removesuffix(".done.json"): json.loads(mark.read_text()) for mark in marks}
-    result = {
+def describe(cell):
+    """The cell as its file holds it. Labels are places in `labels`, a character a row, `-` for a parse failure."""
+    args, path = cell.args, cell.directory
+    task, examples = load_rows(args.task, cell.runs / ("dev_choose.jsonl" if args.tune else "dev_report.jsonl"))
+    places = {label: str(place) for place, label in enumerate(task.labels)}
+    methods = {}
+    for name, file in answer_files(cell).items():
+        answers = read_answers(file, examples)
+        given = "".join(places.get(answer.label, "-") for answer in answers)
+        methods[name] = {"labels": given, **measure(task, examples, answers)}
+    return {
         "task": args.task,
-        "labelled": args.labelled,
-        "seeds": args.seeds,
-        "rows": len(right[BASE][0]),
-        "table": compare(right, failures),
-        "reward_models": reward_models,
-        "seconds": {name: done["seconds"] for name, done in stages.items()},
-        "commands": {name: done["command"] for name, done in stages.items()},
+        "model": Path(args.model).name,
+        "seed": args.seed,
+        "all_labelled": args.all_labelled,
+        "labelled": None if args.all_labelled else cell.labelled,
+        "part": "the choosing half" if args.tune else "the reporting half",
+        "labels": list(task.labels),
+        "gold": "".join(places[example.label] for example in examples),
+        "texts": " ".join(map(text_key, examples)),
+        "methods": methods,
+        "reward_models": {kind: reward_model(path / f"rm-{kind}") for kind in ("label", "rationale")},
+        "preview": read(path / "rm-label" / "rllr.json")["report"]["preview"],
+        "ppo": {name: handed_back(path / name) for name in cell.stages if name.startswith("ppo-")},
+        "stages": cell.stages,
+        "commit": " and ".join(sorted({done["commit"] for done in cell.stages.values()})),
         "machine": machine(),
-        "command": as_typed(sys.argv),
     }
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / f"quality-{args.task}.json").write_text(json.dumps(result, indent=2, default=float) + "\n")
-    text = markdown(result)
-    (output / f"quality-{args.task}.md").write_text(text)
-    print(text)
 
 
-def read(record):
-    """The report in a reward model's record; None without a record."""
-    return json.loads(record.read_text())["report"] if record.is_file() else None
+def load_rows(task, file):
+    """(task, rows of a file)."""
+    from rllr.data.rows import load_examples
+    from rllr.tasks import load_task
+
+    task = load_task(task)
+    return task, load_examples(str(file), task, log=lambda line: None)
+
+
+def text_key(example):
+    """8 hexadecimal digits of a row's texts, letters and digits only: equal texts of two tasks are found by it."""
+    text = "\n".join("".join(filter(str.isalnum, (t or "").casefold())) for t in (example.text, example.text_b))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def answer_files(cell):
+    """{method: the file of its answers}."""
+    path = cell.directory
+    found = {name: path / "evaluation" / f"answers-{n}.jsonl" for n, name in enumerate(policies(cell))}
+    found |= {"best-of": path / "best-of" / "answers-1.jsonl"}  # the greedy answers are the first
+    own = {name: path / name / "answers-0.jsonl" for name in ("choice", "tfidf") if name in cell.stages}
+    return {name: (found | own)[name] for name in METHODS if name in found | own}
+
+
+def read_answers(file, examples):
+    """The answers of a file, which must be to these rows."""
+    from rllr.answers import Answer
+
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if [line["id"] for line in lines] != [example.id for example in examples]:
+        sys.exit(f"{file}: answers to other rows than those of the cell; remove its directory and run it again")
+    return [Answer(line["answer"], line["label"], line["truncated"]) for line in lines]
+
+
+def measure(task, examples, answers):
+    """Accuracy, macro F1, Pearson where the labels are a scale, parse failures; `grounded` where there are rationales."""
+    from rllr.metrics import answer_metrics
+
+    wanted = ("accuracy", "macro_f1", *["pearson"] * task.ordinal)
+    found = answer_metrics(replace(task, metric="accuracy", metrics=wanted), examples, answers)
+    return {name: round(value, 5) for name, value in found.items()}
+
+
+def reward_model(directory):
+    """What a reward model's record says of it, the preview apart, and how many pairs it saw."""
+    report = {name: value for name, value in read(directory / "rllr.json")["report"].items() if name != "preview"}
+    pairs = len((directory / "pairs.jsonl").read_text(encoding="utf-8").splitlines())
+    steps = json.loads((directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"]
+    return report | {"pairs_to_train_on": pairs, "steps": steps}
+
+
+def handed_back(directory):
+    """What PPO's records say: steps done, the step handed back (0: the start), steps where the guard saw hacking."""
+    best, last = (read(directory / name / "rllr.json") for name in ("best", "last"))
+    facts = {"steps": last["step"], "planned": last["config"]["steps"], "handed_back": best["step"]}
+    return facts | {"hacking": last.get("hacking", []), "against_start": best.get("against_start")}
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def commit_of_code():
+    """The last commit that changed what a cell computes; "... with changes" where files differ from it."""
+
+    def git(*words):
+        found = subprocess.run(["git", "-C", str(ROOT), *words, "--", *CODE], capture_output=True, text=True)
+        return found.stdout.strip()
+
+    commit = git("log", "-1", "--format=%h", "--abbrev=7") or "no git"
+    return f"{commit} with changes" if git("status", "--porcelain") else commit
 
 
 def machine():
-    import torch
-    import transformers
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    """Processor and versions."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{next(names, platform.machine())}, {os.cpu_count()} cores, {versions}"
+    named = ("torch", "transformers", "scikit-learn")
+    versions = {name: metadata.version(name) for name in named if util.find_spec(name.replace("scikit-", "sk"))}
+    versions = {"python": platform.python_version(), **versions}
+    return {"processor": next(names, platform.machine()), "cores": os.cpu_count(), "threads": 1, "versions": versions}
 
 
-def markdown(result):
-    """The results as Markdown."""
-    seeds = [f"seed {seed}" for seed in result["seeds"]]
-    lines = [
-        f"# {result['task']}: {result['labelled']} labelled rows, seeds {', '.join(map(str, result['seeds']))}",
-        "",
-        f'Accuracy in %, greedy answers, {result["rows"]} rows that chose nothing. Difference to "{BASE}" in points,',
-        "paired, 95 % interval by bootstrap over rows (the seeds' mean).",
-        "",
-        "| " + " | ".join(["method", *seeds, "mean", "difference (95 % interval)", "parse failures"]) + " |",
-        "|---" * (len(seeds) + 4) + "|",
-    ]
-    for row in result["table"]:
-        accuracies = [f"{100 * value:.1f}" for value in (*row["seeds"], row["accuracy"])]
-        difference = ""
-        if "difference" in row:
-            low, high = row["interval"]
-            difference = f"{100 * row['difference']:+.2f} ({100 * low:+.2f} .. {100 * high:+.2f})"
-        cells = [row["method"], *accuracies, difference, f"{100 * row['parse_failures']:.1f} %"]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Reward models on held-out pairs, and the label reward model as a classifier beside the SFT policy:",
-        "",
-        "| seed | label pairs | rationale pairs | as a classifier, dev half that chooses | SFT policy there |",
-        "|---|---|---|---|---|",
-    ]
-    for seed, models in result["reward_models"].items():
-        judged = (models["label"] or {}).get("classifier", {}).get("eval", {})
-        shares = [f"{100 * judged.get(name, 0):.1f}" for name in ("reward_model", "policy")]
-        cells = [str(seed), pair_accuracy(models["label"]), pair_accuracy(models["rationale"]), *shares]
-        lines.append("| " + " | ".join(cells) + " |")
-    times = ", ".join(f"{name} {seconds:.0f}" for name, seconds in result["seconds"].items())
-    lines += ["", f"Wall time in seconds, one thread, first seed: {times}"]
-    lines += ["", f"    {result['command']}", "", "Stages of the first seed:", ""]
-    lines += [f"    {command}" for command in result["commands"].values()] + ["", result["machine"], ""]
-    return "\n".join(lines)
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def pair_accuracy(report):
-    """A reward model's accuracy on held-out pairs in %; "" without a report."""
-    return f"{100 * report['pairs']['all']['accuracy']:.1f}" if report else ""
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="directory with <task>/train.jsonl and <task>/dev.jsonl")
+    parser.add_argument("--task", required=True, choices=TASKS)
+    parser.add_argument("--seed", type=int, required=True, help=f"of every stage; from {FIRST_TUNING_SEED} on to tune")
+    parser.add_argument("--model", default="tiny", help="tiny, or a model's directory")
+    parser.add_argument("--runs", default="runs/quality", help="directory of the models, logs and cells to tune by")
+    parser.add_argument("--all_labelled", action="store_true", help="all rows are labelled, as without --labelled")
+    parser.add_argument("--tune", action="store_true", help="figures of the choosing half, to choose settings by")
+    parser.add_argument("--sft", default="", help="with --tune: further flags of train_sft.py")
+    parser.add_argument("--rm", default="", help="with --tune: further flags of train_rm.py --pairs label")
+    parser.add_argument("--ppo", default="", help="with --tune: further flags of train_ppo.py")
+    parser.add_argument("--quick", action="store_true", help="few rows and steps: does everything run?")
+    args = parser.parse_args(argv)
+    if args.tune != (args.seed >= FIRST_TUNING_SEED):
+        parser.error(f"--seed {args.seed}: seeds from {FIRST_TUNING_SEED} on are for --tune, the others for reports")
+    if (args.sft or args.rm or args.ppo) and not args.tune:
+        parser.error(
+            "--sft, --rm and --ppo change settings: give them with --tune, and write what is best into SETTINGS"
+        )
+    for name in ("train", "dev"):
+        file = Path(args.data) / args.task / f"{name}.jsonl"
+        if not file.is_file():
+            parser.error(f"--data {args.data}: {file} is not there")
+    if not args.quick and not util.find_spec("sklearn"):
+        parser.error('TF-IDF needs scikit-learn: pip install ".[bench]"')
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    cell = Cell(args)
+    run_stages(cell)
+    directory = cell.runs.parent / "cells" if args.tune or args.quick else CELLS
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / f"{cell.name}{'-quick' * args.quick}.json"
+    found = describe(cell)
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for name, method in found["methods"].items():
+        print(
+            f"{METHODS[name]:50} accuracy {100 * method['accuracy']:.1f} %  macro F1 {100 * method['macro_f1']:.1f} %"
+        )
+    minutes = sum(done["cpu_seconds"] for name, done in cell.stages.items() if name != "tiny") / 60
+    print(f"{minutes:.1f} minutes of one core, the tiny model apart; written to {file}")
 
 
 if __name__ == "__main__":

@@ -77,10 +77,10 @@ class Splits:
     sources: dict = field(default_factory=dict)  # {"train", "eval"}: digest of the rows as they were read
     gold: dict = field(default_factory=dict)  # {row id: label} of every training row: only --reward gold looks at it
 
-    @property
-    def prompts(self):
-        """The rows that PPO answers: those without a label, or, where all have one, those that trained SFT."""
-        return self.unlabelled or self.labelled
+    def prompts(self, kind="auto"):
+        """The rows that PPO answers. auto: those without a label, or, where all have one, those that trained SFT;
+        labelled: the latter in any case."""
+        return self.labelled if kind == "labelled" else self.unlabelled or self.labelled
 
     def digests(self):
         """What a record keeps: of the rows that were read, and of each split, whatever their order."""

@@ -115,20 +115,12 @@ def wilson_interval(share, n, z=1.959964):
 def classifier_report(model, models, task, parts, writer, config) -> dict:
     """{part: {rows, reward_model, policy}}: accuracy of the best-scored label beside the policy's greedy accuracy.
 
-    models: the policy and its encoder. parts: {name: (rows, the policy's greedy answers to them)}. Each label is scored
-    with a rationale that argues for it, by the writer; where the writer has none for every label, with the policy's own
-    rationale. The gap between the two accuracies is what PPO can gain. Printed.
+    models: the policy and its encoder. parts: {name: (rows, the policy's greedy answers to them)}. The gap between the
+    two accuracies is what PPO can gain. Printed.
     """
-    encoder, report = models.encoder, {}
+    report = {}
     for part, (examples, answers) in parts.items():
-        rows = []
-        for example, prompt, answer in zip(examples, encoder.prompts(task, examples), answers):
-            own = split_answer(task, answer.text)[0]
-            for label in task.labels:
-                rationale = writer.write(example, label) if writer and writer.argues_for_all(example) else own
-                rows.append((prompt, encoder.answer_ids(task.render_answer(label, rationale))))
-        scores = score_rows(model, pack(rows, encoder.pad_id, models.policy.device), config.eval_batch_size)
-        chosen = [task.labels[i] for i in scores.view(len(examples), len(task.labels)).argmax(1).tolist()]
+        chosen = choose_labels(model, models.encoder, task, examples, answers, writer, config.eval_batch_size)
         gold = [example.label for example in examples]
         judged, greedy = accuracy(gold, chosen), accuracy(gold, [answer.label for answer in answers])
         report[part] = {"rows": len(examples), "reward_model": judged, "policy": greedy}
@@ -137,6 +129,22 @@ def classifier_report(model, models, task, parts, writer, config) -> dict:
             f"policy {100 * greedy:.1f} %  to harvest {100 * (judged - greedy):+.1f} points"
         )
     return report
+
+
+def choose_labels(model, encoder, task, examples, answers, writer, batch_size) -> list[str]:
+    """Of each example the label whose answer the reward model scores highest; of equals the task's first.
+
+    Each label is scored with a rationale that argues for it, by the writer; where the writer has none for every label,
+    with the rationale of the policy's own answer.
+    """
+    rows = []
+    for example, prompt, answer in zip(examples, encoder.prompts(task, examples), answers):
+        own = split_answer(task, answer.text)[0]
+        for label in task.labels:
+            rationale = writer.write(example, label) if writer and writer.argues_for_all(example) else own
+            rows.append((prompt, encoder.answer_ids(task.render_answer(label, rationale))))
+    scores = score_rows(model, pack(rows, encoder.pad_id, model.device), batch_size)
+    return [task.labels[i] for i in scores.view(len(examples), len(task.labels)).argmax(1).tolist()]
 
 
 def preview_report(model, models, task, answered, statistics, config) -> dict:
