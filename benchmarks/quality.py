@@ -330,7 +330,7 @@ def read_answers(file, examples):
 
 
 def measure(task, examples, answers):
-    """Accuracy, macro F1, Pearson where the labels are a scale, parse failures; `grounded` where there are rationales."""
+    """Accuracy, macro F1, parse failures; Pearson where labels are a scale, `grounded` where there are rationales."""
     from rllr.metrics import answer_metrics
 
     wanted = ("accuracy", "macro_f1", *["pearson"] * task.ordinal)

@@ -292,6 +292,26 @@ def test_ppo_knows_no_gold_labels_of_unlabelled_prompts(toy, tmp_path):
     assert not read_metrics(tmp_path / "ppo", "judge/accuracy")
 
 
+def test_ppo_answers_the_labelled_rows_where_it_is_told_to(toy, tmp_path, monkeypatch):
+    answered = set()
+    read = train_ppo.read_samples
+
+    def spy(rollout, examples, *rest):
+        answered.update(example.text for example in examples)
+        return read(rollout, examples, *rest)
+
+    monkeypatch.setattr(train_ppo, "read_samples", spy)
+    config, task = splits.DataConfig(**read_record(toy.sft)["data"]), tasks.load_task(str(toy.task))
+    found = splits.load_splits(config, task, lambda line: None)
+    for kind, rows in (("labelled", found.labelled), ("auto", found.unlabelled)):
+        answered.clear()
+        output = toy.ppo(tmp_path / kind, "--reward", "gold", "--prompts", kind, steps=6)  # 48 answers: all of the rows
+        assert answered == {row.text for row in rows}
+        assert f"prompts: {len(rows)} {'un' * (kind == 'auto')}labelled rows" in output
+        assert read_record(tmp_path / kind / "last")["config"]["prompts"] == kind
+    assert not {row.text for row in found.labelled} & {row.text for row in found.unlabelled}
+
+
 def test_same_seed_same_run(toy, tmp_path):
     models = ["--label_rm", toy.label_rm, "--rationale_rm", toy.rationale_rm]
     flags = ["--reward", "mixed", *models, "--micro_batch_size", 2]

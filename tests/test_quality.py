@@ -1,0 +1,204 @@
+"""The quality benchmark: halves of dev, seeds that tune, and tables of hand-made cells against figures by hand."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import quality
+import quality_tables
+from quality_tables import compare, grouped, page, promise, right, sharing
+
+# ---- halves, seeds, commands -----------------------------------------------------------------------------------------
+
+
+def test_every_dev_row_is_in_one_half_by_its_id_alone(tmp_path):
+    rows = [json.dumps({"id": f"dev-{n}", "text": str(n)}) for n in range(200)]
+    (tmp_path / "dev.jsonl").write_text("\n".join(rows) + "\n")
+    choose, report = (path.read_text().splitlines() for path in quality.halve(tmp_path / "dev.jsonl", tmp_path))
+    assert sorted(choose + report) == sorted(rows) and not set(choose) & set(report)
+    assert 70 < len(choose) < 130
+    (tmp_path / "dev.jsonl").write_text("\n".join(reversed(rows[:100])) + "\n")
+    again = quality.halve(tmp_path / "dev.jsonl", tmp_path)[0].read_text().splitlines()
+    assert set(again) == set(choose) & set(rows[:100])
+
+
+def test_the_halves_are_those_of_the_first_byte_of_sha256(tmp_path):
+    # echo -n a | sha256sum: ca978112..., b: 3e23e816..., c: 2e7d2c03..., f: 252f10c8..., i: de7d1b72...
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps({"id": name}) + "\n" for name in "abcfi"))
+    choose, report = (path.read_text() for path in quality.halve(tmp_path / "dev.jsonl", tmp_path))
+    assert [json.loads(line)["id"] for line in choose.splitlines()] == ["a", "b", "c", "i"]
+    assert [json.loads(line)["id"] for line in report.splitlines()] == ["f"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "sst2").mkdir()
+    for name in ("train", "dev"):
+        (tmp_path / "sst2" / f"{name}.jsonl").write_text('{"id": "a", "text": "b", "label": "negative"}\n')
+    return ["--data", str(tmp_path), "--task", "sst2", "--quick", "--runs", str(tmp_path / "runs")]
+
+
+@pytest.mark.parametrize(
+    "flags", [["--seed", "99", "--tune"], ["--seed", "100"], ["--seed", "0", "--ppo", "--steps 2"]]
+)
+def test_tuning_and_reporting_share_no_seed_and_no_settings(data, flags, capsys):
+    with pytest.raises(SystemExit):
+        quality.parse([*data, *flags])
+    assert "--tune" in capsys.readouterr().err
+
+
+def test_a_missing_file_is_named(data, capsys):
+    with pytest.raises(SystemExit):
+        quality.parse([*data, "--task", "mr", "--seed", "0"])
+    assert str(Path("mr") / "train.jsonl") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--seed", "0"], ["--seed", "100", "--tune"]])
+def test_where_settings_are_tuned_no_stage_is_told_of_the_reporting_half(data, flags, monkeypatch):
+    built = []
+    monkeypatch.setattr(quality.Cell, "stage", lambda cell, directory, *words: built.extend(map(str, words)))
+    of_stages, _ = quality.prepare(quality.Cell(quality.parse([*data, *flags])))
+    told = " ".join([*built, *map(str, of_stages)])
+    assert told.count("dev_choose.jsonl") == 2 and ("dev_report.jsonl" in told) is ("--tune" not in flags)
+
+
+def test_a_command_is_kept_without_this_machines_paths(data, tmp_path):
+    cell = quality.Cell(quality.parse([*data, "--seed", "0"]))
+    words = [str(ROOT / "train_sft.py"), "--train_file", str(tmp_path / "sst2" / "train.jsonl")]
+    words += ["--output_dir", str(cell.directory / "sft")]
+    typed = "python train_sft.py --train_file data/sst2/train.jsonl --output_dir runs/sst2-quick/sst2-tiny-0/sft"
+    assert cell.as_typed(words) == typed
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def make_cell(task="sst2", seed=0, gold="0101" * 10, verdict="unclear", commit="aaaaaaa", prefix=None, **methods):
+    """A cell whose methods are right except in the given numbers of rows, the last ones."""
+    flip = {"0": "1", "1": "0"}
+    given = {
+        name.replace("_best", "/best").replace("_last", "/last").replace("_", "-"): {
+            "labels": gold[: len(gold) - wrong] + "".join(flip[label] for label in gold[len(gold) - wrong :]),
+            "accuracy": 1 - wrong / len(gold), "macro_f1": 0.5, "parse_failures": 0.0,
+        }
+        for name, wrong in methods.items()
+    }  # fmt: skip
+    curve = [{"n": n, "difference": n / 1000} for n in (1, 2, 4, 8, 16)]
+    return {
+        "task": task, "model": "tiny", "seed": seed, "all_labelled": False, "labelled": 40,
+        "part": "the reporting half", "labels": ["negative", "positive"], "gold": gold,
+        "texts": " ".join(f"{prefix or task}{n}" for n in range(len(gold))), "methods": given,
+        "preview": {"verdict": verdict, "curve": curve},
+        "ppo": {"ppo-label": {"steps": 40, "planned": 80, "handed_back": 0, "hacking": [40]}},
+        "stages": {"tiny": {"cpu_seconds": 600.0}, "sft": {"cpu_seconds": 90.0}, "ppo-label": {"cpu_seconds": 150.0}},
+        "commit": commit, "machine": {"processor": "a processor", "versions": {"python": "3.11"}},
+    }  # fmt: skip
+
+
+FULL = {"ppo_label_best": 8, "ppo_label_last": 6, "ppo_gold_best": 4, "ppo_gold_last": 4}
+
+
+def test_differences_are_the_means_over_rows_seeds_and_tasks():
+    cells = [
+        make_cell(sft=10, ppo_label_best=8), make_cell(seed=1, sft=12, ppo_label_best=14),  # +5, -5 points of 40 rows
+        make_cell("agnews", sft=10, ppo_label_best=4),  # +15
+    ]  # fmt: skip
+    (by_task,) = grouped(cells).values()
+    row = compare(by_task)["ppo-label/best"]
+    assert row["sst2"][:2] == pytest.approx((100 * (32 + 26) / 80, 0.0))
+    assert row["agnews"][:2] == pytest.approx((90.0, 15.0))
+    assert row["mean"][:2] == pytest.approx(((72.5 + 90) / 2, 7.5))
+    low, high = row["agnews"][
+        2:
+    ]  # 6 of 40 rows: their number in a draw is binomial, its 2.5 and 97.5 % points 2 and 11
+    assert (low, high) == (pytest.approx(100 * 2 / 40, abs=0.01), pytest.approx(100 * 11 / 40, abs=0.01))
+    low, high = row["sst2"][2:]  # two seeds of +5 and -5: one alone is drawn half of the time
+    assert low < -5 and high > 5
+
+
+def test_a_parse_failure_is_wrong():
+    cell = make_cell(sft=0)
+    cell["methods"]["sft"]["labels"] = "--" + cell["gold"][2:]
+    assert right(cell, "sft").sum() == 38
+
+
+def test_tasks_with_a_text_in_common_are_drawn_together():
+    def interval(prefix):
+        cells = [
+            make_cell("mr", sft=10, ppo_label_best=0, prefix=prefix),  # + where
+            make_cell("sst2", sft=0, ppo_label_best=10, prefix=prefix),  # - is in the same texts
+        ]
+        (by_task,) = grouped(cells).values()
+        assert [sorted(group) for group in sharing(by_task)] == ([["mr", "sst2"]] if prefix else [["mr"], ["sst2"]])
+        return compare(by_task)["ppo-label/best"]["mean"]
+
+    assert interval("shared")[1:] == pytest.approx((0, 0, 0))  # whatever is drawn, the two differences cancel
+    _, centre, low, high = interval(None)
+    assert centre == pytest.approx(0) and low < -5 and high > 5
+
+
+@pytest.mark.parametrize(
+    ("verdict", "best", "gold", "false", "missed"),
+    [
+        ("gain", 10, 4, True, False),  # promised, handed back the start
+        ("gain", 9, 4, False, False),
+        ("unclear", 10, 4, False, True),  # not promised, and gold gained 15 points
+        ("loss", 10, 10, False, False),
+    ],
+)
+def test_false_promises_and_missed_gains(verdict, best, gold, false, missed):
+    cell = make_cell(verdict=verdict, sft=10, ppo_label_best=best, ppo_label_last=12, ppo_gold_best=gold)
+    found = promise(cell)
+    assert (found["false"], found["missed"]) == (false, missed)
+    assert found["predicted"] == pytest.approx(0.8) and found["last"] == pytest.approx(-5)
+    assert found["gold"] == pytest.approx(2.5 * (10 - gold))
+
+
+def test_a_gain_of_the_gold_reward_below_the_bound_is_not_missed():
+    gold = "01" * 100
+    for wrong, missed in ((98, False), (97, True)):  # +1.0 and +1.5 points of 200 rows
+        found = promise(make_cell(gold=gold, sft=100, ppo_label_best=100, ppo_label_last=100, ppo_gold_best=wrong))
+        assert found["missed"] is missed
+
+
+def test_the_page_counts_marks_and_tells_what_is_reached():
+    cells = [
+        make_cell(verdict="gain", sft=10, **FULL),
+        make_cell("mr", verdict="gain", commit="bbbbbbb", sft=4, **(FULL | {"ppo_label_best": 6})),
+        make_cell("agnews", sft=10, **(FULL | {"ppo_label_best": 10})),
+    ]
+    text = page(cells, "aaaaaaa")
+    assert "| mr tiny 0 (commit bbbbbbb) | 40 | 40 | 4 | label: the start, stopped at 40, hacking seen at 40 |" in text
+    assert "| sst2 tiny 0 | 40 | 40 |" in text  # of today's commit: no mark
+    assert "False promises: 1 of 2 promised gains. Missed gains: 1 of 1" in text
+    # RLLR: +5, -5, 0; gold: +15, 0, +15
+    assert "RLLR gains +0.00 and the gold reward +10.00 points: 0 % of it" in text
+    assert "interval that lies below -0.5: nothing." in text  # 2 of 40 rows: the interval reaches 0
+
+
+def test_a_policy_that_is_handed_back_and_loses_is_named():
+    cells = [make_cell(sft=4, **(FULL | {"ppo_label_best": 30}))]
+    assert "interval that lies below -0.5: RLLR, handed back on sst2." in page(cells, "aaaaaaa")
+
+
+def test_correlation_of_what_was_predicted_with_what_came():
+    cells = [make_cell(seed=n, sft=10, **(FULL | {"ppo_label_last": 10 - n, "ppo_label_best": 10})) for n in range(3)]
+    for n, cell in enumerate(cells):
+        cell["preview"]["curve"][3]["difference"] = (0.0, 0.1, 0.1)[n]  # against 0, 1, 2: r = 0.866 by hand
+    assert "with what RLLR gained: 0.87 (last), unknown" in page(cells, "aaaaaaa")
+
+
+def test_cells_of_one_task_with_other_rows_are_refused():
+    with pytest.raises(SystemExit, match="have other rows"):
+        grouped([make_cell(sft=1), make_cell(seed=1, sft=1, prefix="other")])
+
+
+def test_no_cells_is_one_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        quality_tables.main(["--cells", str(tmp_path)])
+    assert "no cells there" in capsys.readouterr().err
