@@ -104,7 +104,8 @@ def make_choice(stage, args):
     """Write the reward model's choice of label, as an answer with the rationale that argues for it."""
     rows, task, writer = stage.fit(stage.reported), stage.task, stage.writer
     answers = answer_rows(stage.policy, stage.encoder, task, rows, **stage.limits)
-    labels = choose_labels(stage.reward_model, stage.encoder, task, rows, answers, writer, stage.limits["batch_size"])
+    options = {"writer": writer, "batch_size": stage.limits["batch_size"]}
+    labels = choose_labels(stage.reward_model, stage.encoder, task, rows, answers, **options)
     texts = [task.render_answer(label, writer.write(row, label)) for row, label in zip(rows, labels)]
     write_answers(args, stage.reported, [Answer(text, label, False) for text, label in zip(texts, labels)])
 

@@ -120,7 +120,8 @@ def classifier_report(model, models, task, parts, writer, config) -> dict:
     """
     report = {}
     for part, (examples, answers) in parts.items():
-        chosen = choose_labels(model, models.encoder, task, examples, answers, writer, config.eval_batch_size)
+        options = {"writer": writer, "batch_size": config.eval_batch_size}
+        chosen = choose_labels(model, models.encoder, task, examples, answers, **options)
         gold = [example.label for example in examples]
         judged, greedy = accuracy(gold, chosen), accuracy(gold, [answer.label for answer in answers])
         report[part] = {"rows": len(examples), "reward_model": judged, "policy": greedy}
@@ -131,7 +132,7 @@ def classifier_report(model, models, task, parts, writer, config) -> dict:
     return report
 
 
-def choose_labels(model, encoder, task, examples, answers, writer, batch_size) -> list[str]:
+def choose_labels(model, encoder, task, examples, answers, *, writer, batch_size) -> list[str]:
     """Of each example the label whose answer the reward model scores highest; of equals the task's first.
 
     Each label is scored with a rationale that argues for it, by the writer; where the writer has none for every label,
