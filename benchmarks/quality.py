@@ -56,8 +56,7 @@ METHODS = {  # in a cell: what a table calls it
 
 LABELLED = {"mrpc": 2400}  # rows with a label; 4,000 for every other task
 TASKS = ("mr", "app_reviews", "sst2", "stsb", "mrpc", "qqp", "mnli", "agnews")
-DECODING = "--max_new_tokens 40"  # an evidence rationale and its label take 12 to 30 tokens
-QUIET = "--save_every 0 --log_every 1000"
+EVERY_STAGE = "--max_new_tokens 40 --save_every 0 --log_every 1000"  # a rationale and its label take 12 to 30 tokens
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,8 @@ class Cell:
 
     def script(self, name, script, *words):
         """Run a script of the product into <cell>/<name>."""
-        self.stage(self.directory / name, str(ROOT / script), *words, "--seed", self.args.seed)
+        words = [*words, *(EVERY_STAGE.split() if script.startswith("train_") else [])]
+        self.stage(self.directory / name, ROOT / script, *words, "--seed", self.args.seed)
 
     def stage(self, directory, *words):
         """Run `python <words> --output_dir <directory>` unless that has run already; what it took is kept beside it.
@@ -210,7 +210,7 @@ def run_stages(cell):
     cell.script("choice", *own, "--make", "choice")
     if util.find_spec("sklearn"):
         cell.script("tfidf", *own, "--make", "tfidf")
-    evaluate = ["-m", "rllr.evaluate", "--part", "eval" if args.tune else "test"]
+    evaluate = ["-m", "rllr.evaluate", "--part", "eval" if args.tune else "test", *EVERY_STAGE.split()[:2]]
     models = [path / name for name in policies(cell)]
     cell.stage(path / "evaluation", *evaluate, "--models", *models)
     best_of = ["--best_of", BEST_OF, *label, "--seed", args.seed]
