@@ -206,7 +206,8 @@ def sentence(found) -> str:
         f"{100 * found['greedy']:.1f} % of {found['prompts']} prompts ({_points(shown)}), "
     )
     if verdict == "gain":
-        return text + "so PPO has something to gain from this reward model."
+        text += "so PPO has something to gain from this reward model"
+        return f"{text}; without PPO, --best_of {judged['n']} of rllr.predict chooses so, too."
     if curve[-1]["n"] == 1 or found["prompts"] < 2:
         return text + "which says nothing about the reward model: sample at least 2 answers to at least 2 prompts."
     text += (
@@ -217,7 +218,8 @@ def sentence(found) -> str:
     text += f": what helps is {REMEDIES}"
     if judged["low"] > ROUNDING:  # only beside "loss": choosing among few answers works, optimising further does not
         text += f"; best-of-{judged['n']} beats greedy ({_points(judged)}), "
-        text += "so choosing among a few answers helps where training on does not"
+        text += "so choosing among a few answers helps where training on does not:"
+        text += f" --best_of {judged['n']} of rllr.predict does that"
     elif judged["difference"] > ROUNDING:
         text += f"; best-of-{judged['n']} beats greedy only within chance"
         text += " (more prompts would tell)" if shown is judged else f" ({_points(judged)})"

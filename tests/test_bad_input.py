@@ -370,7 +370,7 @@ CASES = {
     "evaluate missing model": ("evaluate", "--models {toy.sft} {tmp}/ppo", None, ["{tmp}/ppo", "no such model"]),
     "evaluate other task": ("evaluate", "--models {toy.sft} --task {tmp}/other.yaml --eval_file {toy.dev}",
         other_labels, ["--models {toy.sft}", "'toy'", "'other'"]),
-    "evaluate test part": ("evaluate", "--models {toy.sft} --part test", None, ["--part test", "--eval_file"]),
+    "evaluate test part": ("evaluate", "--models {toy.sft} --part test", None, ["--part test", "--test_file"]),
     "evaluate unknown part": ("evaluate", "--models {toy.sft} --part dev", None, ["--part 'dev'", "eval, test"]),
     "evaluate missing file": ("evaluate", "--models {toy.sft} --eval_file {tmp}/dev.csv", None,
         ["{tmp}/dev.csv", "no such file"]),

@@ -4,6 +4,7 @@ trained."""
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 from toy_runs import ANSWER, DEV_ROWS, TRAIN_ROWS, read_metrics, run, write_rows
@@ -98,7 +99,7 @@ def test_other_data_by_flag_goes_without_the_rows_that_sft_knows(here):
     new = [{"text": f"the dog {i} was tasty", "label": "good"} for i in range(12)]
     kept = json.loads((here / "runs" / "sft" / "rows.json").read_text())
     known = {name: len(hashes) for name, hashes in kept.items()}
-    assert known == {"labelled": 36, "held_out": 4, "eval": 24}
+    assert known == {"labelled": 36, "held_out": 4, "eval": 24, "test": 0}
     write_rows("data/more.jsonl", new + TRAIN_ROWS)
     write_rows("data/dev2.jsonl", new[:3] + TRAIN_ROWS[:20] + DEV_ROWS)
     flags = ["--train_file", "data/more.jsonl", "--eval_file", "data/dev2.jsonl", "--labelled", 11]
@@ -113,10 +114,10 @@ def test_other_data_by_flag_goes_without_the_rows_that_sft_knows(here):
         f"--train_file data/more.jsonl: 40 of {len(new) + len(TRAIN_ROWS)} rows trained or evaluated the policy and "
         "are left out" in output
     )
-    assert "rows trained the policy and are left out" in output and "of 47 rows trained the policy" in output
-    assert (
-        json.loads((here / "runs" / "ppo" / "last" / "rows.json").read_text()) == kept
-    )  # handed on for a second round
+    assert "of 47 rows trained the policy or are its test rows and are left out" in output
+    handed_on = json.loads((here / "runs" / "ppo" / "last" / "rows.json").read_text())  # for a second round
+    assert handed_on["labelled"] == kept["labelled"] and handed_on["held_out"] == kept["held_out"]
+    assert set(kept["eval"]) < set(handed_on["eval"]) and len(handed_on["prompts"]) == 24 - 11
 
 
 def test_a_resumed_run_keeps_its_data_by_flag(here):
@@ -140,8 +141,10 @@ def test_nothing_left_is_an_error(here, capsys):
 
 def test_evaluate_warns_of_rows_that_trained(here):
     output = run(evaluate.main, "--models", "runs/sft", "--eval_file", "data/train.jsonl", "--max_new_tokens", 12)
-    assert "warning: --eval_file data/train.jsonl: 36 of 52 rows trained runs/sft" in output
-    assert "warning" not in run(evaluate.main, "--models", "runs/sft", "--max_new_tokens", 12)
+    assert "warning: 36 of these 52 rows trained runs/sft: what is measured on them says little" in output
+    assert "warning: 4 of these 52 rows chose runs/sft (they are dev or held-out rows of it)" in output
+    output = run(evaluate.main, "--models", "runs/sft", "--max_new_tokens", 12)
+    assert "trained runs/sft" not in output and "warning: 24 of these 24 rows chose runs/sft" in output
 
 
 # ---- paths -----------------------------------------------------------------------------------------------------------
@@ -225,30 +228,48 @@ def test_an_older_record_or_run_is_refused_in_one_sentence(here, capsys):
 # ---- what the log says -----------------------------------------------------------------------------------------------
 
 
-def told(labelled, held_out=(), unlabelled=(), evaluation=()):
+def told(labelled, held_out=(), unlabelled=(), evaluation=(), test=()):
     log = []
-    tell_splits(Splits(list(labelled), list(held_out), list(unlabelled), list(evaluation)), TASK, log.append)
+    tell_splits(Splits(*map(list, (labelled, held_out, unlabelled, evaluation, test))), TASK, log.append)
     return log
+
+
+def about_texts(*splits, **more):
+    return [line for line in told(*splits, **more) if "as well" in line]
 
 
 def test_rows_per_split_and_class():
     unlabelled = [Example("u", "more")]
-    assert told(ROWS[:20], ROWS[20:25], unlabelled, ROWS[30:34]) == [
-        "rows: 20 labelled to train on (good 10, bad 10); 5 labelled held out (good 2, bad 3); 1 unlabelled; 4 for "
-        "evaluation (good 2, bad 2)"
+    assert told(ROWS[:20], ROWS[20:25], unlabelled, ROWS[30:34], ROWS[34:37])[0].splitlines() == [
+        "rows: 20 labelled to train on (good 10, bad 10): SFT and the reward models learn from them",
+        "      5 labelled held out (good 2, bad 3): they stop the reward model",
+        "      1 unlabelled: PPO's prompts",
+        "      4 for evaluation (dev) (good 2, bad 2): they choose epoch and step; preview, guard",
+        "      3 for test (good 1, bad 2): they choose nothing: report figures of these",
     ]
+    few, many = ([Example(f"d{i}", f"dev {i}", label="good") for i in range(count)] for count in (399, 400))
+    assert told(ROWS[:20], evaluation=few)[1] == (
+        "warning: dev has 399 rows: preview, guard and the choice of epoch and step are shaky; 400 or more would make "
+        "them surer"
+    )
+    assert not any("shaky" in line for line in told(ROWS[:20], evaluation=many))
 
 
 def test_texts_in_two_splits():
     """Compared without case and white space, across ids and labels."""
     again = [Example("x", " TEXT  3", label="good"), Example("y", "new", label="bad")]
-    log = told(ROWS[:20], ROWS[20:25], evaluation=again)
-    assert log[1].startswith(
+    (line,) = about_texts(ROWS[:20], ROWS[20:25], evaluation=again)
+    assert line.startswith(
         "warning: 1 of 2 evaluation texts are among the training rows as well (x): what is measured on them"
     )
-    log = told(ROWS[:20], again, evaluation=ROWS[30:34])
-    assert log[1].startswith("warning: 1 of 2 held-out texts are among the rows to train on as well (x)")
-    assert len(told(ROWS[:20], ROWS[20:25], evaluation=ROWS[30:34])) == 1
+    (line,) = about_texts(ROWS[:20], again, evaluation=ROWS[30:34])
+    assert line.startswith("warning: 1 of 2 held-out texts are among the rows to train on as well (x)")
+    for place in range(4):  # a test text is in none of the others
+        splits = [ROWS[:10], ROWS[10:20], ROWS[20:25], ROWS[30:34]]
+        splits[place] = [*splits[place], replace(again[0], text="the test's own")]
+        (line,) = about_texts(*splits, test=[Example("t", "The test's OWN", label="good"), again[1]])
+        assert line.startswith("warning: 1 of 2 test texts are among the training and evaluation rows as well (t)")
+    assert not about_texts(ROWS[:20], ROWS[20:25], evaluation=ROWS[30:34], test=ROWS[34:])
 
 
 def test_one_class_and_a_class_without_a_row():
