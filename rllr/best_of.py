@@ -7,6 +7,8 @@ has the gain without PPO (Stiennon et al. 2020, arXiv:2009.01325; Gao et al. 202
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from .answers import Answer, named_generator, read_answers, write_answers
 from .common.config import Settings, flag
 from .common.errors import InputError
@@ -15,7 +17,6 @@ from .model.heads import RewardModel
 from .model.loading import load_tokenizer
 from .model.records import check_same_task, read_record
 from .ppo_models import check_same_tokenizer
-from .run.optimizer import require_finite
 
 
 @dataclass
@@ -32,8 +33,8 @@ class BestOfConfig(Settings):
 def load_chooser(config, task, tokenizers, device):
     """The reward model of --label_rm; None without --best_of. An adapter is merged into its base.
 
-    tokenizers: those of the policies that it is to choose for. InputError where one of the two flags stands alone, where
-    the reward model is not there or was trained for another task, or reads other token ids than a policy writes.
+    tokenizers: those of the policies that it is to choose for. InputError where one of the two flags stands alone, or
+    the reward model is not there, was trained for another task, or reads other token ids than a policy writes.
     """
     if config.best_of and not config.label_rm:
         raise InputError(f"--best_of {config.best_of}: give the reward model that chooses as --label_rm DIR")
@@ -55,7 +56,7 @@ def best_answers(chooser, model, encoder, task, examples, config) -> list[Answer
     """Of --best_of answers that the model samples to each example the best-scored one, in the order of the examples.
 
     Sampled at --temperature; --seed and a row's place among the examples decide what is drawn, the batch size does not.
-    RunError where a score is not finite.
+    InputError where a score is not finite.
     """
     n = config.best_of
     rollout = write_answers(
@@ -65,7 +66,8 @@ def best_answers(chooser, model, encoder, task, examples, config) -> list[Answer
     )  # fmt: skip
     answers = read_answers(rollout, encoder, task)
     scores = score_rows(chooser, rollout.packed, config.batch_size)
-    require_finite(scores, "the reward model's score", [example.name for example in examples for _ in range(n)])
+    if not torch.isfinite(scores).all():
+        raise InputError(f"--label_rm {config.label_rm}: some of its scores are not finite; train it again")
     return [answers[place] for place in best_places(answers, scores.tolist(), n)]
 
 

@@ -93,7 +93,7 @@ def table(task, results) -> str:
 
 def tell_met(met, size, part):
     """Say of each model whose rows these are not quite new to: met is {model: `splits.met_rows`}, of `size` rows."""
-    remedy = "rows that did neither tell more: " + ("give them as --test_file" if part == "test" else "--part test")
+    remedy = "give rows that did neither as --test_file" + (", or use --part test" if part == "eval" else "")
     for name, says in (
         ("rows_that_trained", "trained {}: what is measured on them says little about new texts"),
         ("rows_that_chose", "chose {} (they are dev or held-out rows of it): its figure is a little too good"),

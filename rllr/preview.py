@@ -207,7 +207,7 @@ def sentence(found) -> str:
     )
     if verdict == "gain":
         text += "so PPO has something to gain from this reward model"
-        return f"{text}; without PPO, --best_of {judged['n']} of rllr.predict chooses so, too."
+        return f"{text}; {_flags(judged)} has that without PPO."
     if curve[-1]["n"] == 1 or found["prompts"] < 2:
         return text + "which says nothing about the reward model: sample at least 2 answers to at least 2 prompts."
     text += (
@@ -218,12 +218,16 @@ def sentence(found) -> str:
     text += f": what helps is {REMEDIES}"
     if judged["low"] > ROUNDING:  # only beside "loss": choosing among few answers works, optimising further does not
         text += f"; best-of-{judged['n']} beats greedy ({_points(judged)}), "
-        text += "so choosing among a few answers helps where training on does not:"
-        text += f" --best_of {judged['n']} of rllr.predict does that"
+        text += "so choosing among a few answers helps where training on does not"
+        text += f" ({_flags(judged)})"
     elif judged["difference"] > ROUNDING:
         text += f"; best-of-{judged['n']} beats greedy only within chance"
         text += " (more prompts would tell)" if shown is judged else f" ({_points(judged)})"
     return text + "."
+
+
+def _flags(point):
+    return f"rllr.predict --best_of {point['n']} --label_rm DIR"
 
 
 def table(found) -> str:

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from toy_runs import ANSWER, DEV_ROWS, TRAIN_ROWS, read_metrics, run, write_rows
+from toy_runs import ANSWER, DEV_ROWS, TRAIN_ROWS, read_lines, read_metrics, run, write_rows
 
 import train_ppo
 import train_rm
@@ -15,6 +15,8 @@ import train_sft
 from rllr import evaluate
 from rllr.common.errors import InputError
 from rllr.common.files import path_for_record, path_from_record
+from rllr.data.encoding import Encoder
+from rllr.data.rows import load_examples
 from rllr.data.splits import DataConfig, Splits, load_splits, rows_digest, tell_splits
 from rllr.tasks import Example, Task
 
@@ -145,6 +147,49 @@ def test_evaluate_warns_of_rows_that_trained(here):
     assert "warning: 4 of these 52 rows chose runs/sft (they are dev or held-out rows of it)" in output
     output = run(evaluate.main, "--models", "runs/sft", "--max_new_tokens", 12)
     assert "trained runs/sft" not in output and "warning: 24 of these 24 rows chose runs/sft" in output
+
+
+def test_test_rows_train_and_choose_nothing(here, toy, monkeypatch):
+    """Of 52 rows a fifth is set aside: no stage so much as reads them, and `evaluate` takes them unasked."""
+    read = {}
+
+    def fit(encoder, examples, *arguments):
+        read.setdefault(stage, set()).update(row.id for row in examples)
+        return fitted(encoder, examples, *arguments)
+
+    fitted = Encoder.fit
+    monkeypatch.setattr(Encoder, "fit", fit)
+    write_rows("data/train.jsonl", [row | {"id": f"r{i}"} for i, row in enumerate(TRAIN_ROWS)])
+    rows = load_splits(DataConfig(train_file="data/train.jsonl", test_share=0.2), TASK, lambda line: None).test
+    test = {row.id for row in rows}
+    data = ["--task", "toy.yaml", "--train_file", "data/train.jsonl", "--eval_file", "data/dev.jsonl"]
+    sft = [*data, "--labelled", 30, "--test_share", 0.2, "--model", toy.base, "--epochs", 2, *ANSWER]
+    ppo = ["--reward", "gold", "--steps", 2, "--rollout_prompts", 4, "--minibatches", 2, *ANSWER]
+    stage = "sft"
+    run(train_sft.main, *sft, "--learning_rate", 1e-2, "--output_dir", "runs/with-test")
+    stage = "rm"
+    run(train_rm.main, "--policy", "runs/with-test", *RM, "--output_dir", "runs/rm")
+    stage = "ppo"
+    run(train_ppo.main, "--policy", "runs/with-test", *ppo, "--output_dir", "runs/ppo")
+    assert len(test) == 10 and all(not ids & test for ids in read.values())
+    everything = {f"r{i}" for i in range(52)} | {row.id for row in load_examples("data/dev.jsonl", TASK)}
+    assert read["rm"] == everything - test and read["sft"] < read["rm"] and read["ppo"] < read["rm"]
+    for name in ("with-test", "ppo/last"):
+        kept = json.loads((here / "runs" / name / "rows.json").read_text())
+        assert len(kept["test"]) == 10 and not set(kept["test"]) & {h for n in kept if n != "test" for h in kept[n]}
+    stage = "evaluate"
+    models = ["--models", "runs/with-test", "runs/ppo/last", "--max_new_tokens", 12]
+    output = run(evaluate.main, *models, "--output_dir", "out")
+    assert (
+        "10 rows (part test), greedy answers" in output and "rows chose" not in output and "rows trained" not in output
+    )
+    assert {row["id"] for row in read_lines("out/answers-1.jsonl")} == test == read["evaluate"]
+    assert {row["part"] for row in json.loads((here / "out" / "evaluate.json").read_text())} == {"test"}
+    output = run(evaluate.main, *models, "--part", "eval")
+    assert "24 of these 24 rows chose runs/with-test, runs/ppo/last (they are" in output and "use --part test" in output
+    output = run(evaluate.main, *models, "--eval_file", "data/train.jsonl")
+    assert "warning: 27 of these 52 rows trained runs/with-test: " in output  # of 30 labelled rows 3 are held out
+    assert "warning: 39 of these 52 rows trained runs/ppo/last: " in output  # the 12 prompts as well
 
 
 # ---- paths -----------------------------------------------------------------------------------------------------------
