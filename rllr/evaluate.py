@@ -91,9 +91,8 @@ def table(task, results) -> str:
     return "\n".join(lines)
 
 
-def tell_met(met, size, part):
+def tell_met(met, size, remedy):
     """Say of each model whose rows these are not quite new to: met is {model: `splits.met_rows`}, of `size` rows."""
-    remedy = "give rows that did neither as --test_file" + (", or use --part test" if part == "eval" else "")
     for name, says in (
         ("rows_that_trained", "trained {}: what is measured on them says little about new texts"),
         ("rows_that_chose", "chose {} (they are dev or held-out rows of it): its figure is a little too good"),
@@ -163,7 +162,9 @@ def main(argv=None):
     results = [row | {"part": part} | met[row["model"]] for row in results]
     how = f"greedy answers, and the best of {config.best_of} by {config.label_rm}" if chooser else "greedy answers"
     say(f"\n{task.name}, {len(examples)} rows (part {part}), {how}\n{table(task, results)}")
-    tell_met({name: met[name] for name in config.models}, len(examples), part)
+    has_test = part == "eval" and "test" in first.get("rows", {})
+    remedy = "use --part test" if has_test else "give rows that did neither as --test_file"
+    tell_met({name: met[name] for name in config.models}, len(examples), remedy)
     if config.output_dir:
         write_results(Path(config.output_dir), results, examples, answers)
 

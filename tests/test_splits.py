@@ -146,7 +146,10 @@ def test_evaluate_warns_of_rows_that_trained(here):
     assert "warning: 36 of these 52 rows trained runs/sft: what is measured on them says little" in output
     assert "warning: 4 of these 52 rows chose runs/sft (they are dev or held-out rows of it)" in output
     output = run(evaluate.main, "--models", "runs/sft", "--max_new_tokens", 12)
-    assert "trained runs/sft" not in output and "warning: 24 of these 24 rows chose runs/sft" in output
+    assert "trained runs/sft" not in output and output.endswith(
+        "warning: 24 of these 24 rows chose runs/sft (they are dev or held-out rows of it): its figure is a little too "
+        "good; give rows that did neither as --test_file\n"
+    )
 
 
 def test_test_rows_train_and_choose_nothing(here, toy, monkeypatch):
