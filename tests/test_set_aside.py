@@ -11,6 +11,7 @@ from toy_runs import write_rows
 from rllr.common.errors import InputError
 from rllr.data import splits as splits_module
 from rllr.data.splits import DataConfig, inherit, joined_hashes, load_evaluation, load_splits, met_rows
+from rllr.run.resume import Resumed
 from rllr.tasks import TASKS, Example, Task
 
 TASK = Task("toy", ("good", "bad"), "{text}")
@@ -218,6 +219,21 @@ def test_other_rows_keep_to_what_they_are_new_for(train, dev, tmp_path):
     assert met == {"rows_that_trained": 11, "rows_that_chose": 5}
     nothing = {"rows_that_trained": 0, "rows_that_chose": 0}
     assert met_rows("organisation/model", [Example("0", "text 0")]) == nothing
+
+
+def test_a_resumed_run_has_the_same_test_rows(train, dev, tmp_path):
+    test = write_rows(tmp_path / "test.jsonl", rows(30, 5000))
+    config = DataConfig(train_file=train, eval_file=dev, test_file=test)
+    began = load_splits(config, TASK, print).fingerprints()
+    load_splits(config, TASK, print, resumed=Resumed(tmp_path, None, {"reads": began}))
+    write_rows(test, rows(29, 5000))
+    for reads, then in (
+        (began, began["--test_file"][:12]),
+        ({k: v for k, v in began.items() if "test" not in k}, "None"),
+    ):
+        message = f"would be another run: --test_file {test} holds [0-9a-f]*, the run began with {then}"
+        with pytest.raises(InputError, match=message):
+            load_splits(config, TASK, print, resumed=Resumed(tmp_path, None, {"reads": reads}))
 
 
 def test_hashes_are_joined_in_order_and_once():
