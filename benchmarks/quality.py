@@ -56,7 +56,7 @@ def main():
     data = []
     if args.train_file:
         choose, report = halve(Path(args.dev_file), runs)
-        data = ["--train_file", args.train_file, "--eval_file", str(choose)]
+        data = ["--train_file", args.train_file, "--eval_file", str(choose), "--test_file", str(report)]
     base = args.model
     if base == "tiny":
         base = str(runs / "tiny")
