@@ -19,7 +19,7 @@ from rllr.answers import answer_rows
 from rllr.common.config import Settings, check_divisible, flag
 from rllr.common.errors import InputError, brief, command
 from rllr.common.log import Clock, say
-from rllr.data.splits import DataConfig, load_splits, recorded_hashes
+from rllr.data.splits import DataConfig, hashes_of, joined_hashes, load_splits, recorded_hashes
 from rllr.evaluate import show_samples
 from rllr.judge import read_samples
 from rllr.metrics import answer_metrics, metric_line, rank, tell_parse_failures
@@ -144,7 +144,7 @@ class Config(RewardConfig, PPOConfig, TrainingConfig, PolicyConfig, LoRAConfig, 
 
     def protected_paths(self):
         models = [self.policy, self.label_rm, self.rationale_rm, self.value_init]
-        return [*models, self.task, self.train_file, self.eval_file]
+        return [*models, self.task, self.train_file, self.eval_file, self.test_file]
 
     def resolve(self, task, record):
         tiny = is_tiny(self, record)
@@ -197,9 +197,10 @@ def fingerprints(run, splits, models):
 class Keeper:
     """Evaluates the policy on dev; keeps the best in <run>/best, and the last, or a failed one, in <run>/last."""
 
-    def __init__(self, run, models, dev, loop):
+    def __init__(self, run, models, dev, loop, met):
+        """met: {split: hashes} of the rows that this run answers."""
         self.run, self.models, self.dev, self.loop = run, models, dev, loop
-        self.known_texts = recorded_hashes(run.config.policy)
+        self.known_texts = joined_hashes(recorded_hashes(run.config.policy), met)
 
     def start(self):
         """Evaluate the policy before its first step; a resumed run has done so."""
@@ -275,7 +276,8 @@ def main(argv=None):
     # step: rollouts done; best: how the best policy ranks, and after which step; before: the dev scores of the start
     loop = SimpleNamespace(step=0, best=None, best_step=0, before=None, skipped=0)
     run.track(config.steps, loop, kl=kl, sampling=sampling, **stream.parts(), **models.parts())
-    keeper = Keeper(run, models, dev, loop)
+    met = {"prompts": prompts, "eval": splits.eval, "test": splits.test}
+    keeper = Keeper(run, models, dev, loop, {name: hashes_of(rows) for name, rows in met.items()})
     with run:
         keeper.start()
         steps = range(loop.step + 1, config.steps + 1)

@@ -105,7 +105,8 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
         return f"runs/{task.name}/rm-{self.kind}"
 
     def protected_paths(self):
-        return [self.policy, self.task, self.train_file, self.eval_file, self.rationale_model, self.pairs, self.sampler]
+        data = [self.task, self.train_file, self.eval_file, self.test_file]
+        return [self.policy, *data, self.rationale_model, self.pairs, self.sampler]
 
     def resolve(self, task, record):
         tiny = is_tiny(self, record)

@@ -70,7 +70,7 @@ class Config(SupervisedConfig, RationaleConfig, LoRAConfig, DataConfig):
         return f"runs/{task.name}/sft"
 
     def protected_paths(self):
-        return [self.model, self.task, self.train_file, self.eval_file, self.rationale_model]
+        return [self.model, self.task, self.train_file, self.eval_file, self.test_file, self.rationale_model]
 
     def resolve(self, task, record):
         tiny = is_tiny(self, record)
@@ -132,7 +132,7 @@ def save_best(run, model, encoder, splits, base_record, scores):
     settings = {"eval": scores, "fingerprint": fingerprint(model.merged_state() if merged else model)}
     if merged:
         record = run.model_record(directory / "adapter", base=base_record, **settings)
-        save_policy(model, encoder, directory / "adapter", record)
+        save_policy(model, encoder, directory / "adapter", record, rows=splits.text_hashes())
     save_policy(model, encoder, directory, run.model_record(directory, **settings), merged, splits.text_hashes())
 
 

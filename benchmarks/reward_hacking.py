@@ -1,7 +1,7 @@
-"""Reward hacking by kind of label pair: what best-of-n foretells and what PPO then does, from one SFT policy of the demo.
+"""Reward hacking by kind of label pair: what best-of-n foretells, and what PPO then does.
 
-    python benchmarks/reward_hacking.py --sft runs/demo/sft --runs runs/reward-hacking   # trains, writes the figures' data
-    python benchmarks/reward_hacking.py --figure                                       # draws docs/reward-hacking.svg
+    python benchmarks/reward_hacking.py --sft runs/demo/sft     # trains, writes the figures' data, draws
+    python benchmarks/reward_hacking.py --figure                # draws docs/reward-hacking.svg from the stored data
 
 For each kind of `--label_pairs` a reward model and a PPO run that looks at dev every 20 updates; all else is equal.
 Finished stages do not run again. Writes benchmarks/results/reward-hacking.json; the drawing needs matplotlib.

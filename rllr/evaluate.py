@@ -2,7 +2,9 @@
 
     python -m rllr.evaluate --task sst2 --eval_file dev.jsonl --models runs/sst2/sft runs/sst2/ppo-label/last
 
-Prints a table and writes, with --output_dir, evaluate.json and one answers-*.jsonl per model.
+The rows are the test rows of the first model's record, or those that a flag names; where they trained or chose a
+model, a line beside the table says so. Prints the table and writes, with --output_dir, evaluate.json and one
+answers-*.jsonl per model.
 """
 
 import json
@@ -12,12 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from .answers import answer_rows
+from .best_of import BestOfConfig, best_answers, load_chooser
 from .common.config import flag, parse_config
 from .common.errors import InputError, command
 from .common.files import write_json
 from .common.log import say
 from .data.encoding import Encoder
-from .data.splits import DataConfig, inherit, load_evaluation
+from .data.splits import DataConfig, inherit, load_evaluation, met_rows
 from .metrics import _columns, _metrics, _Statistic, answer_metrics, bootstrap_interval, mcnemar
 from .model.loading import allow_remote_code, load_policy, load_tokenizer
 from .model.records import check_same_task, read_record, resolve_task, task_of_record
@@ -88,15 +91,36 @@ def table(task, results) -> str:
     return "\n".join(lines)
 
 
+def tell_met(met, size, remedy):
+    """Say of each model whose rows these are not quite new to: met is {model: `splits.met_rows`}, of `size` rows."""
+    for name, says in (
+        ("rows_that_trained", "trained {}: what is measured on them says little about new texts"),
+        ("rows_that_chose", "chose {} (they are dev or held-out rows of it): its figure is a little too good"),
+    ):
+        for count in sorted({found[name] for found in met.values()} - {0}):
+            models = ", ".join(model for model, found in met.items() if found[name] == count)
+            say(f"warning: {count} of these {size} rows {says.format(models)}; {remedy}")
+
+
 @dataclass
-class Config(DecodingConfig, DataConfig):
+class Config(DecodingConfig, BestOfConfig, DataConfig):
     GROUP = "evaluation"
     models: list | None = flag(None, "directories or hub names; the first is the one the others are compared with")
     base: str | None = flag(None, "where the base of --models that are adapters lies now, if it has moved")
     output_dir: str | None = flag(None, "where evaluate.json and the answers go; without it they are only printed")
     overwrite: bool = flag(False, "replace an evaluation that is already there")
-    part: str = flag("eval", "demo only: eval (dev) or test", choices=("eval", "test"))
-    seed: int = flag(0, "of the bootstrap")
+    part: str | None = flag(
+        None, "eval (dev) or test; without it test where the policy's record names test rows", choices=("eval", "test")
+    )
+    seed: int = flag(0, "of the bootstrap, and of the sampled answers")
+
+
+def choose_part(config, record):
+    """--part; without it what the flags name, else the test rows of the policy's record, else dev."""
+    if config.part or config.given & {"test_file", "test_split"}:
+        return config.part or "test"
+    named = config.given & {"eval_file", "eval_split", "dataset"}
+    return "test" if "test" in record.get("rows", {}) and not named else "eval"
 
 
 @command
@@ -117,19 +141,30 @@ def main(argv=None):
     }  # a missing one is found before any model answers
     for name, record in records.items():
         check_same_task(record, task, f"--models {name}")
+    chooser = load_chooser(config, task, tokenizers.values(), device)
     config.policy = config.models[0]
-    examples = load_evaluation(config, task, config.part, say, first)
-    answers = {}
+    part = choose_part(config, first)
+    examples = load_evaluation(config, task, part, say, first)
+    answers, met = {}, {}
     for name in config.models:
         own_task = task_of_record(records[name]) or task  # a label-only model is asked in its own way
         model = load_policy(name, device=device, base=config.base)
         encoder = Encoder(tokenizers[name], model, records[name].get("clock"))
         limits = {"max_new_tokens": config.max_new_tokens}
         fitted = encoder.fit(examples, own_task, config.max_new_tokens, say)
-        check_policy(model, encoder, own_task, fitted, name=name, **limits)
+        check_policy(model, encoder, own_task, fitted, name=name, alike=[chooser] if chooser else (), **limits)
         answers[name] = answer_rows(model, encoder, own_task, fitted, batch_size=config.batch_size, **limits)
+        met[name] = met_rows(name, examples)
+        if chooser:
+            best = f"{name} best of {config.best_of}"
+            answers[best], met[best] = best_answers(chooser, model, encoder, own_task, fitted, config), met[name]
     results = compare(task, examples, answers, config.seed)
-    say(f"\n{task.name}, {len(examples)} rows, greedy answers\n{table(task, results)}")
+    results = [row | {"part": part} | met[row["model"]] for row in results]
+    how = f"greedy answers, and the best of {config.best_of} by {config.label_rm}" if chooser else "greedy answers"
+    say(f"\n{task.name}, {len(examples)} rows (part {part}), {how}\n{table(task, results)}")
+    has_test = part == "eval" and "test" in first.get("rows", {})
+    remedy = "use --part test" if has_test else "give rows that did neither as --test_file"
+    tell_met({name: met[name] for name in config.models}, len(examples), remedy)
     if config.output_dir:
         write_results(Path(config.output_dir), results, examples, answers)
 

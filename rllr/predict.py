@@ -4,7 +4,8 @@
     echo '{"text": "a dull and overlong mess"}' | python -m rllr.predict --model runs/sst2/ppo-label/last
 
 From standard input (no --input, or --input -) a line is a JSON object with `text` (and `text_b`), or plain text. Every
-row that goes in comes out: one without a text with label null and the reason.
+row that goes in comes out: one without a text with label null and the reason. With --best_of N --label_rm DIR the
+answer is the one of N sampled answers that the reward model scores highest.
 """
 
 import json
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .answers import answer_rows
+from .best_of import BestOfConfig, best_answers, load_chooser
 from .common.config import flag, parse_config
 from .common.errors import InputError, command
 from .data.encoding import Encoder
@@ -29,7 +31,7 @@ from .tasks import split_answer
 
 
 @dataclass(kw_only=True)
-class Config(DecodingConfig, FileConfig):
+class Config(DecodingConfig, BestOfConfig, FileConfig):
     GROUP = "prediction"
     model: str = flag(help="directory of a trained policy")
     base: str | None = flag(None, "where the base of a model that is an adapter lies now, if it has moved")
@@ -89,7 +91,7 @@ def main(argv=None):
     record = read_record(config.model)
     task = resolve_task(config, record, config.model)
     check_same_task(record, task, f"--model {config.model}")
-    device = set_up(config.precision, seed=0)
+    device = set_up(config.precision, config.seed)
 
     def log(line):  # standard output may carry the result
         print(line, file=sys.stderr)
@@ -100,6 +102,7 @@ def main(argv=None):
         source = read_stdin(sys.stdin)
     else:
         source = Source(path=config.input, delimiter=config.delimiter, encoding=config.encoding)
+    chooser = load_chooser(config, task, [tokenizer], device)
     examples = load_examples(source, task, labels="ignored", columns=columns, empty="keep", log=log)
     asked = [example for example in examples if example.text and (example.text_b or not task.is_pair)]
     model = load_policy(config.model, device=device, base=config.base)
@@ -108,8 +111,11 @@ def main(argv=None):
     if asked:
         fitted = encoder.fit(asked, task, config.max_new_tokens, log)
         limits = {"max_new_tokens": config.max_new_tokens}
-        check_policy(model, encoder, task, fitted, name=config.model, **limits)
-        answers = answer_rows(model, encoder, task, fitted, batch_size=config.batch_size, **limits)
+        check_policy(model, encoder, task, fitted, name=config.model, alike=[chooser] if chooser else (), **limits)
+        if chooser:
+            answers = best_answers(chooser, model, encoder, task, fitted, config)
+        else:
+            answers = answer_rows(model, encoder, task, fitted, batch_size=config.batch_size, **limits)
     given = dict(zip((example.id for example in asked), answers))
     lines = [answer_line(example, given.get(example.id), task) for example in examples]
     failures = sum(line["label"] is None for line in lines)

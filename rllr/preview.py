@@ -206,7 +206,8 @@ def sentence(found) -> str:
         f"{100 * found['greedy']:.1f} % of {found['prompts']} prompts ({_points(shown)}), "
     )
     if verdict == "gain":
-        return text + "so PPO has something to gain from this reward model."
+        text += "so PPO has something to gain from this reward model"
+        return f"{text}; {_flags(judged)} has that without PPO."
     if curve[-1]["n"] == 1 or found["prompts"] < 2:
         return text + "which says nothing about the reward model: sample at least 2 answers to at least 2 prompts."
     text += (
@@ -218,10 +219,15 @@ def sentence(found) -> str:
     if judged["low"] > ROUNDING:  # only beside "loss": choosing among few answers works, optimising further does not
         text += f"; best-of-{judged['n']} beats greedy ({_points(judged)}), "
         text += "so choosing among a few answers helps where training on does not"
+        text += f" ({_flags(judged)})"
     elif judged["difference"] > ROUNDING:
         text += f"; best-of-{judged['n']} beats greedy only within chance"
         text += " (more prompts would tell)" if shown is judged else f" ({_points(judged)})"
     return text + "."
+
+
+def _flags(point):
+    return f"rllr.predict --best_of {point['n']} --label_rm DIR"
 
 
 def table(found) -> str:

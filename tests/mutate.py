@@ -22,12 +22,14 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 import pytest  # noqa: E402
 from _pytest.runner import runtestprotocol  # noqa: E402
 
+import rllr.best_of  # noqa: E402
+import rllr.data.splits  # noqa: E402
 import rllr.layout  # noqa: E402
 import rllr.logprobs  # noqa: E402
 import rllr.ppo  # noqa: E402
 import rllr.rewards  # noqa: E402
 
-FILES = ["test_ppo.py", "test_rewards.py", "test_layout.py", "test_logprobs.py"]
+FILES = ["test_ppo.py", "test_rewards.py", "test_layout.py", "test_logprobs.py", "test_best_of.py", "test_set_aside.py"]
 
 # (module.function, what stands there, what is put in its place)
 MUTANTS = [
@@ -198,6 +200,15 @@ MUTANTS = [
         "torch.special.entr(logits.softmax(-1))",
         "-(logits.softmax(-1) * logits.log_softmax(-1))",
     ),
+    ("best_of.best_places", "(whole[place], scores[place])", "scores[place]"),
+    ("best_of.best_places", "and not answer.truncated", ""),
+    ("best_of.best_places", "max(range(start, start + n)", "max(reversed(range(start, start + n))"),
+    ("data.splits._set_aside", "aside += test", "pass"),
+    ("data.splits._set_aside", "split_holdout(rest, max", "split_holdout(labelled, max"),
+    ("data.splits._set_aside", "count < FEWEST_TEST_ROWS", "False"),
+    ("data.splits._test_share", 'and "test" not in recorded', "and False"),
+    ("data.splits._other_rows", "(trained | chose, ", "(trained, "),
+    ("data.splits.met_rows", '("held_out", "eval")', '("eval",)'),
 ]
 
 

@@ -16,7 +16,7 @@ FLOORS = [
     {"run"},
     {"rollout", "logprobs", "answers", "judge"},
     {"metrics", "grounding", "preview", "rationales", "update"},
-    {"tiny", "ppo_models", "rm_pairs", "cross_fit", "reports", "evaluate", "predict", "merge"},
+    {"tiny", "ppo_models", "rm_pairs", "cross_fit", "reports", "best_of", "evaluate", "predict", "merge"},
 ]
 TORCH_ONLY = {"layout", "ppo"}  # and rewards, which stands on ppo
 PURE = {"rllr.update": {"checkpoint", "files"}, "rllr.judge": {"checkpoint", "files"}}  # core without machinery

@@ -331,7 +331,7 @@ def test_evaluate_compares_two_models(models, data, tmp_path, capsys):
     assert rows[3]["answer"] == "none" and rows[3]["label"] is None
     assert [row["answer"] for row in lines_of(output / "answers-0.jsonl")] == [f"Label: {v}" for v in TEXTS.values()]
     shown = capsys.readouterr().out
-    assert "sst2, 4 rows, greedy answers" in shown and "100.0 %" in shown and "McNemar p 1" in shown
+    assert "sst2, 4 rows (part eval), greedy answers" in shown and "100.0 %" in shown and "McNemar p 1" in shown
 
 
 def test_what_evaluate_refuses(models, data, tmp_path, capsys):

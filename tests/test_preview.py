@@ -331,7 +331,10 @@ def test_the_sentence_of_a_gain():
     assert text.startswith(
         "Best-of-8 is right in 100.0 % and the greedy answer in 50.0 % of 40 prompts (+50.0 points, "
     )
-    assert text.endswith("so PPO has something to gain from this reward model.")
+    assert text.endswith(
+        "so PPO has something to gain from this reward model; rllr.predict --best_of 8 --label_rm DIR has that without "
+        "PPO."
+    )
 
 
 def test_the_sentence_of_a_loss():
@@ -342,7 +345,7 @@ def test_the_sentence_of_a_loss():
     turned = sentence(preview(*prompts([WORST] * 40), [1] * 4 + [0] * 36))
     assert turned.startswith("Best-of-16 is right in 0.0 %")  # the worst point
     assert "; best-of-8 beats greedy (+40.0 points, " in turned and turned.endswith(
-        "so choosing among a few answers helps where training on does not."
+        "so choosing among a few answers helps where training on does not (rllr.predict --best_of 8 --label_rm DIR)."
     )
     rows = [(*range(1, 16),)] * 40  # best-of-16: 0 %, best-of-8: 50 %
     within = sentence(preview(*prompts(rows), [1] * 19 + [0] * 21))

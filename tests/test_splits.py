@@ -4,9 +4,10 @@ trained."""
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
-from toy_runs import ANSWER, DEV_ROWS, TRAIN_ROWS, read_metrics, run, write_rows
+from toy_runs import ANSWER, DEV_ROWS, TRAIN_ROWS, read_lines, read_metrics, run, write_rows
 
 import train_ppo
 import train_rm
@@ -14,6 +15,8 @@ import train_sft
 from rllr import evaluate
 from rllr.common.errors import InputError
 from rllr.common.files import path_for_record, path_from_record
+from rllr.data.encoding import Encoder
+from rllr.data.rows import load_examples
 from rllr.data.splits import DataConfig, Splits, load_splits, rows_digest, tell_splits
 from rllr.tasks import Example, Task
 
@@ -105,7 +108,7 @@ def test_other_data_by_flag_goes_without_the_rows_that_sft_knows(here):
     new = [{"text": f"the dog {i} was tasty", "label": "good"} for i in range(12)]
     kept = json.loads((here / "runs" / "sft" / "rows.json").read_text())
     known = {name: len(hashes) for name, hashes in kept.items()}
-    assert known == {"labelled": 36, "held_out": 4, "eval": 24}
+    assert known == {"labelled": 36, "held_out": 4, "eval": 24, "test": 0}
     write_rows("data/more.jsonl", new + TRAIN_ROWS)
     write_rows("data/dev2.jsonl", new[:3] + TRAIN_ROWS[:20] + DEV_ROWS)
     flags = ["--train_file", "data/more.jsonl", "--eval_file", "data/dev2.jsonl", "--labelled", 11]
@@ -120,10 +123,10 @@ def test_other_data_by_flag_goes_without_the_rows_that_sft_knows(here):
         f"--train_file data/more.jsonl: 40 of {len(new) + len(TRAIN_ROWS)} rows trained or evaluated the policy and "
         "are left out" in output
     )
-    assert "rows trained the policy and are left out" in output and "of 47 rows trained the policy" in output
-    assert (
-        json.loads((here / "runs" / "ppo" / "last" / "rows.json").read_text()) == kept
-    )  # handed on for a second round
+    assert "of 47 rows trained the policy or are its test rows and are left out" in output
+    handed_on = json.loads((here / "runs" / "ppo" / "last" / "rows.json").read_text())  # for a second round
+    assert handed_on["labelled"] == kept["labelled"] and handed_on["held_out"] == kept["held_out"]
+    assert set(kept["eval"]) < set(handed_on["eval"]) and len(handed_on["prompts"]) == 24 - 11
 
 
 def test_a_resumed_run_keeps_its_data_by_flag(here):
@@ -147,8 +150,56 @@ def test_nothing_left_is_an_error(here, capsys):
 
 def test_evaluate_warns_of_rows_that_trained(here):
     output = run(evaluate.main, "--models", "runs/sft", "--eval_file", "data/train.jsonl", "--max_new_tokens", 12)
-    assert "warning: --eval_file data/train.jsonl: 36 of 52 rows trained runs/sft" in output
-    assert "warning" not in run(evaluate.main, "--models", "runs/sft", "--max_new_tokens", 12)
+    assert "warning: 36 of these 52 rows trained runs/sft: what is measured on them says little" in output
+    assert "warning: 4 of these 52 rows chose runs/sft (they are dev or held-out rows of it)" in output
+    output = run(evaluate.main, "--models", "runs/sft", "--max_new_tokens", 12)
+    assert "trained runs/sft" not in output and output.endswith(
+        "warning: 24 of these 24 rows chose runs/sft (they are dev or held-out rows of it): its figure is a little too "
+        "good; give rows that did neither as --test_file\n"
+    )
+
+
+def test_test_rows_train_and_choose_nothing(here, toy, monkeypatch):
+    """Of 52 rows a fifth is set aside: no stage so much as reads them, and `evaluate` takes them unasked."""
+    read = {}
+
+    def fit(encoder, examples, *arguments):
+        read.setdefault(stage, set()).update(row.id for row in examples)
+        return fitted(encoder, examples, *arguments)
+
+    fitted = Encoder.fit
+    monkeypatch.setattr(Encoder, "fit", fit)
+    write_rows("data/train.jsonl", [row | {"id": f"r{i}"} for i, row in enumerate(TRAIN_ROWS)])
+    rows = load_splits(DataConfig(train_file="data/train.jsonl", test_share=0.2), TASK, lambda line: None).test
+    test = {row.id for row in rows}
+    data = ["--task", "toy.yaml", "--train_file", "data/train.jsonl", "--eval_file", "data/dev.jsonl"]
+    sft = [*data, "--labelled", 30, "--test_share", 0.2, "--model", toy.base, "--epochs", 2, *ANSWER]
+    ppo = ["--reward", "gold", "--steps", 2, "--rollout_prompts", 4, "--minibatches", 2, *ANSWER]
+    stage = "sft"
+    run(train_sft.main, *sft, "--learning_rate", 1e-2, "--output_dir", "runs/with-test")
+    stage = "rm"
+    run(train_rm.main, "--policy", "runs/with-test", *RM, "--output_dir", "runs/rm")
+    stage = "ppo"
+    run(train_ppo.main, "--policy", "runs/with-test", *ppo, "--output_dir", "runs/ppo")
+    assert len(test) == 10 and all(not ids & test for ids in read.values())
+    everything = {f"r{i}" for i in range(52)} | {row.id for row in load_examples("data/dev.jsonl", TASK)}
+    assert read["rm"] == everything - test and read["sft"] < read["rm"] and read["ppo"] < read["rm"]
+    for name in ("with-test", "ppo/last"):
+        kept = json.loads((here / "runs" / name / "rows.json").read_text())
+        assert len(kept["test"]) == 10 and not set(kept["test"]) & {h for n in kept if n != "test" for h in kept[n]}
+    stage = "evaluate"
+    models = ["--models", "runs/with-test", "runs/ppo/last", "--max_new_tokens", 12]
+    output = run(evaluate.main, *models, "--output_dir", "out")
+    assert (
+        "10 rows (part test), greedy answers" in output and "rows chose" not in output and "rows trained" not in output
+    )
+    assert {row["id"] for row in read_lines("out/answers-1.jsonl")} == test == read["evaluate"]
+    assert {row["part"] for row in json.loads((here / "out" / "evaluate.json").read_text())} == {"test"}
+    output = run(evaluate.main, *models, "--part", "eval")
+    assert "24 of these 24 rows chose runs/with-test, runs/ppo/last (they are" in output and "use --part test" in output
+    output = run(evaluate.main, *models, "--eval_file", "data/train.jsonl")
+    assert "warning: 27 of these 52 rows trained runs/with-test: " in output  # of 30 labelled rows 3 are held out
+    assert "warning: 39 of these 52 rows trained runs/ppo/last: " in output  # the 12 prompts as well
 
 
 # ---- paths -----------------------------------------------------------------------------------------------------------
@@ -232,30 +283,48 @@ def test_an_older_record_or_run_is_refused_in_one_sentence(here, capsys):
 # ---- what the log says -----------------------------------------------------------------------------------------------
 
 
-def told(labelled, held_out=(), unlabelled=(), evaluation=()):
+def told(labelled, held_out=(), unlabelled=(), evaluation=(), test=()):
     log = []
-    tell_splits(Splits(list(labelled), list(held_out), list(unlabelled), list(evaluation)), TASK, log.append)
+    tell_splits(Splits(*map(list, (labelled, held_out, unlabelled, evaluation, test))), TASK, log.append)
     return log
+
+
+def about_texts(*splits, **more):
+    return [line for line in told(*splits, **more) if "as well" in line]
 
 
 def test_rows_per_split_and_class():
     unlabelled = [Example("u", "more")]
-    assert told(ROWS[:20], ROWS[20:25], unlabelled, ROWS[30:34]) == [
-        "rows: 20 labelled to train on (good 10, bad 10); 5 labelled held out (good 2, bad 3); 1 unlabelled; 4 for "
-        "evaluation (good 2, bad 2)"
+    assert told(ROWS[:20], ROWS[20:25], unlabelled, ROWS[30:34], ROWS[34:37])[0].splitlines() == [
+        "rows: 20 labelled to train on (good 10, bad 10): SFT and the reward models learn from them",
+        "      5 labelled held out (good 2, bad 3): they stop the reward model",
+        "      1 unlabelled: PPO's prompts",
+        "      4 for evaluation (dev) (good 2, bad 2): they choose epoch and step; preview, guard",
+        "      3 for test (good 1, bad 2): they choose nothing: report figures of these",
     ]
+    few, many = ([Example(f"d{i}", f"dev {i}", label="good") for i in range(count)] for count in (399, 400))
+    assert told(ROWS[:20], evaluation=few)[1] == (
+        "warning: dev has 399 rows: preview, guard and the choice of epoch and step are shaky; 400 or more would make "
+        "them surer"
+    )
+    assert not any("shaky" in line for line in told(ROWS[:20], evaluation=many))
 
 
 def test_texts_in_two_splits():
     """Compared without case and white space, across ids and labels."""
     again = [Example("x", " TEXT  3", label="good"), Example("y", "new", label="bad")]
-    log = told(ROWS[:20], ROWS[20:25], evaluation=again)
-    assert log[1].startswith(
+    (line,) = about_texts(ROWS[:20], ROWS[20:25], evaluation=again)
+    assert line.startswith(
         "warning: 1 of 2 evaluation texts are among the training rows as well (x): what is measured on them"
     )
-    log = told(ROWS[:20], again, evaluation=ROWS[30:34])
-    assert log[1].startswith("warning: 1 of 2 held-out texts are among the rows to train on as well (x)")
-    assert len(told(ROWS[:20], ROWS[20:25], evaluation=ROWS[30:34])) == 1
+    (line,) = about_texts(ROWS[:20], again, evaluation=ROWS[30:34])
+    assert line.startswith("warning: 1 of 2 held-out texts are among the rows to train on as well (x)")
+    for place in range(4):  # a test text is in none of the others
+        splits = [ROWS[:10], ROWS[10:20], ROWS[20:25], ROWS[30:34]]
+        splits[place] = [*splits[place], replace(again[0], text="the test's own")]
+        (line,) = about_texts(*splits, test=[Example("t", "The test's OWN", label="good"), again[1]])
+        assert line.startswith("warning: 1 of 2 test texts are among the training and evaluation rows as well (t)")
+    assert not about_texts(ROWS[:20], ROWS[20:25], evaluation=ROWS[30:34], test=ROWS[34:])
 
 
 def test_one_class_and_a_class_without_a_row():

@@ -41,6 +41,11 @@ def write_rows(path, rows):
     return str(path)
 
 
+def read_lines(path):
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
 def read_metrics(directory, *needed):
     """The lines of metrics.jsonl that hold all the names asked for."""
     lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]

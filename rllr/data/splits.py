@@ -3,7 +3,8 @@
 labelled    SFT and both reward models train on these
 held_out    labelled too, but set aside from all training: pairs that evaluate and stop a reward model
 unlabelled  prompts of PPO; their labels, where a file has them, are removed
-eval        dev rows: they choose epoch, step and recipe
+eval        dev rows: they choose epoch, step and recipe; PPO's preview and guard look at them
+test        they train nothing and choose nothing: figures that are reported come from them
 """
 
 import hashlib
@@ -20,11 +21,17 @@ from ..tasks import Task, load_task
 from .row_reader import parse_mapping_flag, text_hash
 from .rows import NoSuchSplit, Source, load_examples, select_labelled, split_holdout
 
-EVAL_SHARE = 0.1  # of the rows, where no evaluation data is given
+EVAL_SHARE = 0.1  # of the labelled rows, where no evaluation data is given
+TEST_SHARE = 0.1  # the same for test
+FEWEST_TEST_ROWS = 50  # where that share makes fewer, none are set aside: they would tell little and cost labels
+FEW_ROWS = 400  # dev rows below which what they say is shaky: the standard error of an accuracy is above 2.5 points
 NAMED_CLASSES = 12  # labels, at most, whose rows a log line counts
 SOURCES = frozenset(
-    "train_file eval_file dataset dataset_config train_split eval_split columns label_map delimiter encoding".split()
+    "train_file eval_file test_file dataset dataset_config train_split eval_split test_split columns label_map "
+    "delimiter encoding".split()
 )
+PARTS = ("train", "eval", "test")  # what is read: each from a file, or a split, of its own
+SPLITS = ("labelled", "held_out", "unlabelled", "eval", "test")  # what the rows become
 
 
 @dataclass
@@ -47,12 +54,20 @@ class DataConfig(FileConfig):
     )
     train_file: str | None = flag(None, "rows to train on: JSONL, JSON, CSV, TSV or Parquet")
     eval_file: str | None = flag(None, "dev rows; without it a tenth of the training rows is set aside")
+    test_file: str | None = flag(None, "rows that train and choose nothing, for the figures to report")
+    test_share: float | None = flag(
+        None,
+        f"share of the labelled training rows set aside where no test data is given; 0: none ({TEST_SHARE}, none "
+        f"where that is below {FEWEST_TEST_ROWS} rows)",
+        between=(0, 0.5),
+    )
     dataset: str | None = flag(None, "instead of files: a hub name, or a directory that `datasets` saved")
     dataset_config: str | None = flag(None, "the hub data set's configuration, e.g. sst2 of glue")
     train_split: str | None = flag(None, "of the hub data set (train)")
     eval_split: str | None = flag(
         None, "of the hub data set (validation; where it has none, a tenth of the training rows)"
     )
+    test_split: str | None = flag(None, "of the hub data set; without it a share of the training rows is set aside")
     label_map: str | None = flag(None, "other label words: Sci/Tech=technology,0=negative; -1= stands for no label")
     answer_format: str | None = flag(None, "rationale: rationale, then the label line; label: the label line alone")
     labelled: int | None = flag(
@@ -74,7 +89,8 @@ class Splits:
     held_out: list
     unlabelled: list
     eval: list
-    sources: dict = field(default_factory=dict)  # {"train", "eval"}: digest of the rows as they were read
+    test: list = field(default_factory=list)
+    sources: dict = field(default_factory=dict)  # {one of PARTS: digest of the rows as they were read}
     gold: dict = field(default_factory=dict)  # {row id: label} of every training row: only --reward gold looks at it
 
     def prompts(self, kind="auto"):
@@ -84,7 +100,7 @@ class Splits:
 
     def digests(self):
         """What a record keeps: of the rows that were read, and of each split, whatever their order."""
-        own = {name: rows_digest(getattr(self, name)) for name in ("labelled", "held_out", "unlabelled", "eval")}
+        own = {name: rows_digest(getattr(self, name)) for name in SPLITS if getattr(self, name)}
         return {f"read for {name}": digest for name, digest in self.sources.items()} | own
 
     def fingerprints(self):
@@ -92,11 +108,9 @@ class Splits:
         return {f"--{name}_file": digest for name, digest in self.sources.items()}
 
     def text_hashes(self):
-        """What `rows.json` keeps: which texts trained (labelled) and evaluated (held_out, eval) a policy."""
-        return {
-            name: [text_hash(e.text, e.text_b) for e in getattr(self, name)]
-            for name in ("labelled", "held_out", "eval")
-        }
+        """What `rows.json` keeps: which texts trained a policy (labelled), chose it (held_out, eval), and did neither
+        (test)."""
+        return {name: hashes_of(getattr(self, name)) for name in SPLITS if name != "unlabelled"}
 
 
 def rows_digest(rows):
@@ -109,6 +123,11 @@ def rows_digest(rows):
     ).hexdigest()
 
 
+def hashes_of(rows):
+    """The rows as `rows.json` knows them."""
+    return [text_hash(row.text, row.text_b) for row in rows]
+
+
 def load_splits(config: DataConfig, task: Task, log=print, record=None, resumed=None) -> Splits:
     """The rows of every stage. Raises InputError where a file, flag or row is at fault.
 
@@ -116,32 +135,27 @@ def load_splits(config: DataConfig, task: Task, log=print, record=None, resumed=
     Rows that a flag names on purpose may be others, without those that trained or evaluated the policy. resumed: a run
     that goes on (`rllr.run.resume`), whose rows must be the same.
     """
-    rows = _load(config, task, "train", log)
-    evaluation = _load(config, task, "eval", log)
-    sources = {"train": rows_digest(rows)} | ({} if evaluation is None else {"eval": rows_digest(evaluation)})
-    gold = {row.id: row.label for row in rows if row.label is not None}
+    parts = {part: _load(config, task, part, log) for part in PARTS}
+    sources = {part: rows_digest(rows) for part, rows in parts.items() if rows is not None}
+    gold = {row.id: row.label for row in parts["train"] if row.label is not None}
     if resumed:
-        resumed.check_fingerprints(config, Splits([], [], [], [], sources).fingerprints())
-    rows, evaluation = _other_rows(config, record or {}, sources, rows, evaluation, log)
+        resumed.check_fingerprints(config, Splits([], [], [], [], sources=sources).fingerprints())
+    parts = _other_rows(config, record or {}, sources, parts, log)
     seed = config.data_seed or 0
-    labelled_rows = [row for row in rows if row.label is not None]
-    if not labelled_rows:
+    if all(row.label is None for row in parts["train"]):
         raise InputError(
             f"{_source(config, 'train')}: no row has a label; name their column with --columns label=<column>, or map "
             "the words in it with "
             "--label_map <theirs>=<ours>,..."
         )
-    if evaluation is None:
-        _, evaluation = split_holdout(labelled_rows, EVAL_SHARE, seed)
-        taken = {row.id for row in evaluation}
-        rows = [row for row in rows if row.id not in taken]
-        log(f"no evaluation data given: {len(evaluation)} of the labelled rows are set aside for it")
+    rows, evaluation, test = _set_aside(parts, _test_share(config, record or {}, sources), seed, log)
     if config.labelled:
-        known = sum(row.label is not None for row in rows)
+        known, before = (sum(row.label is not None for row in part) for part in (rows, parts["train"]))
         if not 1 <= config.labelled <= known:
+            aside = f" (and {before - known} set aside)" if known < before else ""
             raise InputError(
                 f"--labelled {config.labelled}{_origin(config, 'labelled')}: there are {known} training rows with a "
-                f"label; give 1 to {known}"
+                f"label{aside}; give 1 to {known}"
             )
         labelled, unlabelled = select_labelled(rows, config.labelled, seed)
     else:
@@ -152,24 +166,73 @@ def load_splits(config: DataConfig, task: Task, log=print, record=None, resumed=
     if config.held_out is not None and not 0 < config.held_out < 1:
         raise InputError(f"--held_out {config.held_out}: give a share of the labelled rows between 0 and 1")
     labelled, held_out = split_holdout(labelled, config.held_out or 0.1, seed)
-    splits = Splits(labelled, held_out, unlabelled, evaluation, sources, gold)
+    splits = Splits(labelled, held_out, unlabelled, evaluation, test, sources, gold)
     tell_splits(splits, task, log)
     return splits
+
+
+def _test_share(config, record, sources):
+    """--test_share. None, the default with its bound, becomes 0 where the policy trained on these very rows and its
+    record names no test rows: what would be set aside now has trained it."""
+    recorded = record.get("rows", {})
+    settled = record.get("stage") != "tiny" and recorded.get("read for train") == sources["train"]
+    return 0 if config.test_share is None and settled and "test" not in recorded else config.test_share
+
+
+def _set_aside(parts, test_share, seed, log):
+    """(training, evaluation, test rows). Where no test or evaluation data is given, labelled rows are set aside for it.
+
+    The draw is by class and by id: the same rows in every stage. Test rows come first and hang on no seed, so they are
+    the same with every seed, and with and without evaluation data. test_share None: TEST_SHARE, unless that makes fewer
+    than FEWEST_TEST_ROWS.
+    """
+    labelled = rest = [row for row in parts["train"] if row.label is not None]
+    evaluation, test, aside = parts["eval"], parts["test"], []
+    if test is None:
+        count, test = round((TEST_SHARE if test_share is None else test_share) * len(labelled)), []
+        if test_share is None and count < FEWEST_TEST_ROWS:
+            log(
+                f"no test data given: {TEST_SHARE} of the {len(labelled)} labelled rows is {count}, fewer than "
+                f"{FEWEST_TEST_ROWS}, so none are set aside; give --test_file, or --test_share to set some aside"
+            )
+        elif count:
+            rest, test = split_holdout(labelled, count, seed=0)
+            aside += test
+            log(f"no test data given: {len(test)} of the labelled rows are set aside for it")
+    if evaluation is None:
+        _, evaluation = split_holdout(rest, max(1, round(EVAL_SHARE * len(labelled))), seed)
+        aside += evaluation
+        log(f"no evaluation data given: {len(evaluation)} of the labelled rows are set aside for it")
+    taken = {row.id for row in aside}
+    return [row for row in parts["train"] if row.id not in taken], evaluation, test
 
 
 # ---- what the log says of the rows -----------------------------------------------------------------------------------
 
 
 def tell_splits(splits, task, log):
-    """Rows per split and class, and a warning for what makes their figures mean less than they seem to."""
+    """Rows per split and class, what each split does, and a warning for what makes figures mean less than they seem
+    to."""
+    unlabelled = "PPO's prompts" if splits.unlabelled else "PPO's prompts are the labelled ones"
     named = {
-        "labelled to train on": splits.labelled, "labelled held out": splits.held_out, "unlabelled": splits.unlabelled,
-        "for evaluation": splits.eval,
+        "labelled to train on": (splits.labelled, "SFT and the reward models learn from them"),
+        "labelled held out": (splits.held_out, "they stop the reward model"),
+        "unlabelled": (splits.unlabelled, unlabelled),
+        "for evaluation (dev)": (splits.eval, "they choose epoch and step; preview, guard"),
+        "for test": (splits.test, "they choose nothing: report figures of these"),
     }  # fmt: skip
-    log("rows: " + "; ".join(f"{len(rows)} {name}{_by_label(rows, task)}" for name, rows in named.items()))
-    train = {_texts(row) for row in splits.labelled + splits.held_out + splits.unlabelled}
+    lines = [f"{len(rows)} {name}{_by_label(rows, task)}: {does}" for name, (rows, does) in named.items()]
+    log("rows: " + "\n      ".join(lines))
+    if len(splits.eval) < FEW_ROWS:
+        log(
+            f"warning: dev has {len(splits.eval)} rows: preview, guard and the choice of epoch and step are shaky; "
+            f"{FEW_ROWS} or more would make them surer"
+        )
     learnt = {_texts(row) for row in splits.labelled}
+    train = learnt | {_texts(row) for row in splits.held_out + splits.unlabelled}
+    seen = train | {_texts(row) for row in splits.eval}
     for name, rows, others, where in (
+        ("test", splits.test, seen, "training and evaluation rows"),
         ("evaluation", splits.eval, train, "training rows"), ("held-out", splits.held_out, learnt, "rows to train on"),
     ):  # fmt: skip
         shared = [row for row in rows if _texts(row) in others]
@@ -179,7 +242,8 @@ def tell_splits(splits, task, log):
                 f"({', '.join(r.name for r in shared[:3])}"
                 f"{', ...' if len(shared) > 3 else ''}): what is measured on them says little about new texts"
             )
-    for name, rows in (("rows to train on", splits.labelled), ("evaluation rows", splits.eval)):
+    groups = {"rows to train on": splits.labelled, "evaluation rows": splits.eval, "test rows": splits.test}
+    for name, rows in groups.items():
         present = {row.label for row in rows}
         if len(present) == 1:
             log(
@@ -209,36 +273,34 @@ def _texts(row):
 # ---- rows of the policy's record, rows of another file ---------------------------------------------------------------
 
 
-def _other_rows(config, record, sources, rows, evaluation, log):
-    """(training rows, evaluation rows) for a policy with this record: the rows that it names or, where a flag names
-    other data, those that neither trained nor evaluated the policy. InputError where the record's rows have changed."""
+def _other_rows(config, record, sources, parts, log):
+    """{part: rows} for a policy with this record: the rows that it names or, of other data, those that the policy has
+    not met in another part. InputError where the record's rows have changed, and no flag names other data."""
     recorded = record.get("rows", {})
-    changed = [name for name, digest in sources.items() if recorded.get(f"read for {name}") not in (None, digest)]
-    if not changed:
-        return rows, evaluation
-    if not SOURCES & set(getattr(config, "given", ())):
+    other = [name for name, digest in sources.items() if recorded and recorded.get(f"read for {name}") != digest]
+    changed = [name for name in other if f"read for {name}" in recorded]
+    if changed and not SOURCES & set(getattr(config, "given", ())):
         raise InputError("; ".join(
             f"{_source(config, name)}: its rows are other ones now (digest {sources[name][:12]}) than those that "
             f"the policy was trained with (digest {recorded[f'read for {name}'][:12]})"
             for name in changed
         ) + ". Restore them, or give the data by flag to use it on purpose")  # fmt: skip
-    if record.get("stage") == "tiny":  # it read texts, and no labels
-        return rows, evaluation
+    if not other or record.get("stage") == "tiny":  # a tiny model read texts, and no labels
+        return parts
     hashes = recorded_hashes(config.policy)
-    trained, evaluated = (
-        set(hashes.get("labelled", ())),
-        {h for name in ("held_out", "eval") for h in hashes.get(name, ())},
-    )
+    trained, reported = (set(hashes.get(name, ())) for name in ("labelled", "test"))
+    chose = {h for name in ("held_out", "eval") for h in hashes.get(name, ())}
+    met = {
+        "train": (trained | chose | reported, "trained or evaluated the policy"),
+        "eval": (trained | reported, "trained the policy or are its test rows"),
+        "test": (trained | chose, "trained or chose the policy"),
+    }
     for name in changed:
         log(
             f"warning: {_source(config, name)}: other rows than those that the policy "
             "was trained with, taken because a flag names them"
         )
-    if "train" in changed:
-        rows = _without(rows, trained | evaluated, "trained or evaluated the policy", config, "train", log)
-    if "eval" in changed:
-        evaluation = _without(evaluation, trained, "trained the policy", config, "eval", log)
-    return rows, evaluation
+    return parts | {name: _without(parts[name], *met[name], config, name, log) for name in other}
 
 
 def _without(rows, hashes, did, config, name, log):
@@ -259,6 +321,20 @@ def recorded_hashes(policy):
     return hashes
 
 
+def joined_hashes(known, more):
+    """{split: hashes} of both, each once."""
+    return {name: list(dict.fromkeys([*known.get(name, ()), *more.get(name, ())])) for name in known | more}
+
+
+def met_rows(policy, rows) -> dict:
+    """How many of the rows a policy's directory says it has met, by their texts: {"rows_that_trained": as labelled rows
+    or as PPO's prompts, "rows_that_chose": as held-out or dev rows}. 0 where it says nothing."""
+    hashes, own = recorded_hashes(policy), hashes_of(rows)
+    parts = {"rows_that_trained": ("labelled", "prompts"), "rows_that_chose": ("held_out", "eval")}
+    known = {name: {h for split in splits for h in hashes.get(split, ())} for name, splits in parts.items()}
+    return {name: sum(h in met for h in own) for name, met in known.items()}
+
+
 def _source(config, name):
     """What a message calls the training or evaluation data: flag, value, and where the value came from."""
     flag = f"{name}_file" if getattr(config, f"{name}_file") else "dataset"
@@ -271,25 +347,19 @@ def _origin(config, setting):
 
 
 def load_evaluation(config, task: Task, part="eval", log=print, record=None) -> list:
-    """The evaluation rows alone; part "test" is the demo data's test split. Without evaluation data, those set aside.
+    """The evaluation rows alone, or, part "test", the test rows; those set aside where there is no data of their own.
 
     config: a DataConfig with the `policy` that is evaluated. record: of a model whose data settings were inherited; its
-    evaluation rows must be the same ones still. Rows that
-    a flag names are taken as they are, with a warning where they trained the model.
+    rows must be the same ones still. Rows that a flag names are taken as they are. InputError where there are no test
+    rows.
     """
-    if part == "test":
-        if task.name != "demo" or config.eval_file:
-            raise InputError("--part test: only the demo data has a test part; give your own test rows as --eval_file")
-        return load_examples(Source(path="demo:test"), task, log=log)
-    rows = _load(config, task, "eval", log)
+    rows, record = _load(config, task, part, log), record or {}
+    if rows is None and part == "test" and "test" not in record.get("rows", {}) and not config.test_share:
+        raise InputError("--part test: the policy's record names no test rows; give rows that are new as --test_file")
     if rows is None:
-        return load_splits(config, task, log, record).eval
+        return getattr(load_splits(config, task, log, record), part)
     if not SOURCES & set(getattr(config, "given", ())):
-        return _other_rows(config, record or {}, {"eval": rows_digest(rows)}, [], rows, log)[1]
-    trained = set(recorded_hashes(config.policy).get("labelled", ()))
-    learnt = sum(text_hash(row.text, row.text_b) in trained for row in rows)
-    if learnt:
-        log(f"warning: {_source(config, 'eval')}: {learnt} of {len(rows)} rows trained {config.policy}")
+        rows = _other_rows(config, record, {part: rows_digest(rows)}, {part: rows}, log)[part]
     return rows
 
 
@@ -301,16 +371,18 @@ def _load(config, task, part, log):
     elif config.dataset:
         split = getattr(config, f"{part}_split")
         fallback = part == "eval" and not split
-        split = split or {"train": "train", "eval": "validation"}[part]
+        split = split or {"train": "train", "eval": "validation"}.get(part)
+        if split is None:
+            return None  # a hub data set's test split often has no labels: it is read where --test_split names it
         source = Source(dataset=config.dataset, dataset_config=config.dataset_config, split=split, **settings)
     elif task.name == "demo":
-        source = Source(path="demo:train" if part == "train" else "demo:dev")
-    elif part == "eval":
+        source = Source(path=f"demo:{'dev' if part == 'eval' else part}")
+    elif part != "train":
         return None
     else:
         raise InputError(f"task {task.name!r} needs data: --train_file FILE, or --dataset NAME from the hub")
     try:
-        return load_examples(source, task, labels="required" if part == "eval" else "optional", log=log)
+        return load_examples(source, task, labels="optional" if part == "train" else "required", log=log)
     except NoSuchSplit as error:
         if not fallback:
             raise

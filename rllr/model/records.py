@@ -21,7 +21,7 @@ RECORD_FORMAT = 2  # of rllr.json; raised where what a run computes changes, wit
 
 # Settings that may name a file or a directory. Records name them from where they lie (`files.path_for_record`).
 PATHS = frozenset(
-    "task train_file eval_file dataset model policy sampler label_rm rationale_rm value_init rationale_model "
+    "task train_file eval_file test_file dataset model policy sampler label_rm rationale_rm value_init rationale_model "
     "pairs".split()
 )
 WORDS = {"tiny", "label", "rationale"}  # these words never name a path, whatever lies in the directory

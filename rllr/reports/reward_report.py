@@ -11,6 +11,7 @@ from ..answers import named_generator, read_answers, write_answers
 from ..common.errors import InputError
 from ..common.files import read_json, write_json
 from ..common.log import say
+from ..data.splits import FEW_ROWS
 from ..judge import STATISTICS, ScoreStatistics, score_rows
 from ..layout import Packed, pack
 from ..metrics import accuracy, tell_parse_failures
@@ -18,7 +19,6 @@ from ..preview import preview, sentence, table
 from ..rewards import incomplete_answer_rule
 from ..tasks import split_answer
 
-FEW_ROWS = 400  # dev rows below which a preview is shaky
 MIN_PROMPTS = 512  # sampled answers wanted behind the stored statistics
 
 

@@ -23,7 +23,8 @@ FREE = {"save_every", "keep_last", "steps", "epochs", "log_every", "show", "show
 ROUNDING = {"micro_batch_size", "tokens_per_batch", "gradient_checkpointing", "eval_batch_size"}
 # these are compared by what they hold, not by name (`input_fingerprints`).
 BY_CONTENT = frozenset(
-    "task train_file eval_file dataset delimiter encoding model policy label_rm rationale_rm value_init".split()
+    "task train_file eval_file test_file dataset delimiter encoding model policy label_rm rationale_rm "
+    "value_init".split()
 )
 OWN = {"output_dir", "overwrite", "resume", "trust_remote_code"}  # of each command, never taken from the run
 RUN_FORMAT = 3  # of run.json; raised where what a run computes changes, with a line in CHANGELOG.md

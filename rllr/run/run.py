@@ -51,7 +51,7 @@ from .resume import RUN_FORMAT, find_run_to_resume
 
 def input_fingerprints(task, splits):
     """What every stage reads: the rows themselves, whatever file they come from, and how they are split."""
-    rows = digest(splits.labelled, splits.held_out, splits.unlabelled, splits.eval)
+    rows = digest(splits.labelled, splits.held_out, splits.unlabelled, splits.eval, splits.test)
     return {"--task": digest(task), **splits.fingerprints(), "the splits": rows}
 
 
