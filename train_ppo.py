@@ -276,7 +276,7 @@ def main(argv=None):
     # step: rollouts done; best: how the best policy ranks, and after which step; before: the dev scores of the start
     loop = SimpleNamespace(step=0, best=None, best_step=0, before=None, skipped=0)
     run.track(config.steps, loop, kl=kl, sampling=sampling, **stream.parts(), **models.parts())
-    met = {"prompts": prompts, "eval": splits.eval, "test": splits.test}
+    met = {"prompts": splits.prompts(config.prompts), "eval": splits.eval, "test": splits.test}
     keeper = Keeper(run, models, dev, loop, {name: hashes_of(rows) for name, rows in met.items()})
     with run:
         keeper.start()

@@ -170,7 +170,8 @@ def intro(cells, commit):
         f"Accuracy of greedy answers in %, on {' and '.join(parts)} of dev, which chose nothing. Differences are to",
         f'"{METHODS[BASE]}", in points, with 95 % bootstrap intervals over texts and seeds; a text that two tasks',
         "share is drawn for both. *Handed back* is PPO's `best`, the start where no step beats it on dev; *last* is",
-        f"the policy after the last step. The code is of commit {commit}; a cell of another one has it behind its name.",
+        f"the policy after the last step. The code is of commit {commit}; a cell of another one has that behind its",
+        "name.",
         "",
         f"{'; '.join(processors)}; one thread; {'; '.join(versions)}.",
     ]

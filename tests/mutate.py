@@ -208,6 +208,8 @@ MUTANTS = [
     ("data.splits._set_aside", "count < FEWEST_TEST_ROWS", "False"),
     ("data.splits._test_share", 'and "test" not in recorded', "and False"),
     ("data.splits._other_rows", "(trained | chose, ", "(trained, "),
+    ("data.splits.Splits.prompts", 'self.labelled if kind == "labelled" else ', ""),
+    ("data.splits.Splits.prompts", "self.unlabelled or self.labelled", "self.unlabelled"),
     ("data.splits.met_rows", '("held_out", "eval")', '("eval",)'),
 ]
 

@@ -10,7 +10,7 @@ from toy_runs import write_rows
 
 from rllr.common.errors import InputError
 from rllr.data import splits as splits_module
-from rllr.data.splits import DataConfig, inherit, joined_hashes, load_evaluation, load_splits, met_rows
+from rllr.data.splits import DataConfig, Splits, inherit, joined_hashes, load_evaluation, load_splits, met_rows
 from rllr.run.resume import Resumed
 from rllr.tasks import TASKS, Example, Task
 
@@ -249,3 +249,13 @@ def test_a_part_that_the_record_does_not_name(train, dev):
     found = loaded(train_file=train, eval_file=dev)
     assert ids(load_evaluation(config, TASK, "test", record={"rows": found.digests()})) == ids(found.test)
     assert splits_module.FEWEST_TEST_ROWS == 50 and splits_module.TEST_SHARE == 0.1
+
+
+# ---- PPO's prompts
+
+
+def test_ppo_answers_the_unlabelled_rows_where_there_are_any_unless_it_is_told_to():
+    few, many = ([Example(f"{name}{n}", f"text {n}") for n in range(3)] for name in "ab")
+    both, one = Splits(few, [], many, []), Splits(few, [], [], [])
+    assert both.prompts() == both.prompts("auto") == many and both.prompts("labelled") == few
+    assert one.prompts() == one.prompts("labelled") == few

@@ -59,13 +59,6 @@ def here(toy, tmp_path, monkeypatch):
 RM = ["--epochs", 1, *ANSWER]
 
 
-def test_ppo_s_prompts_are_the_unlabelled_rows_where_there_are_any():
-    labelled, unlabelled = ROWS[:10], ROWS[10:]
-    both, one = Splits(labelled, [], unlabelled, []), Splits(labelled, [], [], [])
-    assert both.prompts() == both.prompts("auto") == unlabelled and both.prompts("labelled") == labelled
-    assert one.prompts() == one.prompts("labelled") == labelled
-
-
 # ---- rows keep their stage -------------------------------------------------------------------------------------------
 
 
