@@ -83,12 +83,12 @@ ALL_LABELLED = {  # instead of unlabelled prompts: five times the labels, so few
     "best_of": "--epochs 1",
 }
 QUICK = {  # only to see that everything runs
-    "tiny": "--hidden_size 32 --heads 2 --layers 1 --vocabulary 600 --epochs 1",
-    "sft": "--epochs 2",
+    "tiny": "--hidden_size 48 --heads 2 --layers 2 --vocabulary 600 --epochs 4 --batch_size 16",
+    "sft": "--epochs 20 --eval_every 10 --batch_size 8 --learning_rate 1e-2",
     "rm": "--epochs 1 --preview_rows 20 --preview_samples 8 --statistics_prompts 64",
     "rationale_rm": "--epochs 1 --statistics_prompts 64",
     "ppo": "--steps 4 --rollout_prompts 8 --eval_every 2",
-    "best_of": "--epochs 1",
+    "best_of": "--epochs 1 --batch_size 8",
 }
 QUICK_LABELLED = 100
 
