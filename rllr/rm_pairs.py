@@ -9,8 +9,10 @@ from .common.errors import InputError, brief
 from .common.files import disk_faults
 from .common.log import say
 from .data.rows import load_pairs
+from .grounding import grounded, known_means
 from .pairs import (
     Pair,
+    grounded_pairs,
     label_sensitive_pairs,
     on_policy_pairs,
     rationale_sensitive_pairs,
@@ -55,15 +57,22 @@ def draw_pairs(config, examples, task, writer, seed):
 def sample_pairs(run, models, parts, writer):
     """On-policy pairs of each part, {"labelled", "held out": rows}, from --samples_per_row sampled answers a row."""
     config, task, found, right = run.config, run.task, [], {}
+    stands: dict[str, list[float | None]] = {}  # part -> how grounded its right samples are
     for part, rows in parts.items():
         answers = sample_rows(models.policy, models.encoder, task, rows, f"pairs/{part}/{config.seed}", config)
-        found.append(on_policy_pairs(rows, task, writer, answers, seed=config.seed))
+        pairs = on_policy_pairs(rows, task, writer, answers, seed=config.seed) if config.samples_labels else []
+        if config.grounded_pairs:
+            stands[part] = [grounded(task, r, a.text) for r in rows for a in answers[r.id] if a.label == r.label]
+            pairs += grounded_pairs(rows, task, writer, answers, grounded, seed=config.seed)
+        found.append(pairs)
         labels = [(row.label, answer.label) for row in rows for answer in answers[row.id]]
         right[part] = sum(gold == label for gold, label in labels) / len(labels)
     say(
         f"sampled by the policy: {100 * right['labelled']:.1f} % right on the labelled rows, "
         f"{100 * right['held out']:.1f} % on rows held out"
     )
+    for part, share in known_means(stands).items():
+        say(f"grounded: {100 * share:.1f} % of the right samples on the {part} rows")
     if right["labelled"] - right["held out"] > LEARNT_BY_HEART:
         say(
             "warning: the policy has learnt its labelled rows by heart: its samples there are hardly ever wrong, and "
@@ -82,13 +91,13 @@ def make_pairs(run, models, labelled, held_out):
     check_writer(config.rationales, labelled + held_out, task, config.rationale_model)
     options = {"config": config, "device": run.device, "directory": run.directory.parent, "also": held_out}
     writer = make_writer(config.rationales, labelled, task, log=say, **options)
-    on_policy = config.kind == "label" and config.label_pairs == "on_policy"
-    if on_policy and run.resumed and all((run.directory / name).is_file() for name in PAIR_FILES):
+    sampled = config.samples_labels or config.grounded_pairs
+    if sampled and run.resumed and all((run.directory / name).is_file() for name in PAIR_FILES):
         train_pairs, held_pairs = (read_pairs(run.directory / name) for name in PAIR_FILES)  # sampled once, then kept
         return train_pairs, held_pairs, writer
     train_pairs = draw_pairs(config, labelled, task, writer, config.seed)
     held_pairs = draw_pairs(config, held_out, task, writer, 10_000 + config.seed)
-    if on_policy:
+    if sampled:
         parts = {"labelled": labelled, "held out": held_out}
         ours, theirs = sample_pairs(run, models, parts, writer)
         train_pairs, held_pairs = train_pairs + ours, held_pairs + theirs
