@@ -27,9 +27,7 @@ DRAWN_SHARE = 0.5  # with "drawn": label pairs with a random basis on the wrong 
 INDEPENDENT_SHARE = 0.9  # with "independent": label pairs with random bases; the others are as in the paper
 SAME_RATIONALE_SHARE = 0.5  # independent pairs in which both sides have the same basis
 SAMPLED_SHARE = 0.7  # on-policy pairs whose right side is a sample, too; the others have the written gold answer
-GROUNDED_GAP = (
-    0.5  # by which the better side of a grounded pair has more of its words in the text; 1 if they are quotes
-)
+GROUNDED_GAP = 0.5  # by which the share of words that stand in the text differs between a grounded pair's sides
 OTHER_TEXT_SHARE = 0.5  # rationale-sensitive pairs whose worse rationale is from another text
 
 

@@ -24,10 +24,11 @@ from _pytest.runner import runtestprotocol  # noqa: E402
 
 import rllr.layout  # noqa: E402
 import rllr.logprobs  # noqa: E402
+import rllr.pairs  # noqa: E402
 import rllr.ppo  # noqa: E402
 import rllr.rewards  # noqa: E402
 
-FILES = ["test_ppo.py", "test_rewards.py", "test_layout.py", "test_logprobs.py"]
+FILES = ["test_ppo.py", "test_rewards.py", "test_layout.py", "test_logprobs.py", "test_pairs.py"]
 
 # (module.function, what stands there, what is put in its place)
 MUTANTS = [
@@ -198,6 +199,12 @@ MUTANTS = [
         "torch.special.entr(logits.softmax(-1))",
         "-(logits.softmax(-1) * logits.log_softmax(-1))",
     ),
+    ("pairs._whole", "and not answer.truncated", ""),
+    ("pairs.grounded_pairs", "if label == gold", ""),
+    ("pairs.grounded_pairs", "[text for text in right if shares", "[text for text in shares if shares"),
+    ("pairs.grounded_pairs", "better and rng.random() < SAMPLED_SHARE", "better"),
+    ("pairs.grounded_pairs", "if shares[written] >= shares[rejected] + GROUNDED_GAP and", "if"),
+    ("pairs.grounded_pairs", "example, text) or 0.0", "example, text) or 1.0"),
 ]
 
 
