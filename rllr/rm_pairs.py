@@ -72,7 +72,7 @@ def sample_pairs(run, models, parts, writer):
         f"{100 * right['held out']:.1f} % on rows held out"
     )
     for part, share in known_means(stands).items():
-        say(f"grounded: {100 * share:.1f} % of the right samples on the {part} rows")
+        say(f"grounded: {100 * share:.1f} % of the right samples on the rows that are {part}")
     if right["labelled"] - right["held out"] > LEARNT_BY_HEART:
         say(
             "warning: the policy has learnt its labelled rows by heart: its samples there are hardly ever wrong, and "
