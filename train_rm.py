@@ -115,6 +115,8 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
         tiny = is_tiny(self, record)
         self.rationales = self.rationales or record.get("config", {}).get("rationales")
         self.learning_rate = self.learning_rate or (5e-4 if tiny else 5e-6) * lora_rate_factor(self, tiny)
+        if self.grounded_pairs and task.answer_format == "label":
+            raise InputError("--grounded_pairs: the answers are labels alone, without a rationale; leave it out")
         self.grounded_pairs = self.kind == "rationale" if self.grounded_pairs is None else self.grounded_pairs
         self.dropout = (0.2 if tiny else 0.0) if self.dropout is None else self.dropout
 
