@@ -315,7 +315,7 @@ def main(argv=None):
 
                 # 6 improve: clipped policy and value losses, minibatch by minibatch -----------------------------------
                 line = step_metrics(step, batch, samples, models.judges, judged, kl.value)
-                line |= grounded_metrics(task, examples, samples.answers)
+                line |= grounded_metrics(task, examples, samples)
                 if kl_within_bound(batch, config, loop):
                     with clock("update"):
                         line |= improve(models, batch, plan, config)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from rllr.answers import answer_rows
 from rllr.common.config import check_divisible, flag
-from rllr.common.errors import command
+from rllr.common.errors import InputError, brief, command
 from rllr.common.files import RECORD, disk_faults, write_json
 from rllr.common.log import say
 from rllr.data.encoding import Encoder
@@ -58,18 +58,25 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
         "on_policy (the default), or written pairs alone: independent, paper or drawn (docs/label-pairs.md)",
         choices=LABEL_PAIRS,
     )
+    grounded_pairs: bool | None = flag(
+        None,
+        "add pairs of right samples: a rationale that stands in its text beats one that does not "
+        "(--pairs rationale yes, label no)",
+    )
     negatives: str = flag("one", "one wrong label per pair, drawn uniformly, or all of them", choices=("one", "all"))
     pairs_per_row: int = flag(4, "written pairs of each row (label pairs; drawings that coincide count once)", above=0)
-    samples_per_row: int = flag(8, "answers that the policy samples for each row, for on-policy pairs", above=0)
+    samples_per_row: int = flag(
+        8, "answers that the policy samples for each row, for on-policy and grounded pairs", above=0
+    )
     cross_fit: str = flag(
         "auto",
-        "whether policies that never saw a labelled row answer it, for on-policy pairs: auto, where the policy knows "
+        "whether policies that never saw a labelled row answer it, for pairs of samples: auto, where the policy knows "
         "its rows by heart; always; never",
         choices=("auto", "always", "never"),
     )
     folds: int = flag(2, "parts of the labelled rows, each answered by a policy fine-tuned on the others", above=1)
     sampler: str | None = flag(
-        None, "a further policy that answers every row for on-policy pairs, such as a former PPO run's best"
+        None, "a further policy that answers every row for pairs of samples, such as a former PPO run's best"
     )
     loss: str = flag(
         "eos",
@@ -95,11 +102,18 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
         super().validate()
         check_divisible(self, "batch_size", "micro_batch_size")
         check_lora(self)
+        if self.grounded_pairs and self.kind == "file":
+            raise InputError(f"--grounded_pairs adds pairs to --pairs label or rationale, not to {brief(self.pairs)}")
 
     @property
     def kind(self):
         """What the pairs are: label, rationale or file."""
         return self.pairs if self.pairs in ("label", "rationale") else "file"
+
+    @property
+    def samples_labels(self):
+        """Whether label pairs are made of what the policy samples."""
+        return self.kind == "label" and self.label_pairs == "on_policy"
 
     def default_directory(self, task):
         return f"runs/{task.name}/rm-{self.kind}"
@@ -112,6 +126,9 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
         tiny = is_tiny(self, record)
         self.rationales = self.rationales or record.get("config", {}).get("rationales")
         self.learning_rate = self.learning_rate or (5e-4 if tiny else 5e-6) * lora_rate_factor(self, tiny)
+        if self.grounded_pairs and task.answer_format == "label":
+            raise InputError("--grounded_pairs: the answers are labels alone, without a rationale; leave it out")
+        self.grounded_pairs = self.kind == "rationale" if self.grounded_pairs is None else self.grounded_pairs
         self.dropout = (0.2 if tiny else 0.0) if self.dropout is None else self.dropout
 
 

@@ -26,10 +26,11 @@ import rllr.best_of  # noqa: E402
 import rllr.data.splits  # noqa: E402
 import rllr.layout  # noqa: E402
 import rllr.logprobs  # noqa: E402
+import rllr.pairs  # noqa: E402
 import rllr.ppo  # noqa: E402
 import rllr.rewards  # noqa: E402
 
-FILES = ["test_ppo.py", "test_rewards.py", "test_layout.py", "test_logprobs.py", "test_best_of.py", "test_set_aside.py"]
+FILES = [f"test_{name}.py" for name in ("ppo", "rewards", "layout", "logprobs", "pairs", "best_of", "set_aside")]
 
 # (module.function, what stands there, what is put in its place)
 MUTANTS = [
@@ -209,6 +210,12 @@ MUTANTS = [
     ("data.splits._test_share", 'and "test" not in recorded', "and False"),
     ("data.splits._other_rows", "(trained | chose, ", "(trained, "),
     ("data.splits.met_rows", '("held_out", "eval")', '("eval",)'),
+    ("pairs._whole", "and not answer.truncated", ""),
+    ("pairs.grounded_pairs", "if label == gold", ""),
+    ("pairs.grounded_pairs", "[text for text in right if shares", "[text for text in shares if shares"),
+    ("pairs.grounded_pairs", "better and rng.random() < SAMPLED_SHARE", "better"),
+    ("pairs.grounded_pairs", "if shares[written] >= shares[rejected] + GROUNDED_GAP and", "if"),
+    ("pairs.grounded_pairs", "example, text) or 0.0", "example, text) or 1.0"),
 ]
 
 
