@@ -26,8 +26,9 @@ import rllr.layout  # noqa: E402
 import rllr.logprobs  # noqa: E402
 import rllr.ppo  # noqa: E402
 import rllr.rewards  # noqa: E402
+import rllr.run.rates  # noqa: E402
 
-FILES = ["test_ppo.py", "test_rewards.py", "test_layout.py", "test_logprobs.py"]
+FILES = ["test_ppo.py", "test_rewards.py", "test_layout.py", "test_logprobs.py", "test_rates.py"]
 
 # (module.function, what stands there, what is put in its place)
 MUTANTS = [
@@ -198,6 +199,11 @@ MUTANTS = [
         "torch.special.entr(logits.softmax(-1))",
         "-(logits.softmax(-1) * logits.log_softmax(-1))",
     ),
+    ("run.rates.default_rate", "max(1.0, weights / 1e6)", "(weights / 1e6)"),
+    ("run.rates.default_rate", "** 0.5", "** 0.45"),
+    ("run.rates.default_rate", "min(rate * ADAPTERS[role], peak * ADAPTERS_MOST)", "rate * ADAPTERS[role]"),
+    ("run.rates.decoder_weights", "if weight is not embeddings", ""),
+    ("run.rates.decoder_weights", 'getattr(backbone, "shared_backbone", backbone)', "backbone"),
 ]
 
 
