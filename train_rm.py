@@ -30,7 +30,7 @@ from rllr.model.dropout import set_dropout
 from rllr.model.heads import RewardModel, reward_pad_token_id
 from rllr.model.loading import fingerprint, load_policy, load_tokenizer
 from rllr.model.recompute import checkpoint_layers
-from rllr.model.roles import LoRAConfig, RolePolicy, check_lora, load_base, load_scalar_role, lora_rate_factor, new_role
+from rllr.model.roles import LoRAConfig, RolePolicy, check_lora, load_base, load_scalar_role, new_role
 from rllr.model.trial import check_policy
 from rllr.pairs import LABEL_PAIRS, describe
 from rllr.rationales.factory import RationaleConfig
@@ -45,6 +45,7 @@ from rllr.reports.reward_report import (
 from rllr.rewards import pairwise_accuracy, pairwise_loss
 from rllr.rm_pairs import encode_pairs, make_pairs, save_pairs
 from rllr.run.optimizer import Optimizer, gradient_step
+from rllr.run.rates import settle_rates
 from rllr.run.run import Run, digest, input_fingerprints, is_tiny
 from rllr.run.settings import PolicyConfig, SupervisedConfig
 
@@ -91,7 +92,7 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
     batch_size: int = flag(32, "pairs per optimiser step", above=0)
     eval_batch_size: int = flag(128, "prompts decoded, or rows scored, together", above=0)
     learning_rate: float | None = flag(
-        None, "AdamW peak (tiny 5e-4, any other model 5e-6; adapters 1.5e-3, 5e-5)", above=0
+        None, "AdamW peak (by size, docs/models.md: tiny 5e-4, 135 M 4.9e-5; adapters 1.5e-3, 4.9e-4)", above=0
     )
     temperature: float = flag(1.0, "of the sampled answers: PPO's", above=0)
     preview_rows: int = flag(400, "dev rows of PPO's preview, at most", above=0)
@@ -125,7 +126,6 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
     def resolve(self, task, record):
         tiny = is_tiny(self, record)
         self.rationales = self.rationales or record.get("config", {}).get("rationales")
-        self.learning_rate = self.learning_rate or (5e-4 if tiny else 5e-6) * lora_rate_factor(self, tiny)
         if self.grounded_pairs and task.answer_format == "label":
             raise InputError("--grounded_pairs: the answers are labels alone, without a rationale; leave it out")
         self.grounded_pairs = self.kind == "rationale" if self.grounded_pairs is None else self.grounded_pairs
@@ -262,6 +262,7 @@ def main(argv=None):
     splits = load_splits(config, task, say, run.start_record, run.resumed)
     models = load_models(run)
     policy, model, encoder = models.policy, models.model, models.encoder
+    settle_rates(run, learning_rate=("reward", model))
     labelled, held_out, unlabelled, dev = (
         encoder.fit(rows, task, config.max_new_tokens, say)
         for rows in (splits.labelled, splits.held_out, splits.unlabelled, splits.eval)
