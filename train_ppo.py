@@ -24,7 +24,7 @@ from rllr.evaluate import show_samples
 from rllr.judge import read_samples
 from rllr.metrics import answer_metrics, metric_line, rank, tell_parse_failures
 from rllr.model.records import save_policy
-from rllr.model.roles import LoRAConfig, check_lora, lora_rate_factor
+from rllr.model.roles import LoRAConfig, check_lora
 from rllr.model.trial import check_policy
 from rllr.ppo import AdaptiveKL, FixedKL, gae, masked_whiten
 from rllr.ppo_models import load_models, name_judges
@@ -75,10 +75,10 @@ class PPOConfig(Settings):
     ppo_epochs: int = flag(1, "passes over a rollout", above=0)
     minibatches: int = flag(2, "optimiser steps per pass", above=0)
     learning_rate: float | None = flag(
-        None, "of the policy (tiny 2e-4, others 1e-6; adapters x 10, tiny ones x 3), linear decay", above=0
+        None, "of the policy (by size, docs/models.md: tiny 2e-4, 135 M 1.9e-5; adapters x 3), linear decay", above=0
     )
     value_learning_rate: float | None = flag(
-        None, "of the value model (tiny 5e-4, others 5e-6; adapters x 10, tiny ones x 3)", above=0
+        None, "of the value model (by size: tiny 5e-4, 135 M 4.9e-5; adapters 1.5e-3, 4.9e-4)", above=0
     )
     warmup: float = flag(
         0.0, "share of the updates in which the policy's rate rises, while the value model learns", between=(0, 1)
@@ -148,9 +148,6 @@ class Config(RewardConfig, PPOConfig, TrainingConfig, PolicyConfig, LoRAConfig, 
 
     def resolve(self, task, record):
         tiny = is_tiny(self, record)
-        factor = lora_rate_factor(self, tiny)
-        self.learning_rate = self.learning_rate or (2e-4 if tiny else 1e-6) * factor
-        self.value_learning_rate = self.value_learning_rate or (5e-4 if tiny else 5e-6) * factor
         self.freeze_embeddings = tiny if self.freeze_embeddings is None else self.freeze_embeddings
         self.threshold = self.threshold or ("1.0" if self.reward == "mixed" else None)
         name_judges(self, task)
@@ -322,7 +319,7 @@ def main(argv=None):
 
                 # 6 improve: clipped policy and value losses, minibatch by minibatch -----------------------------------
                 line = step_metrics(step, batch, samples, models.judges, judged, kl.value)
-                line |= grounded_metrics(task, examples, samples.answers)
+                line |= grounded_metrics(task, examples, samples)
                 if kl_within_bound(batch, config, loop):
                     with clock("update"):
                         line |= improve(models, batch, plan, config)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from rllr.answers import answer_rows
 from rllr.common.config import check_divisible, flag
-from rllr.common.errors import command
+from rllr.common.errors import InputError, brief, command
 from rllr.common.files import RECORD, disk_faults, write_json
 from rllr.common.log import say
 from rllr.data.encoding import Encoder
@@ -30,7 +30,7 @@ from rllr.model.dropout import set_dropout
 from rllr.model.heads import RewardModel, reward_pad_token_id
 from rllr.model.loading import fingerprint, load_policy, load_tokenizer
 from rllr.model.recompute import checkpoint_layers
-from rllr.model.roles import LoRAConfig, RolePolicy, check_lora, load_base, load_scalar_role, lora_rate_factor, new_role
+from rllr.model.roles import LoRAConfig, RolePolicy, check_lora, load_base, load_scalar_role, new_role
 from rllr.model.trial import check_policy
 from rllr.pairs import LABEL_PAIRS, describe
 from rllr.rationales.factory import RationaleConfig
@@ -45,6 +45,7 @@ from rllr.reports.reward_report import (
 from rllr.rewards import pairwise_accuracy, pairwise_loss
 from rllr.rm_pairs import encode_pairs, make_pairs, save_pairs
 from rllr.run.optimizer import Optimizer, gradient_step
+from rllr.run.rates import settle_rates
 from rllr.run.run import Run, digest, input_fingerprints, is_tiny
 from rllr.run.settings import PolicyConfig, SupervisedConfig
 
@@ -58,18 +59,25 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
         "on_policy (the default), or written pairs alone: independent, paper or drawn (docs/label-pairs.md)",
         choices=LABEL_PAIRS,
     )
+    grounded_pairs: bool | None = flag(
+        None,
+        "add pairs of right samples: a rationale that stands in its text beats one that does not "
+        "(--pairs rationale yes, label no)",
+    )
     negatives: str = flag("one", "one wrong label per pair, drawn uniformly, or all of them", choices=("one", "all"))
     pairs_per_row: int = flag(4, "written pairs of each row (label pairs; drawings that coincide count once)", above=0)
-    samples_per_row: int = flag(8, "answers that the policy samples for each row, for on-policy pairs", above=0)
+    samples_per_row: int = flag(
+        8, "answers that the policy samples for each row, for on-policy and grounded pairs", above=0
+    )
     cross_fit: str = flag(
         "auto",
-        "whether policies that never saw a labelled row answer it, for on-policy pairs: auto, where the policy knows "
+        "whether policies that never saw a labelled row answer it, for pairs of samples: auto, where the policy knows "
         "its rows by heart; always; never",
         choices=("auto", "always", "never"),
     )
     folds: int = flag(2, "parts of the labelled rows, each answered by a policy fine-tuned on the others", above=1)
     sampler: str | None = flag(
-        None, "a further policy that answers every row for on-policy pairs, such as a former PPO run's best"
+        None, "a further policy that answers every row for pairs of samples, such as a former PPO run's best"
     )
     loss: str = flag(
         "eos",
@@ -84,7 +92,7 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
     batch_size: int = flag(32, "pairs per optimiser step", above=0)
     eval_batch_size: int = flag(128, "prompts decoded, or rows scored, together", above=0)
     learning_rate: float | None = flag(
-        None, "AdamW peak (tiny 5e-4, any other model 5e-6; adapters 1.5e-3, 5e-5)", above=0
+        None, "AdamW peak (by size, docs/models.md: tiny 5e-4, 135 M 4.9e-5; adapters 1.5e-3, 4.9e-4)", above=0
     )
     temperature: float = flag(1.0, "of the sampled answers: PPO's", above=0)
     preview_rows: int = flag(400, "dev rows of PPO's preview, at most", above=0)
@@ -95,11 +103,18 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
         super().validate()
         check_divisible(self, "batch_size", "micro_batch_size")
         check_lora(self)
+        if self.grounded_pairs and self.kind == "file":
+            raise InputError(f"--grounded_pairs adds pairs to --pairs label or rationale, not to {brief(self.pairs)}")
 
     @property
     def kind(self):
         """What the pairs are: label, rationale or file."""
         return self.pairs if self.pairs in ("label", "rationale") else "file"
+
+    @property
+    def samples_labels(self):
+        """Whether label pairs are made of what the policy samples."""
+        return self.kind == "label" and self.label_pairs == "on_policy"
 
     def default_directory(self, task):
         return f"runs/{task.name}/rm-{self.kind}"
@@ -111,7 +126,9 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
     def resolve(self, task, record):
         tiny = is_tiny(self, record)
         self.rationales = self.rationales or record.get("config", {}).get("rationales")
-        self.learning_rate = self.learning_rate or (5e-4 if tiny else 5e-6) * lora_rate_factor(self, tiny)
+        if self.grounded_pairs and task.answer_format == "label":
+            raise InputError("--grounded_pairs: the answers are labels alone, without a rationale; leave it out")
+        self.grounded_pairs = self.kind == "rationale" if self.grounded_pairs is None else self.grounded_pairs
         self.dropout = (0.2 if tiny else 0.0) if self.dropout is None else self.dropout
 
 
@@ -245,6 +262,7 @@ def main(argv=None):
     splits = load_splits(config, task, say, run.start_record, run.resumed)
     models = load_models(run)
     policy, model, encoder = models.policy, models.model, models.encoder
+    settle_rates(run, learning_rate=("reward", model))
     labelled, held_out, unlabelled, dev = (
         encoder.fit(rows, task, config.max_new_tokens, say)
         for rows in (splits.labelled, splits.held_out, splits.unlabelled, splits.eval)

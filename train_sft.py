@@ -29,10 +29,11 @@ from rllr.model.dropout import set_dropout
 from rllr.model.loading import cast_parameters, fingerprint, load_policy, load_tokenizer
 from rllr.model.recompute import checkpoint_layers
 from rllr.model.records import save_policy
-from rllr.model.roles import DTYPES, LoRAConfig, check_lora, lora_rate_factor, new_role
+from rllr.model.roles import DTYPES, LoRAConfig, check_lora, new_role
 from rllr.model.trial import check_policy
 from rllr.rationales.factory import RationaleConfig, check_writer, default_writer, make_writer
 from rllr.run.optimizer import Optimizer, gradient_step
+from rllr.run.rates import settle_rates
 from rllr.run.run import Run, digest, input_fingerprints, is_tiny
 from rllr.run.settings import SupervisedConfig
 from rllr.tiny import TinyConfig, build_tiny
@@ -47,7 +48,7 @@ class Config(SupervisedConfig, RationaleConfig, LoRAConfig, DataConfig):
     epochs: int = flag(6, "passes over the labelled rows", above=0)
     batch_size: int = flag(32, "answers per optimiser step", above=0)
     learning_rate: float | None = flag(
-        None, "AdamW peak (tiny 1e-3, any other model 1e-5; adapters 3e-3, 1e-4)", above=0
+        None, "AdamW peak (by size, docs/models.md: tiny 1e-3, 135 M 9.7e-5; adapters 3e-3, 9.7e-4)", above=0
     )
     schedule: str = flag(
         "linear", "linear, cosine or constant, after the warm-up", choices=("linear", "cosine", "constant")
@@ -76,7 +77,6 @@ class Config(SupervisedConfig, RationaleConfig, LoRAConfig, DataConfig):
         tiny = is_tiny(self, record)
         self.answer_format = task.answer_format
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
-        self.learning_rate = self.learning_rate or (1e-3 if tiny else 1e-5) * lora_rate_factor(self, tiny)
         self.dropout = (0.2 if tiny else 0.0) if self.dropout is None else self.dropout
 
 
@@ -143,6 +143,7 @@ def main(argv=None):
 
     splits = load_splits(config, task, say, run.start_record, run.resumed)
     base, encoder = load_model(run, splits)
+    settle_rates(run, learning_rate=("sft", base))
     base_record = {"path": config.model, "fingerprint": fingerprint(base)}
     labelled = encoder.fit(splits.labelled, task, config.max_new_tokens, say)
     dev = encoder.fit(splits.eval[: config.eval_rows or None], task, config.max_new_tokens, say)

@@ -21,7 +21,7 @@ from .common.files import write_json
 from .common.log import say
 from .data.encoding import Encoder
 from .data.splits import DataConfig, inherit, load_evaluation, met_rows
-from .metrics import _columns, _metrics, _Statistic, answer_metrics, bootstrap_interval, mcnemar
+from .metrics import _columns, _metrics, _Statistic, answer_metrics, bootstrap_interval, grounded_words, mcnemar
 from .model.loading import allow_remote_code, load_policy, load_tokenizer
 from .model.records import check_same_task, read_record, resolve_task, task_of_record
 from .model.trial import check_policy
@@ -74,15 +74,17 @@ def table(task, results) -> str:
     scale, unit = (100, " %") if percent else (1, "")
     digits = 1 if percent else 3
     width = max(len("model"), *(len(row["model"]) for row in results))
-    with_rationales = any("grounded" in row for row in results)
+    grounded = [grounded_words(row) if "grounded" in row else "-" for row in results]
+    wide = max(len("grounded"), *map(len, grounded))
+    with_rationales = set(grounded) != {"-"}
     title = f"{'model':{width}}  {task.metric:>10}  {'95 % interval':>16}  {'parse fail.':>11}"
-    lines = [title + ("  grounded" if with_rationales else "") + "  difference to the first"]
-    for row in results:
+    lines = [title + (f"  {'grounded':>{wide}}" if with_rationales else "") + "  difference to the first"]
+    for row, shown in zip(results, grounded, strict=True):
         low, high = (scale * v for v in row["interval"])
         line = f"{row['model']:{width}}  {scale * row[task.metric]:>{10 - len(unit)}.{digits}f}{unit}"
         line += f"  {f'{low:.{digits}f} .. {high:.{digits}f}':>16}  {100 * row['parse_failures']:>9.1f} %"
         if with_rationales:
-            line += f"  {100 * row['grounded']:>6.1f} %" if "grounded" in row else f"  {'-':>8}"
+            line += f"  {shown:>{wide}}"
         if "difference" in row:
             low, high = (scale * v for v in row["difference_interval"])
             line += f"  {scale * row['difference']:+.{digits}f} ({low:+.{digits}f} .. {high:+.{digits}f})"

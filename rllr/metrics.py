@@ -125,13 +125,22 @@ def mcnemar(first_right, second_right) -> float:
 
 
 def metric_line(scores) -> str:
-    """'accuracy 71.2 %  macro_f1 71.0 %  parse_failures 0.3 %  grounded 58.2 %' (correlations as they are)."""
-    names = ("accuracy", "macro_f1", "pearson", "spearman", "parse_failures", "grounded")
+    """'accuracy 71.2 %  macro_f1 71.0 %  parse_failures 0.3 %  grounded 58.2 % (right 70.1, wrong 28.9)' (correlations
+    as they are)."""
+    names = ("accuracy", "macro_f1", "pearson", "spearman", "parse_failures")
     shown = {name: scores[name] for name in names if name in scores}
-    return "  ".join(
+    parts = [
         f"{name} {value:.3f}" if name in ("pearson", "spearman") else f"{name} {100 * value:.1f} %"
         for name, value in shown.items()
-    )
+    ]
+    return "  ".join([*parts, f"grounded {grounded_words(scores)}"] if "grounded" in scores else parts)
+
+
+def grounded_words(scores) -> str:
+    """'58.2 % (right 70.1, wrong 28.9)': how grounded all answers are, the right ones and the wrong ones."""
+    named = {"right": "grounded_right", "wrong": "grounded_wrong"}
+    apart = ", ".join(f"{kind} {100 * scores[name]:.1f}" for kind, name in named.items() if name in scores)
+    return f"{100 * scores['grounded']:.1f} % ({apart})"
 
 
 def tell_parse_failures(share, log, whose="answers on dev"):

@@ -3,6 +3,7 @@
     label-sensitive       gold label + a rationale   beats   wrong label + a rationale        (section 3.2 of the paper)
     on-policy             the policy's own right answer  beats  its own wrong one            (label-sensitive, too)
     rationale-sensitive   gold label + a better one  beats   gold label + a worse one
+    grounded              the policy's own right answer that quotes its text  beats  its own right one that invents
 
 In the paper, each side of a label pair has its own best rationale. If rationales name evidence words, the reward model
 then learns to measure how strong these words are, and PPO answers every text with the strongest words. So, for evidence
@@ -26,6 +27,7 @@ DRAWN_SHARE = 0.5  # with "drawn": label pairs with a random basis on the wrong 
 INDEPENDENT_SHARE = 0.9  # with "independent": label pairs with random bases; the others are as in the paper
 SAME_RATIONALE_SHARE = 0.5  # independent pairs in which both sides have the same basis
 SAMPLED_SHARE = 0.7  # on-policy pairs whose right side is a sample, too; the others have the written gold answer
+GROUNDED_GAP = 0.5  # by which the share of words that stand in the text differs between a grounded pair's sides
 OTHER_TEXT_SHARE = 0.5  # rationale-sensitive pairs whose worse rationale is from another text
 
 
@@ -87,7 +89,7 @@ def on_policy_pairs(examples, task, writer, answers, *, seed=0):
     pairs = []
     for example in examples:
         rng, gold = random.Random(f"on_policy/{seed}/{example.id}"), _label(example)
-        whole = {answer.text: answer.label for answer in answers[example.id] if answer.label and not answer.truncated}
+        whole = _whole(answers[example.id])
         right = [text for text, label in whole.items() if label == gold]
         wrong = [text for text, label in whole.items() if label != gold]
         prompt = task.prompt_of(example)
@@ -99,6 +101,32 @@ def on_policy_pairs(examples, task, writer, answers, *, seed=0):
             chosen = rng.choice(right)
             flipped = task.render_answer(rng.choice(task.wrong_labels(gold)), split_answer(task, chosen)[0])
             pairs.append(Pair(prompt, chosen, flipped, "label/flipped"))
+    return pairs
+
+
+def grounded_pairs(examples, task, writer, answers, grounded, *, seed=0):
+    """Rationale-sensitive pairs of what the policy itself writes: the label is right on both sides, and the words of
+    the chosen rationale stand in the text, where those of the rejected one do not (kind rationale/grounded).
+
+    answers: as in `on_policy_pairs`. grounded: `rllr.grounding.grounded`, the share of a rationale's words that stand
+    in the text; where it is None the rationale names nothing, which counts as 0, lest naming nothing be a way out. Each
+    distinct right sample is rejected against a better right sample or, without one and in some other cases, against
+    the written gold answer. A better one has a share that is at least GROUNDED_GAP higher; where neither is better, the
+    sample makes no pair. Left out are the samples that `on_policy_pairs` leaves out. The pairs of a row depend only on
+    the seed, the row and its samples, and none at all is no error.
+    """
+    pairs = []
+    for example in examples:
+        rng, gold = random.Random(f"grounded/{seed}/{example.id}"), _label(example)
+        written = task.render_answer(gold, writer.write(example, gold))
+        right = [text for text, label in _whole(answers[example.id]).items() if label == gold]
+        shares = {text: grounded(task, example, text) or 0.0 for text in [*right, written]}
+        for rejected in right:
+            better = [text for text in right if shares[text] >= shares[rejected] + GROUNDED_GAP]
+            if shares[written] >= shares[rejected] + GROUNDED_GAP and not (better and rng.random() < SAMPLED_SHARE):
+                better = [written]
+            if better:
+                pairs.append(Pair(task.prompt_of(example), rng.choice(better), rejected, "rationale/grounded"))
     return pairs
 
 
@@ -126,6 +154,11 @@ def rationale_sensitive_pairs(examples, task, writer, *, seed=0, log=print):
         )
         pairs.append(Pair(task.render_prompt(example.text, example.text_b), chosen, rejected, kind))
     return _refuse_identical(pairs, log)
+
+
+def _whole(answers):
+    """{text: label} of the distinct answers that end by themselves and carry a readable label."""
+    return {answer.text: answer.label for answer in answers if answer.label and not answer.truncated}
 
 
 def _label(example):

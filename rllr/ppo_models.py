@@ -22,6 +22,7 @@ from .model.roles import RolePolicy, load_base, load_scalar_role, new_role
 from .preview import sentence
 from .reports.reward_report import load_statistics
 from .run.optimizer import Optimizer
+from .run.rates import settle_rates
 
 
 @dataclass
@@ -88,6 +89,7 @@ def load_models(run) -> Models:
         checkpoint_layers(backbone_of(model))
     if config.freeze_embeddings:
         backbone_of(policy).get_input_embeddings().requires_grad_(False)
+    settle_rates(run, learning_rate=("policy", policy), value_learning_rate=("value", value_model))
     updates, norm = config.steps * config.ppo_epochs * config.minibatches, config.max_grad_norm
     return Models(
         policy,

@@ -10,9 +10,11 @@ from .common.files import disk_faults
 from .common.log import say
 from .cross_fit import cross_fitted_answers
 from .data.rows import load_pairs
+from .grounding import grounded, known_means
 from .model.loading import check_same_tokenizer, load_policy, load_tokenizer
 from .pairs import (
     Pair,
+    grounded_pairs,
     label_sensitive_pairs,
     on_policy_pairs,
     rationale_sensitive_pairs,
@@ -78,7 +80,20 @@ def sample_pairs(run, models, parts, writer):
             found = ask(sampler, rows, f"sampler {part}")
             say(f"sampled by --sampler: {100 * share_right(rows, found):.1f} % right, {part}")
             answers[part] = {row.id: answers[part][row.id] + found[row.id] for row in rows}
-    return [on_policy_pairs(rows, task, writer, answers[part], seed=config.seed) for part, rows in parts.items()]
+    return [pairs_of_samples(config, task, part, rows, writer, answers[part]) for part, rows in parts.items()]
+
+
+def pairs_of_samples(config, task, part, rows, writer, answers):
+    """The pairs that sampled answers, {row id: answers}, make: for the label, for the rationale, or for both."""
+    pairs = on_policy_pairs(rows, task, writer, answers, seed=config.seed) if config.samples_labels else []
+    if config.grounded_pairs:
+        stands = [
+            grounded(task, row, answer.text) for row in rows for answer in answers[row.id] if answer.label == row.label
+        ]
+        for share in known_means({part: stands}).values():
+            say(f"grounded: {100 * share:.1f} % of the right samples on the rows that are {part}")
+        pairs += grounded_pairs(rows, task, writer, answers, grounded, seed=config.seed)
+    return pairs
 
 
 def share_right(rows, answers):
@@ -117,13 +132,13 @@ def make_pairs(run, models, labelled, held_out):
     check_writer(config.rationales, labelled + held_out, task, config.rationale_model)
     options = {"config": config, "device": run.device, "directory": run.directory.parent, "also": held_out}
     writer = make_writer(config.rationales, labelled, task, log=say, **options)
-    on_policy = config.kind == "label" and config.label_pairs == "on_policy"
-    if on_policy and run.resumed and all((run.directory / name).is_file() for name in PAIR_FILES):
+    sampled = config.samples_labels or config.grounded_pairs
+    if sampled and run.resumed and all((run.directory / name).is_file() for name in PAIR_FILES):
         train_pairs, held_pairs = (read_pairs(run.directory / name) for name in PAIR_FILES)  # sampled once, then kept
         return train_pairs, held_pairs, writer
     train_pairs = draw_pairs(config, labelled, task, writer, config.seed)
     held_pairs = draw_pairs(config, held_out, task, writer, 10_000 + config.seed)
-    if on_policy:
+    if sampled:
         parts = {"labelled": labelled, "held out": held_out}
         ours, theirs = sample_pairs(run, models, parts, writer)
         train_pairs, held_pairs = train_pairs + ours, held_pairs + theirs

@@ -26,10 +26,14 @@ import rllr.best_of  # noqa: E402
 import rllr.data.splits  # noqa: E402
 import rllr.layout  # noqa: E402
 import rllr.logprobs  # noqa: E402
+import rllr.pairs  # noqa: E402
 import rllr.ppo  # noqa: E402
 import rllr.rewards  # noqa: E402
+import rllr.run.rates  # noqa: E402
 
-FILES = ["test_ppo.py", "test_rewards.py", "test_layout.py", "test_logprobs.py", "test_best_of.py", "test_set_aside.py"]
+FILES = [
+    f"test_{name}.py" for name in ("ppo", "rewards", "layout", "logprobs", "pairs", "best_of", "set_aside", "rates")
+]
 
 # (module.function, what stands there, what is put in its place)
 MUTANTS = [
@@ -211,6 +215,17 @@ MUTANTS = [
     ("data.splits.Splits.prompts", 'self.labelled if kind == "labelled" else ', ""),
     ("data.splits.Splits.prompts", "self.unlabelled or self.labelled", "self.unlabelled"),
     ("data.splits.met_rows", '("held_out", "eval")', '("eval",)'),
+    ("pairs._whole", "and not answer.truncated", ""),
+    ("pairs.grounded_pairs", "if label == gold", ""),
+    ("pairs.grounded_pairs", "[text for text in right if shares", "[text for text in shares if shares"),
+    ("pairs.grounded_pairs", "better and rng.random() < SAMPLED_SHARE", "better"),
+    ("pairs.grounded_pairs", "if shares[written] >= shares[rejected] + GROUNDED_GAP and", "if"),
+    ("pairs.grounded_pairs", "example, text) or 0.0", "example, text) or 1.0"),
+    ("run.rates.default_rate", "max(1.0, weights / 1e6)", "(weights / 1e6)"),
+    ("run.rates.default_rate", "** 0.5", "** 0.45"),
+    ("run.rates.default_rate", "min(rate * ADAPTERS[role], peak * ADAPTERS_MOST)", "rate * ADAPTERS[role]"),
+    ("run.rates.decoder_weights", "if weight is not embeddings", ""),
+    ("run.rates.decoder_weights", 'getattr(backbone, "shared_backbone", backbone)', "backbone"),
 ]
 
 

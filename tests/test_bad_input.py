@@ -290,6 +290,10 @@ CASES = {
     "threshold no number": ("ppo", MIXED + " --threshold abc", None, ["--threshold 'abc'", "q0.9"]),
     "threshold no quantile": ("ppo", MIXED + " --threshold q1.5", None, ["--threshold 'q1.5'", "q0.9"]),
     "threshold not finite": ("ppo", MIXED + " --threshold nan", None, ["--threshold 'nan'", "q0.9"]),
+    "grounded pairs beside a file": ("rm", RM + " --pairs {toy.train} --grounded_pairs", None,
+        ["--grounded_pairs", "--pairs label or rationale"]),
+    "grounded pairs of labels alone": ("rm", RM + " --answer_format label --grounded_pairs", None,
+        ["--grounded_pairs", "without a rationale"]),
     "rationale rm without mixed": ("ppo", PPO + " --rationale_rm {toy.rationale_rm}", None,
         ["--rationale_rm", "--reward mixed"]),
     # rewards and reward models

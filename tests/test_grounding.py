@@ -202,13 +202,14 @@ def test_metrics_of_right_and_wrong_answers_apart():
     scores = answer_metrics(SINGLE, ROWS, answers)
     assert (scores["grounded"], scores["grounded_right"], scores["grounded_wrong"]) == (0.5, 0.75, 0.25)
     assert list(scores)[-4:] == ["parse_failures", "grounded", "grounded_right", "grounded_wrong"]
-    assert metric_line(scores).endswith("  parse_failures 25.0 %  grounded 50.0 %")
+    assert metric_line(scores).endswith("  parse_failures 25.0 %  grounded 50.0 % (right 75.0, wrong 25.0)")
     assert rank(SINGLE, scores) == rank(SINGLE, {k: v for k, v in scores.items() if not k.startswith("grounded")})
 
 
 def test_metrics_where_there_is_nothing_to_tell():
     right = answer_metrics(SINGLE, ROWS[:1], given((TRUE, "negative")))
     assert right["grounded"] == right["grounded_right"] == 1 and "grounded_wrong" not in right
+    assert metric_line(right).endswith("  grounded 100.0 % (right 100.0)")
     wrong = answer_metrics(SINGLE, ROWS[:2], given(("", "negative"), (INVENTED, "negative")))
     assert wrong["grounded"] == wrong["grounded_wrong"] == 0 and "grounded_right" not in wrong
     without = answer_metrics(SINGLE, ROWS, given(*[("", "negative")] * 4))
@@ -220,15 +221,26 @@ def test_the_table_has_a_column_where_a_model_gives_rationales():
     title, first, second = table(SINGLE, compare(SINGLE, ROWS, {"one": silent, "two": invented})).split("\n")
     place = title.index("grounded")
     assert title[place:] == "grounded  difference to the first"
-    assert first[place : place + 8].split() == ["-"] and second[place : place + 8].split() == ["25.0", "%"]
+    assert first[place : place + 8].strip() == "-" and second[: place + 8].endswith("  25.0 % (right 50.0, wrong 0.0)")
     assert second[place + 8 :].startswith("  +0.0 (")
     assert "grounded" not in table(SINGLE, compare(SINGLE, ROWS, {"one": silent}))
 
 
 def test_the_metrics_of_a_ppo_step():
-    texts = [answer.text for answer in given((TRUE, "negative"), (INVENTED, None), ("", "positive"), ("mess", "x"))]
-    assert grounded_metrics(SINGLE, ROWS, texts) == {"act/grounded": pytest.approx(2 / 3)}
-    assert grounded_metrics(SINGLE, ROWS[:1], ["Label: negative"]) == {}
+    """All together where a prompt's gold label is not known; else those of right and of wrong answers, too."""
+
+    def samples(*answers, gold):
+        answers = given(*answers)
+        labels = [answer.label for answer in answers]
+        return SimpleNamespace(answers=[answer.text for answer in answers], labels=labels, gold_labels=gold)
+
+    four = [(TRUE, "negative"), (INVENTED, None), ("", "positive"), ("mess", "x")]
+    unknown = samples(*four, gold=["negative", None, None, None])
+    assert grounded_metrics(SINGLE, ROWS, unknown) == {"act/grounded": pytest.approx(2 / 3)}
+    known = grounded_metrics(SINGLE, ROWS, samples(*four, gold=["negative", "positive"] * 2))
+    apart = {"act/grounded_right": 1.0, "act/grounded_wrong": 0.5}
+    assert known == {"act/grounded": pytest.approx(2 / 3)} | apart
+    assert grounded_metrics(SINGLE, ROWS[:1], samples(("", "negative"), gold=["negative"])) == {}
 
 
 def test_all_stages_tell_it(toy, tmp_path):
@@ -246,7 +258,7 @@ def test_all_stages_tell_it(toy, tmp_path):
     output = run(evaluate.main, *flags)
     (row,) = json.loads((tmp_path / "out" / "evaluate.json").read_text())
     assert row["grounded"] == pytest.approx(read_record(toy.sft)["eval"]["grounded"])
-    assert "  grounded  " in output and f"  {100 * row['grounded']:.1f} %" in output
+    assert "  grounded  " in output and f"  {100 * row['grounded']:.1f} % (right " in output
 
 
 def test_the_figure_of_a_ppo_step_is_of_its_own_prompts(toy, tmp_path, monkeypatch):
@@ -255,8 +267,8 @@ def test_the_figure_of_a_ppo_step_is_of_its_own_prompts(toy, tmp_path, monkeypat
 
     seen = SimpleNamespace(pairs=[])
 
-    def spy(task, examples, answers):
-        seen.pairs += zip([task.prompt_of(example) for example in examples], answers, strict=True)
+    def spy(task, examples, samples):
+        seen.pairs += zip([task.prompt_of(example) for example in examples], samples.answers, strict=True)
         return {}
 
     prompts = []

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -9,9 +10,11 @@ import pytest
 from rllr.answers import Answer
 from rllr.common.errors import InputError
 from rllr.data.rows import load_pairs
+from rllr.grounding import grounded
 from rllr.pairs import (
     Pair,
     describe,
+    grounded_pairs,
     label_sensitive_pairs,
     on_policy_pairs,
     rationale_sensitive_pairs,
@@ -366,3 +369,98 @@ def test_on_policy_pairs_hang_on_the_row_and_the_seed_alone():
     assert len(alone) == 3 and [pair for pair in whole if pair.prompt == alone[0].prompt] == alone
     with pytest.raises(InputError, match="has no label"):
         on_policy_pairs([Example("a", "x")], SST2, Scripted(), {"a": said(GOOD)})
+
+
+# ---- grounded pairs --------------------------------------------------------------------------------------------------
+
+QUOTES, INVENTS = (
+    "the word fine suggests positive\nLabel: positive",
+    "the word superb suggests positive\nLabel: positive",
+)
+WRONG = "the word superb suggests negative\nLabel: negative"
+
+
+class Quoting(Scripted):
+    """Writes a rationale that stands in the text."""
+
+    def write(self, example, label):
+        return f"the word {example.text.split()[-1]} suggests {label}"
+
+
+def by_share(shares):
+    """Instead of `grounded`: the share of an answer, by its first word; 0 for any other."""
+    return lambda task, example, answer: shares.get(answer.split()[0], 0.0)
+
+
+def labelled(*words):
+    """Right answers of one word each."""
+    return said(*(f"{word}\nLabel: positive" for word in words))
+
+
+def test_a_right_sample_that_quotes_its_text_beats_one_that_invents():
+    answers = {"a": said(INVENTS, WRONG, QUOTES, INVENTS, "no label here")}
+    expected = Pair(SST2.prompt_of(ROW), QUOTES, INVENTS, "rationale/grounded")
+    assert grounded_pairs([ROW], SST2, Scripted(), answers, grounded) == [expected]
+
+
+def test_the_written_answer_stands_in_where_no_sample_is_better():
+    """If it stands in the text itself; else the row makes no pair."""
+    (pair,) = grounded_pairs([ROW], SST2, Quoting(), {"a": said(INVENTS, WRONG)}, grounded)
+    assert (pair.chosen, pair.rejected) == ("the word film suggests positive\nLabel: positive", INVENTS)
+    assert grounded_pairs([ROW], SST2, Scripted(), {"a": said(INVENTS, WRONG)}, grounded) == []
+    assert grounded_pairs([ROW], SST2, Quoting(), {"a": said(QUOTES, WRONG)}, grounded) == []  # nothing to better
+
+
+def test_seven_of_ten_better_sides_are_samples():
+    answers = {f"r{i}": said(QUOTES, INVENTS) for i in range(400)}
+    many = [Example(name, f"a fine {name}", label="positive") for name in answers]
+    pairs = grounded_pairs(many, SST2, Quoting(), answers, grounded)
+    assert len(pairs) == 400 and {pair.rejected for pair in pairs} == {INVENTS}
+    assert 245 < sum(pair.chosen == QUOTES for pair in pairs) < 315  # 280 +- 4 standard errors of 9
+    written = [pair.chosen for pair in pairs if pair.chosen != QUOTES]
+    assert all(re.fullmatch(r"the word r\d+ suggests positive\nLabel: positive", text) for text in written)
+
+
+def test_a_rationale_that_names_nothing_is_no_way_out():
+    """`grounded` is None for it: it loses to one that quotes, and is itself no better than one that invents."""
+    bare, prompt = "Label: positive", SST2.prompt_of(ROW)
+    assert grounded(SST2, ROW, bare) is None
+    pairs = grounded_pairs([ROW], SST2, Scripted(), {"a": said(bare, INVENTS, QUOTES)}, grounded)
+    assert pairs == [Pair(prompt, QUOTES, text, "rationale/grounded") for text in (bare, INVENTS)]
+
+
+def test_free_text_must_be_better_by_half():
+    """Shares 0.1, 0.5, 0.6 and 1: 0.1 loses to 0.6 or 1, 0.5 to 1; 0.6 and 1 lose to none."""
+    shares = by_share({"low": 0.1, "half": 0.5, "more": 0.6, "all": 1.0})
+    answers = {"a": labelled("low", "half", "more", "all")}
+    found = set()
+    for seed in range(30):
+        pairs = grounded_pairs([ROW], SST2, Scripted(), answers, shares, seed=seed)
+        found |= {(pair.chosen.split()[0], pair.rejected.split()[0]) for pair in pairs}
+        assert len(pairs) == 2
+    assert found == {("more", "low"), ("all", "low"), ("all", "half")}
+
+
+def test_wrong_cut_and_unlabelled_samples_are_on_no_side():
+    shares = by_share({"good": 1.0, "right": 1.0})
+    answers = [
+        *labelled("bad"),
+        *said("good\nLabel: negative", "good"),
+        *said("right\nLabel: positive", truncated=True),
+    ]
+    assert grounded_pairs([ROW], SST2, Scripted(), {"a": answers}, shares) == []
+    cut = said("bad\nLabel: positive", truncated=True)
+    assert grounded_pairs([ROW], SST2, Scripted(), {"a": [*cut, *labelled("right")]}, shares) == []
+
+
+def test_grounded_pairs_hang_on_the_row_and_the_seed_alone():
+    shares = by_share({"x": 1.0, "y": 1.0, "z": 1.0})
+    answers = {f"r{i}": labelled("x", "y", "z", "low", f"{i}") for i in range(30)}
+    many = [Example(name, f"text {name}", label="positive") for name in answers]
+    whole = grounded_pairs(many, SST2, Scripted(), answers, shares)
+    random.seed(3)
+    assert whole == grounded_pairs(many, SST2, Scripted(), answers, shares)
+    assert whole != grounded_pairs(many, SST2, Scripted(), answers, shares, seed=1)
+    assert grounded_pairs(many[7:8], SST2, Scripted(), answers, shares) == whole[14:16]
+    with pytest.raises(InputError, match="has no label"):
+        grounded_pairs([Example("a", "x")], SST2, Scripted(), {"a": said(GOOD)}, shares)

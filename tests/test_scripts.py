@@ -649,12 +649,22 @@ def test_the_label_reward_model_is_previewed(toy, tmp_path, capsys):
     assert "rllr.json: field 'report' is damaged" in capsys.readouterr().err
 
 
-def test_on_policy_pairs_are_sampled_once_and_kept(toy, tmp_path):
+@pytest.mark.parametrize("more, kinds, without", [
+    ([], {"label/paper", "label/flipped"}, "grounded"),
+    (["--label_pairs", "paper", "--grounded_pairs"], {"label/paper", "rationale/grounded"}, "flipped"),
+    (["--pairs", "rationale"], {"rationale/other_text", "rationale/grounded"}, "label/"),
+], ids=["label", "grounded", "rationale"])  # fmt: skip
+def test_on_policy_pairs_are_sampled_once_and_kept(toy, tmp_path, more, kinds, without):
     """A run that goes on reads its pairs from its own files; the log says how often the samples are right."""
     flags = ["--policy", toy.sft, *toy.rm_flags, "--epochs", 1, "--save_every", 1, "--output_dir", tmp_path / "rm"]
-    output = run(train_rm.main, *flags)
+    output = run(train_rm.main, *flags, *more, "--temperature", 1.5)
     assert re.search(r"sampled by the policy: \d+\.\d % right on the labelled rows, \d+\.\d % on rows held out", output)
-    kinds = {json.loads(line)["kind"] for line in (tmp_path / "rm" / "pairs.jsonl").read_text().splitlines()}
-    assert {"label/paper", "label/flipped"} <= kinds
+    assert ("grounded: " in output) == ("rationale/grounded" in kinds)
+    pairs = [(tmp_path / "rm" / name).read_text() for name in ("pairs.jsonl", "pairs_held_out.jsonl")]
+    found = {json.loads(line)["kind"] for line in pairs[0].splitlines()}
+    assert kinds <= found and not any(without in kind for kind in found)
+    if "rationale/grounded" in pairs[1]:
+        assert "rationale/grounded" in read_record(tmp_path / "rm")["report"]["pairs"]
     again = run(train_rm.main, "--resume", tmp_path / "rm", "--epochs", 2)
     assert "resumed from" in again and "right on the labelled rows" not in again
+    assert pairs == [(tmp_path / "rm" / name).read_text() for name in ("pairs.jsonl", "pairs_held_out.jsonl")]

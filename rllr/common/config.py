@@ -55,7 +55,7 @@ class Settings:
         return self
 
     def settle(self, **late):
-        """Give settings that nobody chose their values, once, where these depend on the data: the door in `freeze`."""
+        """Give settings that nobody chose their values, once, where data or models decide: the door in `freeze`."""
         for name, value in late.items():
             if getattr(self, name) not in (None, value):
                 raise ValueError(f"{name} is {getattr(self, name)!r} already")

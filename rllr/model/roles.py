@@ -53,15 +53,6 @@ def check_lora(config):
         raise InputError("--base_dtype bf16: needs --precision bf16")
 
 
-def lora_rate_factor(config, tiny):
-    """By how much default learning rates grow for adapters, whose one factor starts at 0.
-
-    Ten is usual for pretrained models; for the tiny one three is measured, at ten some runs collapse
-    (benchmarks/results/lora.md).
-    """
-    return (3 if tiny else 10) if config.lora_rank else 1
-
-
 class RoleBackbone(nn.Module):
     """The decoder of a shared base as one role sees it. `role`: the name of its adapter, None for the base itself."""
 

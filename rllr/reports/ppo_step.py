@@ -32,9 +32,16 @@ def step_metrics(step, batch, samples, judges, judged, kl_coef):
     }
 
 
-def grounded_metrics(task, examples, answers):
-    """How much of the sampled rationales stands in their texts (`rllr.grounding`); {} where there are none."""
-    return known_means({"act/grounded": [grounded(task, *pair) for pair in zip(examples, answers, strict=True)]})
+def grounded_metrics(task, examples, samples):
+    """How much of the sampled rationales stands in their texts (`rllr.grounding`), all together and, where PPO may know
+    gold labels, those of right and of wrong answers; {} where there are none."""
+    found = [grounded(task, example, answer) for example, answer in zip(examples, samples.answers, strict=True)]
+    groups = {"act/grounded": found}
+    if all(label is not None for label in samples.gold_labels):
+        right = [label == gold for label, gold in zip(samples.labels, samples.gold_labels, strict=True)]
+        groups["act/grounded_right"] = [share for share, is_right in zip(found, right) if is_right]
+        groups["act/grounded_wrong"] = [share for share, is_right in zip(found, right) if not is_right]
+    return known_means(groups)
 
 
 def judge_metrics(judges, judged, samples, scores):

@@ -131,16 +131,17 @@ class Run:
         show_config(config.freeze(), f"train_{stage}")
         return cls(stage, config, directory, task=task, start_record=record, resumed=resumed, device=device)
 
-    def settle(self, **late):
-        """Give settings their values whose defaults hang on the data (`Settings.settle`), and say so."""
+    def settle(self, why="", **late):
+        """Give settings their values whose defaults hang on data or models (`Settings.settle`), and say so, and why."""
         chosen = {name: value for name, value in late.items() if getattr(self.config, name) is None}
         self.config.settle(**late)
         if chosen:
-            say(f"train_{self.stage}: {', '.join(f'{name}={value}' for name, value in chosen.items())}")
+            reason = f" ({why})" if why else ""
+            say(f"train_{self.stage}: {', '.join(f'{name}={value}' for name, value in chosen.items())}{reason}")
 
     @property
     def tiny(self):
-        """Whether the model is our small one, made from scratch: it wants other rates than a pretrained one."""
+        """Whether the model is our small one, made from scratch: it wants other dropout than a pretrained one."""
         return is_tiny(self.config, self.start_record)
 
     @property
