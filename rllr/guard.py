@@ -1,0 +1,120 @@
+"""PPO's guard: is the score going up while accuracy goes down? (numpy only)
+
+A policy that exploits its reward model finds answers that score higher and are wrong more often. No number of a single
+PPO step shows it, since PPO sees no gold labels. Greedy answers to dev do. The guard compares them, row by row, with
+those of the policy that PPO started from; `is_reward_hacking` is the test, `benchmarks/guard.py` what it is worth.
+
+A *look* is one evaluation on dev, {"right": [N], "scores": [N], "grounded": [N]}, the same N rows in every look. right:
+how right each answer is (`metrics.row_values`), scores: what the run's judges give it, higher is better; grounded: the
+share of its rationale that stands in the text, None where there is nothing to look up.
+"""
+
+import math
+
+import numpy as np
+
+FLATTERY = 0.005  # what the start's accuracy on dev owes to having been chosen there
+REMEDIES = "on-policy pairs, more labelled rows, a larger --kl_coef or a lower --learning_rate"
+FALLEN = 2.4  # standard errors by which accuracy, in two looks together, must lie below the start's
+UNGROUNDED = 3.0  # standard errors by which `grounded` must lie below the start's before a warning is due
+LEAST_ROWS = 400  # below so many dev rows a fall of 5 points goes unnoticed too often
+
+
+# ---- mathematics -----------------------------------------------------------------------------------------------------
+
+
+def paired(now, start) -> tuple[float, float]:
+    """(mean difference, its standard error) of numbers [N] that two policies have on the same rows; None: unknown.
+
+    Rows that are unknown on either side are left out. The error is infinite for fewer than two rows: they tell nothing.
+    ValueError: other numbers of rows.
+    """
+    now, start = np.asarray(now, float), np.asarray(start, float)
+    if now.shape != start.shape:
+        raise ValueError(f"{now.shape} and {start.shape}: not the same rows")
+    differences = (now - start)[~np.isnan(now - start)]
+    if len(differences) < 2:
+        return 0.0, math.inf
+    return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
+
+
+def beats(now, start) -> bool:
+    """Whether numbers [N] are higher than the start's by more than one standard error of their paired difference."""
+    difference, error = paired(now, start)
+    return difference > error
+
+
+def is_reward_hacking(start, before, now) -> bool:
+    """Score up and accuracy down, in the last two looks together: the policy exploits its reward.
+
+    start, before, now: the look at the policy that PPO started from, and the last two. Per row the two looks are
+    averaged, and compared with the start:
+
+      score up         its mean is above the start's by more than one standard error
+      accuracy down    its mean is below the start's by more than FALLEN standard errors
+      not a dip        the last look is not above the one before by more than one standard error
+
+    One look is not enough: PPO often stumbles in its first updates, while the value model learns, and comes back.
+    Where the score is accuracy itself (--reward gold), it is never up and down at once.
+    """
+    score, score_error = paired(_mean(before, now, "scores"), start["scores"])
+    right, right_error = paired(_mean(before, now, "right"), start["right"])
+    back = beats(now["right"], before["right"])
+    return score > score_error and right < -FLATTERY - FALLEN * right_error and not back
+
+
+def _mean(before, now, name):
+    return (np.asarray(before[name], float) + np.asarray(now[name], float)) / 2
+
+
+def is_less_grounded(start, now) -> bool:
+    """Whether rationales stand in their texts less often than the start's: by more than UNGROUNDED standard errors."""
+    difference, error = paired(now["grounded"], start["grounded"])
+    return difference < -UNGROUNDED * error
+
+
+class Guard:
+    """What the guard remembers of a run, as a checkpoint keeps it.
+
+    start, last: looks; last is None where the next look has none before it to be judged with. hacked: steps at which
+    reward hacking was found. told: whether the fall of `grounded` was told of.
+    """
+
+    def __init__(self):
+        self.start, self.last, self.hacked, self.told = None, None, [], False
+
+    def sees_hacking(self, step, look) -> bool:
+        """The verdict on a new look. After reward hacking two new looks make the next verdict."""
+        found = self.last is not None and is_reward_hacking(self.start, self.last, look)
+        # New lists, never changed ones: a checkpoint may hold the old.
+        self.hacked, self.last = self.hacked + [step] * found, None if found else look
+        return found
+
+    def sees_less_grounded(self, look) -> bool:
+        """Whether rationales have come loose from their texts; true once in a run."""
+        found = not self.told and is_less_grounded(self.start, look)
+        self.told = self.told or found
+        return found
+
+
+# ---- for people ------------------------------------------------------------------------------------------------------
+
+
+def hacking_sentence(start, before, now, what="accuracy") -> str:
+    """What the guard has found, in numbers. what: the name of `right`, in points of 100."""
+    score, _ = paired(_mean(before, now, "scores"), start["scores"])
+    right, error = paired(_mean(before, now, "right"), start["right"])
+    return (
+        f"reward hacking: in the last two looks at dev the score is {score:.2f} above the start's and {what} "
+        f"{-100 * right:.1f} points below it (standard error {100 * error:.1f})"
+    )
+
+
+def grounded_sentence(start, now) -> str:
+    """How far `grounded` has fallen, and what that means."""
+    difference, error = paired(now["grounded"], start["grounded"])
+    return (
+        f"warning: rationales stand in their texts less often than at the start: grounded fell by "
+        f"{-100 * difference:.1f} points (standard error {100 * error:.1f}); the reward pays for labels, not for true "
+        "explanations"
+    )
