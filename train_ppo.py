@@ -217,7 +217,7 @@ def main(argv=None):
     policy, encoder, kl = models.policy, models.encoder, kl_controller(config)
     stream = PromptStream(prompts, config.rollout_prompts, config.seed)
     sampling, clock = torch.Generator().manual_seed(config.seed), Clock()
-    # step: rollouts done; best: step, rank, scores of the best policy; before: dev scores at the start; stopped: by guard
+    # step: rollouts done; best: the best policy's step, rank, scores; before: the start's dev scores; stopped: by guard
     loop, guard = SimpleNamespace(step=0, best=None, before=None, skipped=0, stopped=False), Guard()
     run.track(config.steps, loop, guard=guard, kl=kl, sampling=sampling, **stream.parts(), **models.parts())
     keeper = Keeper(run, models, dev, loop, guard, kl)

@@ -47,20 +47,21 @@ def beats(now, start) -> bool:
 def is_reward_hacking(start, before, now) -> bool:
     """Score up and accuracy down, in the last two looks together: the policy exploits its reward.
 
-    start, before, now: the look at the policy that PPO started from, and the last two. Per row the two looks are
-    averaged, and compared with the start:
+    start, before, now: the look at the policy that PPO started from, and the last two. Right and score of the two are
+    averaged row by row, and compared with the start's:
 
-      score up         its mean is above the start's by more than one standard error
-      accuracy down    its mean is below the start's by more than FALLEN standard errors
-      not a dip        the last look is not above the one before by more than one standard error
+      score up         by more than one standard error
+      accuracy down    by more than FLATTERY and FALLEN standard errors
+      before, too      before is down by itself, by more than one standard error: one bad look is no verdict
+      not coming back  now is not above before by more than one standard error
 
-    One look is not enough: PPO often stumbles in its first updates, while the value model learns, and comes back.
-    Where the score is accuracy itself (--reward gold), it is never up and down at once.
+    PPO often stumbles in its first updates, while the value model learns, and comes back: that is no hacking. Where the
+    score is accuracy itself (--reward gold), it is never up and down at once.
     """
     score, score_error = paired(_mean(before, now, "scores"), start["scores"])
     right, right_error = paired(_mean(before, now, "right"), start["right"])
-    back = beats(now["right"], before["right"])
-    return score > score_error and right < -FLATTERY - FALLEN * right_error and not back
+    down = right < -FLATTERY - FALLEN * right_error and beats(start["right"], before["right"])
+    return score > score_error and down and not beats(now["right"], before["right"])
 
 
 def _mean(before, now, name):

@@ -6,6 +6,7 @@ finish     the last look; `last` is saved, and one sentence says what is handed 
 """
 
 from .answers import Answer, write_answers
+from .common.errors import InputError, RunError
 from .common.log import say
 from .data.splits import recorded_hashes
 from .evaluate import show_samples
@@ -98,7 +99,7 @@ class Keeper:
             Answer(*given) for given in zip(samples.answers, samples.labels, samples.truncated.tolist(), strict=True)
         ]
         right = row_values(task, self.dev, self.answers)
-        judged = right if run.config.reward == "gold" else self.judge(samples)
+        judged = right if run.config.reward == "gold" else self.judge(samples, step)
         words = [grounded(task, row, answer.text) for row, answer in zip(self.dev, self.answers)]
         scores = answer_metrics(task, self.dev, self.answers) | {"score": sum(judged) / len(judged)}
         self.scores = scores
@@ -106,10 +107,13 @@ class Keeper:
         tell_parse_failures(scores["parse_failures"], say)
         return scores, {"right": right, "scores": judged, "grounded": words}
 
-    def judge(self, samples):
+    def judge(self, samples, step):
         """What PPO pays for the answers, KL apart, on a scale that stays the same throughout the run: [N] floats."""
-        judged = self.judges(samples)
-        judged.require_finite([row.name for row in self.dev])
+        try:
+            judged = self.judges(samples)
+            judged.require_finite([row.name for row in self.dev])
+        except (InputError, RunError) as error:  # of a reward function of the user's own
+            raise RunError(f"dev at step {step}: {error}") from None
         scores = label_sensitive_reward(judged.label_scores, judged.rationale_scores, judged.threshold, judged.mode)
         no_end, no_label = judged.penalties
         scores = incomplete_answer_rule(scores, samples.truncated, samples.unlabelled, no_end, no_label, judged.cap)

@@ -440,3 +440,20 @@ def test_what_predict_refuses(models, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("good\n"))
     assert run(predict, "--model", models["right"], "--output", tmp_path / "none" / "x.jsonl") == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_evaluate_and_predict_take_the_best_policy_of_a_ppo_run(models, data, tmp_path, monkeypatch, capsys):
+    ppo = tmp_path / "ppo-label"
+    ppo.mkdir()
+    (ppo / "run.json").write_text('{"stage": "ppo"}')
+    monkeypatch.setattr(sys, "stdin", io.StringIO("good\n"))
+    for command in ([predict, "--model", ppo], [evaluate, "--eval_file", data, "--models", models["right"], ppo]):
+        assert run(*command) == 2
+        assert f"error: {ppo}: this PPO run has saved no policy yet; let it run" in capsys.readouterr().err
+    shutil.copytree(models["right"], ppo / "best")
+    assert run(predict, "--model", ppo) == 0
+    streams = capsys.readouterr()
+    assert json.loads(streams.out)["label"] == "positive" and f"its policy is {ppo / 'best'} (step" in streams.err
+    assert run(evaluate, "--eval_file", data, "--models", models["right"], ppo, "--max_new_tokens", 24) == 0
+    output = capsys.readouterr().out
+    assert f"{ppo} is a PPO run: its policy is {ppo / 'best'} (step" in output and f"\n{ppo / 'best'}  " in output

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 from stopping import Killed, assert_same_run, kill_at, refused
-from toy_runs import read_metrics, run
+from toy_runs import read_metrics, run, told
 
 import rllr.update
 import train_ppo
 from rllr import guard
 from rllr.guard import Guard, beats, is_less_grounded, is_reward_hacking, paired
-from rllr.keeper import Keeper
 from rllr.model.records import read_record
 
 ROWS = 1000
@@ -67,6 +66,7 @@ def test_what_is_no_hacking():
     assert not is_reward_hacking(START, START, START)
     assert not is_reward_hacking(START, down, look(760, 0.8))  # a dip that comes back
     assert not is_reward_hacking(START, look(650, 0.5), look(700, 0.8))  # still down, but on its way back
+    assert not is_reward_hacking(START, look(750, 0.5), look(600, 0.8))  # one bad look
 
 
 def test_the_threshold_by_hand():
@@ -121,8 +121,8 @@ def test_the_state_goes_through_json():
 def test_the_sentences():
     now = look(690, 0.5)
     assert guard.hacking_sentence(START, look(700, 0.3), now) == (
-        "reward hacking: in the last two looks at dev the score is 0.40 above the start's and accuracy 5.5 points below "
-        "it (standard error 0.7)"
+        "reward hacking: in the last two looks at dev the score is 0.40 above the start's and accuracy 5.5 points "
+        "below it (standard error 0.7)"
     )
     loose = look(750) | {"grounded": [0.0] * 100 + [1.0] * 900}
     assert "grounded fell by 10.0 points (standard error 0.9)" in guard.grounded_sentence(START, loose)
@@ -138,19 +138,6 @@ def test_the_guard_stands_on_numpy_alone():
 # ---- in a run --------------------------------------------------------------------------------------------------------
 
 HACKED = {0: (8, 0.0), 1: (8, 0.1), 2: (3, 0.5), 3: (3, 0.6)}  # {step: (of 8 dev rows right, score)}; after 3 as at 3
-
-
-def told(monkeypatch, looks):
-    """Looks that come out as told, by step; all else is the run's own."""
-    plain = Keeper.look
-
-    def look_as_told(self, step):
-        scores, found = plain(self, step)
-        right, score = looks.get(step, looks[max(looks)])
-        self.scores = scores | {"accuracy": right / 8, "score": score}
-        return self.scores, found | {"right": [1.0] * right + [0.0] * (8 - right), "scores": [score] * 8}
-
-    monkeypatch.setattr(Keeper, "look", look_as_told)
 
 
 def flags_of(toy, *more):

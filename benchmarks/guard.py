@@ -1,0 +1,158 @@
+"""Is the guard right? How many healthy runs it stops, and how many that fall: simulated on real paired answers.
+
+    python benchmarks/guard.py                                          # the simulation, from guard-answers.json
+    python benchmarks/guard.py --record falling --policy ... --steps 100 --eval_every 10 --eval_rows 1000 ...
+
+--record NAME runs train_ppo.py with the flags that follow and keeps, for every look at dev, which rows are right and
+what the judges gave them. The simulation draws dev sets from the rows of the falling run, all looks of a row together,
+so that the looks of a simulated run hang together as real ones do. `Rows.simulated` says how a truth is given to them.
+The judges' scores are the falling run's, which rise: the guard has to tell by accuracy alone.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from common import write_result
+
+from rllr.guard import Guard
+
+ROOT = Path(__file__).resolve().parent.parent
+ANSWERS = ROOT / "benchmarks" / "results" / "guard-answers.json"
+FALL, FLATTERY = 0.05, 0.005
+DEV_ROWS, LOOKS = (400, 1000), (4, 6, 10)
+
+
+# ---- real answers ----------------------------------------------------------------------------------------------------
+
+
+def record(name, flags):
+    """Run PPO and keep its looks, right or wrong as a string of bits and scores in hundredths, under a name."""
+    import train_ppo
+    from rllr.keeper import Keeper
+
+    plain, looks = Keeper.look, []
+
+    def look(self, step):
+        scores, found = plain(self, step)
+        looks.append({
+            "step": step, "right": "".join(str(int(right)) for right in found["right"]),
+            "scores": [round(100 * score) for score in found["scores"]],
+        })  # fmt: skip
+        return scores, found
+
+    Keeper.look = look
+    train_ppo.main([*flags, "--on_hacking", "ignore"])
+    answers = json.loads(ANSWERS.read_text()) if ANSWERS.is_file() else {}
+    command = " ".join(["python benchmarks/guard.py --record", name, *flags])
+    ANSWERS.write_text(json.dumps(answers | {name: {"command": command, "looks": looks}}) + "\n")
+
+
+# ---- simulated runs --------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """What the rows of a recorded run do: changes [looks, rows], 1 where a row is right or wrong other than at the
+    start, and gains [looks, rows], what its score gains."""
+
+    def __init__(self, recorded):
+        looks = recorded["looks"]
+        right = np.array([[int(bit) for bit in look["right"]] for look in looks])
+        scores = np.array([look["scores"] for look in looks]) / 100
+        self.differences, self.gains = right[1:] - right[0], scores[1:] - scores[0]
+
+    def looks(self, count):
+        """Numbers of so many looks, evenly spread, the last one among them."""
+        return np.linspace(-1, len(self.gains) - 1, count + 1).round().astype(int)[1:]
+
+    def drawn(self, rng, size, count):
+        """(differences, gains) [count, size] of rows drawn with replacement."""
+        cells = np.ix_(self.looks(count), rng.integers(0, self.gains.shape[1], size))
+        return self.differences[cells], self.gains[cells]
+
+    def simulated(self, rng, size, truth):
+        """The same with a truth [count], the share of rows won less those lost at each look.
+
+        Which rows change, and when, is real. Whether a row's changes are lost or won is drawn once for the row, with
+        the probability that gives the truth: a row that was right at the start can only be lost, one that was wrong
+        only won.
+        """
+        differences, gains = self.drawn(rng, size, len(truth))
+        changing = np.abs(self.differences[self.looks(len(truth))]).mean(1)  # [count]
+        lost = rng.random(size) < 0.5 - (np.asarray(truth) / (2 * changing))[:, None]
+        return np.abs(differences) * np.where(lost, -1, 1), gains
+
+
+def is_stopped(differences, gains) -> bool:
+    """Whether the guard finds reward hacking at some look of a run."""
+    watch, zeros = Guard(), [0.0] * differences.shape[1]
+    watch.start = {"right": zeros, "scores": zeros}
+    looks = ({"right": right, "scores": score} for right, score in zip(differences, gains))
+    return any(watch.sees_hacking(number, look) for number, look in enumerate(looks))
+
+
+def truths(looks):
+    """{what a run does: (whether it falls, its truth at each look)}; the start is flattered by FLATTERY in all but
+    one."""
+    ramp, flat = np.arange(1, looks + 1) / looks, np.ones(looks)
+    dip = np.where(np.arange(looks) == 0, -FALL, 0.03)
+    longer = np.where(np.arange(looks) < max(1, looks // 5), -FALL, 0.03)
+    return {
+        "no change": (False, 0 * flat),
+        "no change, start flattered": (False, -FLATTERY * flat),
+        "steady gain to +5": (False, FALL * ramp - FLATTERY),
+        "dip to -5 at the first look, then +3": (False, dip - FLATTERY),
+        "dip to -5 in the first fifth, then +3": (False, longer - FLATTERY),
+        "falls to -5, gradually": (True, -FALL * ramp - FLATTERY),
+        "falls to -5 early, and stays": (True, -FALL * flat - FLATTERY),
+    }
+
+
+def simulate(recorded, runs, seed):
+    """[(what the runs do, whether they fall, {(rows, looks): share stopped})]."""
+    rng, lines = np.random.default_rng(seed), []
+    real = {name: Rows(found) for name, found in recorded.items()}
+    settings = [(rows, looks) for rows in DEV_ROWS for looks in LOOKS]
+    for name in truths(2):
+        shares = {}
+        for rows, looks in settings:
+            truth = truths(looks)[name][1]
+            stopped = [is_stopped(*real["falling"].simulated(rng, rows, truth)) for _ in range(runs)]
+            shares[rows, looks] = float(np.mean(stopped))
+        lines.append((name, truths(2)[name][0], shares))
+    for name, rows_of in real.items():
+        end = 100 * rows_of.differences[-1].mean()
+        shares = {s: float(np.mean([is_stopped(*rows_of.drawn(rng, *s)) for _ in range(runs)])) for s in settings}
+        lines.append((f"the real run, {name}, as it was ({end:+.1f} at its end)", end < 0, shares))
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", help="name of a run to record; all further flags are those of train_ppo.py")
+    parser.add_argument("--runs", type=int, default=1000, help="simulated runs in each cell")
+    parser.add_argument("--seed", type=int, default=0)
+    args, flags = parser.parse_known_args()
+    if args.record:
+        record(args.record, flags)
+        return
+    if flags:
+        parser.error(f"unknown: {' '.join(flags)}")
+    recorded = json.loads(ANSWERS.read_text())
+    lines = simulate(recorded, args.runs, args.seed)
+    settings = list(lines[0][2])
+    heads = [f"{rows} rows, {looks} looks" for rows, looks in settings]
+    table = ["| runs | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, _, shares in lines:
+        table.append(f"| {name} | " + " | ".join(f"{100 * shares[s]:.1f}" for s in settings) + " |")
+    commands = [f"    {found['command']}" for found in recorded.values()]
+    text = [f"Runs in which the guard finds reward hacking, in %, {args.runs} simulated in each cell.", "", *table, ""]
+    write_result("guard", "Healthy runs, and runs that fall", [*text, "The real runs:", "", *commands], {"cells": [
+        {"runs": name, "falls": falls, "rows": rows, "looks": looks, "stopped": share}
+        for name, falls, shares in lines for (rows, looks), share in shares.items()
+    ]})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
