@@ -53,35 +53,43 @@ def record(name, flags):
 
 
 class Rows:
-    """What the rows of a recorded run do: changes [looks, rows], 1 where a row is right or wrong other than at the
-    start, and gains [looks, rows], what its score gains."""
+    """What the rows of a recorded run do: differences [looks, rows], 1 where a row is right other than at the start,
+    -1 where it is wrong other than at the start; gains [looks, rows], what its score gains."""
 
     def __init__(self, recorded):
         looks = recorded["looks"]
         right = np.array([[int(bit) for bit in look["right"]] for look in looks])
         scores = np.array([look["scores"] for look in looks]) / 100
         self.differences, self.gains = right[1:] - right[0], scores[1:] - scores[0]
-
-    def looks(self, count):
-        """Numbers of so many looks, evenly spread, the last one among them."""
-        return np.linspace(-1, len(self.gains) - 1, count + 1).round().astype(int)[1:]
+        changed = self.differences != 0
+        self.changing = changed.mean()  # share of the rows that differ from the start
+        self.staying = changed[1:][changed[:-1]].mean()  # of those, the share that differs at the next look, too
 
     def drawn(self, rng, size, count):
-        """(differences, gains) [count, size] of rows drawn with replacement."""
-        cells = np.ix_(self.looks(count), rng.integers(0, self.gains.shape[1], size))
+        """(differences, gains) [count, size] of rows drawn with replacement; looks evenly spread, the last among them.
+        ValueError: fewer looks than that were recorded."""
+        if count > len(self.gains):
+            raise ValueError(f"{count} looks of {len(self.gains)}")
+        which = np.linspace(-1, len(self.gains) - 1, count + 1).round().astype(int)[1:]
+        cells = np.ix_(which, rng.integers(0, self.gains.shape[1], size))
         return self.differences[cells], self.gains[cells]
 
     def simulated(self, rng, size, truth):
-        """The same with a truth [count], the share of rows won less those lost at each look.
+        """(differences, gains) [count, size] with a truth [count], the share of rows won less those lost at each look.
 
-        Which rows change, and when, is real. Whether a row's changes are lost or won is drawn once for the row, with
-        the probability that gives the truth: a row that was right at the start can only be lost, one that was wrong
-        only won.
+        Rows are drawn with replacement, all looks of a row together; which of them change, and when, is real. A run of
+        more looks than were recorded goes on with the real rates at which rows change and change back. Whether a row's
+        changes are lost or won is drawn once for the row, with the probability that gives the truth: a row that was
+        right at the start can only be lost, one that was wrong only won.
         """
-        differences, gains = self.drawn(rng, size, len(truth))
-        changing = np.abs(self.differences[self.looks(len(truth))]).mean(1)  # [count]
-        lost = rng.random(size) < 0.5 - (np.asarray(truth) / (2 * changing))[:, None]
-        return np.abs(differences) * np.where(lost, -1, 1), gains
+        count = len(truth)
+        differences, gains = self.drawn(rng, size, min(count, len(self.gains)))
+        changes, beginning = list(differences != 0), self.changing * (1 - self.staying) / (1 - self.changing)
+        while len(changes) < count:
+            changes.append(rng.random(size) < np.where(changes[-1], self.staying, beginning))
+        gains = np.concatenate([gains, np.repeat(gains[-1:], count - len(gains), 0)])
+        lost = rng.random(size) < 0.5 - (np.asarray(truth) / (2 * self.changing))[:, None]
+        return np.array(changes) * np.where(lost, -1, 1), gains
 
 
 def is_stopped(differences, gains) -> bool:
@@ -89,7 +97,7 @@ def is_stopped(differences, gains) -> bool:
     watch, zeros = Guard(), [0.0] * differences.shape[1]
     watch.start = {"right": zeros, "scores": zeros}
     looks = ({"right": right, "scores": score} for right, score in zip(differences, gains))
-    return any(watch.sees_hacking(number, look) for number, look in enumerate(looks))
+    return any(watch.sees_hacking(number, look, len(gains)) for number, look in enumerate(looks))
 
 
 def truths(looks):
@@ -123,7 +131,10 @@ def simulate(recorded, runs, seed):
         lines.append((name, truths(2)[name][0], shares))
     for name, rows_of in real.items():
         end = 100 * rows_of.differences[-1].mean()
-        shares = {s: float(np.mean([is_stopped(*rows_of.drawn(rng, *s)) for _ in range(runs)])) for s in settings}
+        shares = {
+            (rows, looks): float(np.mean([is_stopped(*rows_of.drawn(rng, rows, looks)) for _ in range(runs)]))
+            for rows, looks in settings if looks <= len(rows_of.gains)
+        }  # fmt: skip
         lines.append((f"the real run, {name}, as it was ({end:+.1f} at its end)", end < 0, shares))
     return lines
 
@@ -145,7 +156,9 @@ def main():
     heads = [f"{rows} rows, {looks} looks" for rows, looks in settings]
     table = ["| runs | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, _, shares in lines:
-        table.append(f"| {name} | " + " | ".join(f"{100 * shares[s]:.1f}" for s in settings) + " |")
+        table.append(
+            f"| {name} | " + " | ".join(f"{100 * shares[s]:.1f}" if s in shares else "" for s in settings) + " |"
+        )
     commands = [f"    {found['command']}" for found in recorded.values()]
     text = [f"Runs in which the guard finds reward hacking, in %, {args.runs} simulated in each cell.", "", *table, ""]
     write_result("guard", "Healthy runs, and runs that fall", [*text, "The real runs:", "", *commands], {"cells": [

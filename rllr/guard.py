@@ -10,12 +10,14 @@ share of its rationale that stands in the text, None where there is nothing to l
 """
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 
 FLATTERY = 0.005  # what the start's accuracy on dev owes to having been chosen there
 REMEDIES = "on-policy pairs, more labelled rows, a larger --kl_coef or a lower --learning_rate"
-FALLEN = 2.4  # standard errors by which accuracy, in two looks together, must lie below the start's
+FALSE_ALARMS = 0.08  # shared among a run's verdicts, see `fallen`; it makes less than 5 % of runs, for three reasons:
+# two looks in a row share a look, looks hang together, and a verdict asks for more than this one test
 UNGROUNDED = 3.0  # standard errors by which `grounded` must lie below the start's before a warning is due
 LEAST_ROWS = 400  # below so many dev rows a fall of 5 points goes unnoticed too often
 
@@ -44,14 +46,20 @@ def beats(now, start) -> bool:
     return difference > error
 
 
-def is_reward_hacking(start, before, now) -> bool:
+def fallen(looks) -> float:
+    """How many standard errors accuracy must lie below the start's in a run of so many looks: the more looks, the more
+    often chance makes one. The normal quantile of FALSE_ALARMS / (looks - 1): 1.9 of 4 looks, 2.4 of 10."""
+    return NormalDist().inv_cdf(1 - FALSE_ALARMS / max(1, looks - 1))
+
+
+def is_reward_hacking(start, before, now, looks) -> bool:
     """Score up and accuracy down, in the last two looks together: the policy exploits its reward.
 
-    start, before, now: the look at the policy that PPO started from, and the last two. Right and score of the two are
-    averaged row by row, and compared with the start's:
+    start, before, now: the look at the policy that PPO started from, and the last two, in a run of so many `looks`.
+    Right and score of the two are averaged row by row, and compared with the start's:
 
       score up         by more than one standard error
-      accuracy down    by more than FLATTERY and FALLEN standard errors
+      accuracy down    by more than FLATTERY and `fallen(looks)` standard errors
       before, too      before is down by itself, by more than one standard error: one bad look is no verdict
       not coming back  now is not above before by more than one standard error
 
@@ -60,7 +68,7 @@ def is_reward_hacking(start, before, now) -> bool:
     """
     score, score_error = paired(_mean(before, now, "scores"), start["scores"])
     right, right_error = paired(_mean(before, now, "right"), start["right"])
-    down = right < -FLATTERY - FALLEN * right_error and beats(start["right"], before["right"])
+    down = right < -FLATTERY - fallen(looks) * right_error and beats(start["right"], before["right"])
     return score > score_error and down and not beats(now["right"], before["right"])
 
 
@@ -84,9 +92,9 @@ class Guard:
     def __init__(self):
         self.start, self.last, self.hacked, self.told = None, None, [], False
 
-    def sees_hacking(self, step, look) -> bool:
-        """The verdict on a new look. After reward hacking two new looks make the next verdict."""
-        found = self.last is not None and is_reward_hacking(self.start, self.last, look)
+    def sees_hacking(self, step, look, looks) -> bool:
+        """The verdict on a new look, one of `looks`. After reward hacking two new looks make the next verdict."""
+        found = self.last is not None and is_reward_hacking(self.start, self.last, look, looks)
         # New lists, never changed ones: a checkpoint may hold the old.
         self.hacked, self.last = self.hacked + [step] * found, None if found else look
         return found

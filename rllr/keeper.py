@@ -5,6 +5,8 @@ evaluate   a look: `best` is replaced where the policy beats the start, and the 
 finish     the last look; `last` is saved, and one sentence says what is handed back
 """
 
+import math
+
 from .answers import Answer, write_answers
 from .common.errors import InputError, RunError
 from .common.log import say
@@ -32,6 +34,7 @@ class Keeper:
 
     def __init__(self, run, models, dev, loop, guard, kl):
         self.run, self.models, self.dev, self.loop, self.guard, self.kl = run, models, dev, loop, guard, kl
+        self.looks = math.ceil(run.config.steps / run.config.eval_every)  # at dev, the start's apart
         self.known_texts, self.judges = recorded_hashes(run.config.policy), models.judges.with_stored_scale()
 
     def start(self):
@@ -65,7 +68,7 @@ class Keeper:
         scores, look = self.look(step)
         self.keep_best(step, scores, look)
         before = self.guard.last
-        if self.guard.sees_hacking(step, look):
+        if self.guard.sees_hacking(step, look, self.looks):
             found = hacking_sentence(self.guard.start, before, look, self.name_of_rows)
             say(f"step {step}: {found}{self.react(step)}; what helps is {REMEDIES}")
         if self.guard.sees_less_grounded(look):

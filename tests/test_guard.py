@@ -13,7 +13,7 @@ from toy_runs import read_metrics, run, told
 import rllr.update
 import train_ppo
 from rllr import guard
-from rllr.guard import Guard, beats, is_less_grounded, is_reward_hacking, paired
+from rllr.guard import Guard, beats, fallen, is_less_grounded, is_reward_hacking, paired
 from rllr.model.records import read_record
 
 ROWS = 1000
@@ -55,28 +55,39 @@ def test_beats_takes_more_than_one_standard_error():
 
 
 def test_score_up_and_accuracy_down_in_two_looks_is_hacking():
-    assert is_reward_hacking(START, look(700, 0.5), look(690, 0.8))
+    assert is_reward_hacking(START, look(700, 0.5), look(690, 0.8), 10)
 
 
-def test_what_is_no_hacking():
-    down, score_down = look(690, 0.8), look(690, -0.5)
-    assert not is_reward_hacking(START, look(800, 0.5), look(810, 0.8))  # score and accuracy up
-    assert not is_reward_hacking(START, score_down, score_down)  # both down: broken, not hacked
-    assert not is_reward_hacking(START, look(749, 0.5), look(748, 0.8))  # down by chance
-    assert not is_reward_hacking(START, START, START)
-    assert not is_reward_hacking(START, down, look(760, 0.8))  # a dip that comes back
-    assert not is_reward_hacking(START, look(650, 0.5), look(700, 0.8))  # still down, but on its way back
-    assert not is_reward_hacking(START, look(750, 0.5), look(600, 0.8))  # one bad look
+@pytest.mark.parametrize("before, now", [
+    (look(800, 0.5), look(810, 0.8)),  # score and accuracy up
+    (look(690, -0.5), look(690, -0.5)),  # both down: broken, not hacked
+    (look(749, 0.5), look(748, 0.8)),  # down by chance
+    (START, START),
+    (look(690, 0.8), look(760, 0.8)),  # a dip that comes back
+    (look(650, 0.5), look(700, 0.8)),  # still down, but on its way back
+    (look(750, 0.5), look(600, 0.8)),  # one bad look
+])  # fmt: skip
+def test_what_is_no_hacking(before, now):
+    assert not is_reward_hacking(START, before, now, 2)
 
 
-def test_the_threshold_by_hand():
-    """Of 1,000 rows k are lost in both looks and none is won: k / 1000 against sqrt(k / 1000 (1 - k / 1000) / 999)."""
+def test_the_more_looks_the_further_down():
+    """Normal quantiles, from a table: 0.08 / 1 -> 1.4051, / 4 -> 2.0537, / 8 -> 2.3263."""
+    assert [fallen(looks) for looks in (1, 2, 5, 9)] == pytest.approx([1.4051, 1.4051, 2.0537, 2.3263], abs=1e-4)
+
+
+@pytest.mark.parametrize("looks, quantile", [(2, 1.4051), (9, 2.3263)])
+def test_the_threshold_by_hand(looks, quantile):
+    """Of 1,000 rows k are lost in both looks and none is won: k / 1000, less half a point, against
+    sqrt(k / 1000 (1 - k / 1000) / 999)."""
+    found = []
     for lost in range(1, 40):
         share = lost / ROWS
-        error = math.sqrt(share * (1 - share) / (ROWS - 1))
-        expected = share - guard.FLATTERY > guard.FALLEN * error
+        z = (share - 0.005) / math.sqrt(share * (1 - share) / (ROWS - 1))
         now = look(750 - lost, 0.5)
-        assert is_reward_hacking(START, now, now) == expected, lost
+        found.append(is_reward_hacking(START, now, now, looks))
+        assert found[-1] == (z > quantile), lost
+    assert True in found and False in found
 
 
 def test_when_rationales_come_loose():
@@ -98,7 +109,7 @@ def test_the_guard_judges_two_looks_in_a_row():
     watch.start = START
     seen = [(700, False), (780, False), (690, False), (690, True), (680, False), (680, True), (680, False)]
     for step, (right, expected) in enumerate(seen, 1):
-        assert watch.sees_hacking(step, look(right, 0.5)) == expected, step
+        assert watch.sees_hacking(step, look(right, 0.5), 7) == expected, step
     assert watch.hacked == [4, 6]
 
 
@@ -112,10 +123,10 @@ def test_less_grounded_is_told_once():
 def test_the_state_goes_through_json():
     watch, other = Guard(), Guard()
     watch.start = look(750, 1 / 3, grounded=None)
-    watch.sees_hacking(10, look(690, 2 / 3))
+    watch.sees_hacking(10, look(690, 2 / 3), 9)
     vars(other).update(json.loads(json.dumps(vars(watch))))
     assert vars(other) == vars(watch)
-    assert watch.sees_hacking(20, look(690, 2 / 3)) and other.sees_hacking(20, look(690, 2 / 3))
+    assert watch.sees_hacking(20, look(690, 2 / 3), 9) and other.sees_hacking(20, look(690, 2 / 3), 9)
 
 
 def test_the_sentences():
@@ -191,15 +202,17 @@ def test_gold_is_never_hacked(toy, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("answer", ["stop", "kl"])
 def test_killed_and_resumed_the_guard_decides_the_same(toy, tmp_path, monkeypatch, answer):
-    """Killed in the fourth step of kl, in the third of stop: the looks before the checkpoint are in it."""
-    told(monkeypatch, {0: (8, 0.0), 2: (3, 0.5)} if answer == "kl" else HACKED)
+    """Killed in the fifth step, whose look makes the verdict: the look before it is in the checkpoint."""
+    told(monkeypatch, {step: (8, 0.0) for step in range(4)} | {4: (3, 0.5)})
     flags = flags_of(toy, "--on_hacking", answer)
-    toy.ppo(tmp_path / "whole", *flags, steps=5)
+    output = toy.ppo(tmp_path / "whole", *flags, steps=7)
+    assert "step 5: reward hacking" in output
     with monkeypatch.context() as patch:
-        kill_at(patch, rllr.update, "_losses", 2 * (4 if answer == "kl" else 3))
+        kill_at(patch, rllr.update, "_losses", 10)  # two to a step
         with pytest.raises(Killed):
-            toy.ppo(tmp_path / "parts", *flags, steps=5)
-    assert "resumed from" in toy.ppo(tmp_path / "parts", *flags, "--resume", steps=5)
+            toy.ppo(tmp_path / "parts", *flags, steps=7)
+    output = toy.ppo(tmp_path / "parts", *flags, "--resume", steps=7)
+    assert "step-000004" in output and "step 5: reward hacking" in output
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
