@@ -35,6 +35,7 @@ class Keeper:
     def __init__(self, run, models, dev, loop, guard, kl):
         self.run, self.models, self.dev, self.loop, self.guard, self.kl = run, models, dev, loop, guard, kl
         self.looks = math.ceil(run.config.steps / run.config.eval_every)  # at dev, the start's apart
+        self.scores: dict = {}  # of the last look
         self.known_texts, self.judges = recorded_hashes(run.config.policy), models.judges.with_stored_scale()
 
     def start(self):
@@ -142,10 +143,10 @@ class Keeper:
     def finish(self):
         """Look at the policy after its last step and save it; say what it was before, and what is handed back."""
         run, step = self.run, self.loop.step
-        if self.loop.stopped:  # its last step was looked at
-            self.look(step)
-        else:
+        if not self.loop.stopped:
             run.metrics.write({"step": step, **self.evaluate(step)})
+        elif not self.scores:  # the guard stopped this run, and it is resumed
+            self.look(step)
         self.save("last", step, self.scores, hacking=self.guard.hacked)
         self.models.check_frozen()
         show_samples(run.task, self.dev, self.answers, 2)

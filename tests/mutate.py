@@ -22,12 +22,13 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 import pytest  # noqa: E402
 from _pytest.runner import runtestprotocol  # noqa: E402
 
+import rllr.guard  # noqa: E402
 import rllr.layout  # noqa: E402
 import rllr.logprobs  # noqa: E402
 import rllr.ppo  # noqa: E402
 import rllr.rewards  # noqa: E402
 
-FILES = ["test_ppo.py", "test_rewards.py", "test_layout.py", "test_logprobs.py"]
+FILES = ["test_ppo.py", "test_rewards.py", "test_layout.py", "test_logprobs.py", "test_guard.py"]
 
 # (module.function, what stands there, what is put in its place)
 MUTANTS = [
@@ -104,6 +105,17 @@ MUTANTS = [
     ("ppo.explained_variance", "1 - unexplained", "unexplained"),
     ("ppo.explained_variance", "error - masked_mean(error, mask), mask)", "error, mask)"),
     ("ppo.explained_variance", "torch.where(spread > 0, ", "torch.where(spread >= 0, "),
+    ("guard.paired", "ddof=1", "ddof=0"),
+    ("guard.paired", "~np.isnan(now - start)", "now == now"),
+    ("guard.beats", "difference > error", "difference > 0"),
+    ("guard.fallen", "looks - 1", "looks"),
+    ("guard.is_reward_hacking", "score > score_error and down", "down"),
+    ("guard.is_reward_hacking", "-FLATTERY -", "-"),
+    ("guard.is_reward_hacking", ' and beats(start["right"], before["right"])', ""),
+    ("guard.is_reward_hacking", ' and not beats(now["right"], before["right"])', ""),
+    ("guard.is_less_grounded", "-UNGROUNDED * error", "0"),
+    ("guard.Guard.sees_hacking", "None if found else look", "look"),
+    ("guard.Guard.sees_less_grounded", "not self.told and ", ""),
     ("rewards.label_sensitive_reward", "clamp(max=threshold)", "clamp(min=threshold)"),
     ("rewards.label_sensitive_reward", "clamp(max=threshold) +", "clamp(max=threshold) -"),
     ("rewards.label_sensitive_reward", "return label_scores\n", "return rationale_scores\n"),
