@@ -18,7 +18,17 @@ from rllr.answers import Answer, answer_rows
 from rllr.data.encoding import Encoder
 from rllr.data.splits import DataConfig
 from rllr.evaluate import compare, show_samples, table
-from rllr.metrics import accuracy, answer_metrics, bootstrap_interval, macro_f1, mcnemar, metric_line, pearson, spearman
+from rllr.metrics import (
+    accuracy,
+    answer_metrics,
+    bootstrap_interval,
+    macro_f1,
+    mcnemar,
+    metric_line,
+    pearson,
+    row_values,
+    spearman,
+)
 from rllr.model.records import make_record, save_policy
 from rllr.pairs import Pair
 from rllr.reports.reward_report import pair_report, wilson_interval
@@ -114,6 +124,14 @@ def test_parse_failures_are_wrong_and_counted():
     scores = answer_metrics(SST2, examples(["negative", "positive"] * 2), answers(["negative", None, None, "negative"]))
     # negative: 1 right of 2 claims and 2 cases, F1 1/2; positive: 0
     assert scores == {"accuracy": 0.25, "macro_f1": 0.25, "parse_failures": 0.5}
+
+
+def test_row_values_by_hand():
+    """Right or wrong; for a correlation 1 - distance / 5. A parse failure is the label farthest away: 5, of 1.2."""
+    assert row_values(SST2, examples(["positive"] * 3), answers(["positive", "negative", None])) == [1, 0, 0]
+    assert row_values(APPS, examples(["1", "3"], [1.5, 3.0]), answers(["1", "4"])) == [1, 0]  # its metric is accuracy
+    found = row_values(STSB, examples(["4", "1", "2"], [3.8, 1.2, 2.0]), answers(["4", None, "2"]))
+    assert found == pytest.approx([1 - 0.2 / 5, 1 - 3.8 / 5, 1])
 
 
 def test_for_correlations_a_parse_failure_is_the_label_farthest_from_the_gold_one():

@@ -1,5 +1,7 @@
 """What a PPO run keeps and does where the guard finds reward hacking: looks that come out as told, in toy runs."""
 
+import json
+
 import pytest
 from stopping import Killed, assert_same_run, kill_at, refused
 from toy_runs import read_metrics, run, told
@@ -86,3 +88,16 @@ def test_the_warning_of_rationales_that_come_loose(toy, tmp_path, monkeypatch):
 def test_doubling_nothing_is_refused(toy, tmp_path, capsys):
     flags = ["--policy", toy.sft, "--reward", "gold", "--on_hacking", "kl", "--kl_coef", 0]
     assert "--on_hacking kl doubles --kl_coef, which is 0" in refused(capsys, "ppo", *flags)
+
+
+def test_the_next_stage_starts_from_what_a_run_hands_back(toy, tmp_path, monkeypatch):
+    told(monkeypatch, {0: (2, 0.0), 1: (7, 0.5)})
+    toy.ppo(tmp_path / "first", "--reward", "gold", steps=1)
+    output = toy.ppo(tmp_path / "second", "--reward", "gold", policy=tmp_path / "first", steps=1)
+    best = tmp_path / "first" / "best"
+    assert f"{tmp_path / 'first'} is a PPO run: its policy is {best} (step 1)" in output
+    reads = [
+        json.loads((tmp_path / name / "run.json").read_text())["reads"]["--policy"] for name in ("first", "second")
+    ]
+    assert reads[0] != reads[1]
+    run(train_ppo.main, "--resume", tmp_path / "second", "--policy", tmp_path / "first")  # the same again
