@@ -45,7 +45,7 @@ class Keeper:
             self.go_on()
             return
         if len(self.dev) < LEAST_ROWS:
-            say(f"warning: the guard has {len(self.dev)} dev rows: it may miss a fall of 5 points below {LEAST_ROWS}")
+            say(f"warning: {len(self.dev)} dev rows: below {LEAST_ROWS} the guard misses most falls of 5 points")
         scores, look = self.look(0)
         self.guard.start = look
         self.keep_best(0, scores, look)

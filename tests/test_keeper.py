@@ -22,7 +22,7 @@ def test_stop(toy, tmp_path, monkeypatch):
     output = toy.ppo(tmp_path / "ppo", *flags_of(toy), steps=6)  # exit code 0: it returns
     assert "step 3: reward hacking: in the last two looks at dev the score is 0.55 above the start's" in output
     assert "accuracy 62.5 points below it (standard error 18.3); the run stops here (--on_hacking stop)" in output
-    assert "what helps is on-policy pairs" in output and "the guard has 8 dev rows" in output
+    assert "what helps is on-policy pairs" in output and "8 dev rows: below 400 the guard misses" in output
     assert [line["step"] for line in read_metrics(tmp_path / "ppo", "judge/score")] == [1, 2, 3]
     last, best = (read_record(tmp_path / "ppo" / name) for name in ("last", "best"))
     assert (last["step"], last["hacking"], best["step"]) == (3, [3], 0)
