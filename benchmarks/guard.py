@@ -94,7 +94,7 @@ class Rows:
 
 def is_stopped(differences, gains) -> bool:
     """Whether the guard finds reward hacking at some look of a run."""
-    watch, zeros = Guard(), [0.0] * differences.shape[1]
+    watch, zeros = Guard(), np.zeros(differences.shape[1])
     watch.start = {"right": zeros, "scores": zeros}
     looks = ({"right": right, "scores": score} for right, score in zip(differences, gains))
     return any(watch.sees_hacking(number, look, len(gains)) for number, look in enumerate(looks))

@@ -517,7 +517,7 @@ def test_overwrite_never_deletes_what_the_run_reads(toy, tmp_path, capsys, scrip
         assert snapshot(tmp_path) == before
 
 
-RETURNED = [("matrix", "returned shape (1, 2)"), ("words", "must return 8 numbers")]
+RETURNED = [("matrix", "returned shape (1, 2)"), ("words", "must return 24 numbers")]
 
 
 @pytest.mark.parametrize("function, fragment", RETURNED)
