@@ -1,12 +1,12 @@
 """Is the guard right? How many healthy runs it stops, and how many that fall: simulated on real paired answers.
 
     python benchmarks/guard.py                                          # the simulation, from guard-answers.json
-    python benchmarks/guard.py --record falling --policy ... --steps 100 --eval_every 10 --eval_rows 1000 ...
+    python benchmarks/guard.py --record paper --policy ... --steps 100 --eval_every 10 --eval_rows 1000 ...
 
 --record NAME runs train_ppo.py with the flags that follow and keeps, for every look at dev, which rows are right and
-what the judges gave them. The simulation draws dev sets from the rows of the falling run, all looks of a row together,
-so that the looks of a simulated run hang together as real ones do. `Rows.simulated` says how a truth is given to them.
-The judges' scores are the falling run's, which rise: the guard has to tell by accuracy alone.
+what the judges gave them. The simulation draws dev sets from the rows of the run `on_policy`, all looks of a row
+together, so that the looks of a simulated run hang together as real ones do. `Rows.simulated` says how a truth is given
+to them. The judges' scores are that run's, and rise: the guard has to tell by accuracy alone.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from rllr.guard import Guard
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = ROOT / "benchmarks" / "results" / "guard-answers.json"
+BASIS = "on_policy"  # the recorded run whose rows the simulation draws
 FALL, FLATTERY = 0.05, 0.005
 DEV_ROWS, LOOKS = (400, 1000), (4, 6, 10)
 
@@ -88,8 +89,9 @@ class Rows:
         while len(changes) < count:
             changes.append(rng.random(size) < np.where(changes[-1], self.staying, beginning))
         gains = np.concatenate([gains, np.repeat(gains[-1:], count - len(gains), 0)])
-        lost = rng.random(size) < 0.5 - (np.asarray(truth) / (2 * self.changing))[:, None]
-        return np.array(changes) * np.where(lost, -1, 1), gains
+        changed = np.array(changes)
+        lost = rng.random(size) < 0.5 - (np.asarray(truth) / (2 * changed.mean(1)))[:, None]
+        return changed * np.where(lost, -1, 1), gains
 
 
 def is_stopped(differences, gains) -> bool:
@@ -126,16 +128,16 @@ def simulate(recorded, runs, seed):
         shares = {}
         for rows, looks in settings:
             truth = truths(looks)[name][1]
-            stopped = [is_stopped(*real["falling"].simulated(rng, rows, truth)) for _ in range(runs)]
+            stopped = [is_stopped(*real[BASIS].simulated(rng, rows, truth)) for _ in range(runs)]
             shares[rows, looks] = float(np.mean(stopped))
         lines.append((name, truths(2)[name][0], shares))
     for name, rows_of in real.items():
-        end = 100 * rows_of.differences[-1].mean()
+        lowest, end = 100 * rows_of.differences.mean(1).min(), 100 * rows_of.differences[-1].mean()
         shares = {
             (rows, looks): float(np.mean([is_stopped(*rows_of.drawn(rng, rows, looks)) for _ in range(runs)]))
             for rows, looks in settings if looks <= len(rows_of.gains)
         }  # fmt: skip
-        lines.append((f"the real run, {name}, as it was ({end:+.1f} at its end)", end < 0, shares))
+        lines.append((f"the real run, {name}, as it was (lowest {lowest:+.1f}, at its end {end:+.1f})", None, shares))
     return lines
 
 
