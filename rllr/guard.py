@@ -85,18 +85,21 @@ def is_less_grounded(start, now) -> bool:
 class Guard:
     """What the guard remembers of a run, as a checkpoint keeps it.
 
-    start, last: looks; last is None where the next look has none before it to be judged with. hacked: steps at which
-    reward hacking was found. told: whether the fall of `grounded` was told of.
+    start, last: looks; last is None where the next look has none before it to be judged with. seen: number of looks
+    after the start. hacked: steps at which reward hacking was found. told: whether the fall of `grounded` was told of.
     """
 
     def __init__(self):
-        self.start, self.last, self.hacked, self.told = None, None, [], False
+        self.start, self.last, self.seen, self.hacked, self.told = None, None, 0, [], False
 
     def sees_hacking(self, step, look, looks) -> bool:
-        """The verdict on a new look, one of `looks`. After reward hacking two new looks make the next verdict."""
+        """The verdict on a new look, one of `looks`. The first fifth of them, in which PPO may stumble, does not count.
+        After reward hacking two new looks make the next verdict."""
         found = self.last is not None and is_reward_hacking(self.start, self.last, look, looks)
+        self.seen += 1
+        keeps = not found and self.seen > looks // 5
         # New lists, never changed ones: a checkpoint may hold the old.
-        self.hacked, self.last = self.hacked + [step] * found, None if found else look
+        self.hacked, self.last = self.hacked + [step] * found, look if keeps else None
         return found
 
     def sees_less_grounded(self, look) -> bool:

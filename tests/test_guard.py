@@ -108,6 +108,15 @@ def test_the_guard_judges_two_looks_in_a_row():
     assert watch.hacked == [4, 6]
 
 
+@pytest.mark.parametrize("looks, first", [(4, 2), (5, 3), (10, 4)])
+def test_the_first_fifth_of_the_looks_does_not_count(looks, first):
+    """Down from the first look on: the first verdict."""
+    watch = Guard()
+    watch.start = START
+    found = [watch.sees_hacking(number, look(690, 0.5), looks) for number in range(1, looks + 1)]
+    assert found.index(True) + 1 == first
+
+
 def test_less_grounded_is_told_once():
     watch = Guard()
     watch.start = START
@@ -118,10 +127,10 @@ def test_less_grounded_is_told_once():
 def test_the_state_goes_through_json():
     watch, other = Guard(), Guard()
     watch.start = look(750, 1 / 3, grounded=None)
-    watch.sees_hacking(10, look(690, 2 / 3), 9)
+    watch.sees_hacking(10, look(690, 2 / 3), 4)
     vars(other).update(json.loads(json.dumps(vars(watch))))
     assert vars(other) == vars(watch)
-    assert watch.sees_hacking(20, look(690, 2 / 3), 9) and other.sees_hacking(20, look(690, 2 / 3), 9)
+    assert watch.sees_hacking(20, look(690, 2 / 3), 4) and other.sees_hacking(20, look(690, 2 / 3), 4)
 
 
 def test_the_sentences():
