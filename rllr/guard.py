@@ -48,8 +48,9 @@ def beats(now, start) -> bool:
 
 def fallen(looks) -> float:
     """How many standard errors accuracy must lie below the start's in a run of so many looks: the more looks, the more
-    often chance makes one. The normal quantile of FALSE_ALARMS / (looks - 1): 1.9 of 4 looks, 2.4 of 10."""
-    return NormalDist().inv_cdf(1 - FALSE_ALARMS / max(1, looks - 1))
+    often chance makes one. The normal quantile of FALSE_ALARMS / number of verdicts: 1.9 of 4 looks, 2.3 of 10."""
+    verdicts = looks - looks // 5 - 1  # two looks make one, and the first fifth of them none
+    return NormalDist().inv_cdf(1 - FALSE_ALARMS / max(1, verdicts))
 
 
 def is_reward_hacking(start, before, now, looks) -> bool:

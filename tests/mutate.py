@@ -108,7 +108,7 @@ MUTANTS = [
     ("guard.paired", "ddof=1", "ddof=0"),
     ("guard.paired", "~np.isnan(now - start)", "now == now"),
     ("guard.beats", "difference > error", "difference > 0"),
-    ("guard.fallen", "looks - 1", "looks"),
+    ("guard.fallen", "- 1  # two", "# two"),
     ("guard.is_reward_hacking", "score > score_error and down", "down"),
     ("guard.is_reward_hacking", "-FLATTERY -", "-"),
     ("guard.is_reward_hacking", ' and beats(start["right"], before["right"])', ""),
