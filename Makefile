@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 	$(BIN)/python train_sft.py --overwrite --labelled 1500 --epochs 14 --eval_rows 400 --log_every 100 --show 1
 	$(BIN)/python train_rm.py --overwrite --pairs_per_row 2 --epochs 7 --patience 5 --checks_per_epoch 1 --dropout 0.1 --log_every 100
 	$(BIN)/python train_ppo.py --overwrite --eval_every 30 --eval_rows 500 --learning_rate 3e-4 --value_learning_rate 1e-3 --ppo_epochs 2
-	$(BIN)/python -m rllr.evaluate --part test --models $(RUNS)/sft $(RUNS)/ppo-label/last --output_dir $(RUNS)/evaluation --overwrite
+	$(BIN)/python -m rllr.evaluate --part test --models $(RUNS)/sft $(RUNS)/ppo-label $(RUNS)/ppo-label/last --output_dir $(RUNS)/evaluation --overwrite
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

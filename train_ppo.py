@@ -5,7 +5,7 @@
     python train_ppo.py --reward gold                     # upper bound: rewards the gold label itself
 
 Every step has six acts: 1 act, 2 analyse, 3 judge, 4 shape, 5 credit, 6 improve. The README and the metrics use the
-same words. Writes runs/<task>/ppo-<reward>/last and /best (by the dev metric), metrics.jsonl and samples.
+same words. Writes runs/<task>/ppo-<reward>/best, the policy that is handed back, /last and metrics.jsonl.
 """
 
 import math
@@ -15,23 +15,21 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from rllr.answers import answer_rows
 from rllr.common.config import Settings, check_divisible, flag
 from rllr.common.errors import InputError, brief, command
 from rllr.common.log import Clock, say
-from rllr.data.splits import DataConfig, hashes_of, joined_hashes, load_splits, recorded_hashes
-from rllr.evaluate import show_samples
+from rllr.data.splits import DataConfig, load_splits
+from rllr.guard import Guard
 from rllr.judge import read_samples
-from rllr.metrics import answer_metrics, metric_line, rank, tell_parse_failures
-from rllr.model.records import save_policy
+from rllr.keeper import Keeper
 from rllr.model.roles import LoRAConfig, check_lora
 from rllr.model.trial import check_policy
 from rllr.ppo import AdaptiveKL, FixedKL, gae, masked_whiten
 from rllr.ppo_models import load_models, name_judges
-from rllr.reports.ppo_step import grounded_metrics, show_rollout, step_metrics, tell_step, write_batch
+from rllr.reports.ppo_step import grounded_metrics, show_rollout, step_metrics, tell_step
 from rllr.rewards import MODES, incomplete_answer_rule, label_sensitive_reward, shape_rewards
 from rllr.rollout import generate
-from rllr.run.run import Run, digest, input_fingerprints, is_tiny, require_finite_weights
+from rllr.run.run import Run, digest, input_fingerprints, is_tiny
 from rllr.run.settings import PolicyConfig, TrainingConfig
 from rllr.update import PromptStream, analyse, check_sampler_gap, improve, kl_within_bound
 
@@ -105,6 +103,11 @@ class PPOConfig(Settings):
         "beyond that bound: stop the run, or skip the rollout's update (ten in a row stop it, too)",
         choices=("stop", "skip"),
     )
+    on_hacking: str = flag(
+        "stop",
+        "where dev shows reward hacking, the score up and accuracy down: stop the run, kl: double beta, or ignore it",
+        choices=("stop", "kl", "ignore"),
+    )
     gamma: float = flag(1.0, "discount of later rewards", between=(0, 1))
     lam: float = flag(0.95, "lambda of GAE", between=(0, 1))
     clip: float = flag(0.2, "of the probability ratio", above=0)
@@ -133,6 +136,8 @@ class Config(RewardConfig, PPOConfig, TrainingConfig, PolicyConfig, LoRAConfig, 
             raise InputError("--threshold caps the label reward in --reward mixed; it means nothing otherwise")
         if self.threshold is not None and not is_threshold(self.threshold):
             raise InputError(f"--threshold {brief(self.threshold)}: give a number, or a quantile like q0.9")
+        if self.on_hacking == "kl" and self.kl_coef == 0:
+            raise InputError("--on_hacking kl doubles --kl_coef, which is 0; give a --kl_coef above 0")
         for part in ("label", "rationale"):
             if getattr(self, f"{part}_rm") and self.reward not in (part, "mixed"):
                 raise InputError(
@@ -191,60 +196,6 @@ def fingerprints(run, splits, models):
     return found | ({"the reward function": digest(models.judges.by_part["label"].source)} if ":" in reward else {})
 
 
-class Keeper:
-    """Evaluates the policy on dev; keeps the best in <run>/best, and the last, or a failed one, in <run>/last."""
-
-    def __init__(self, run, models, dev, loop, met):
-        """met: {split: hashes} of the rows that this run answers."""
-        self.run, self.models, self.dev, self.loop = run, models, dev, loop
-        self.known_texts = joined_hashes(recorded_hashes(run.config.policy), met)
-
-    def start(self):
-        """Evaluate the policy before its first step; a resumed run has done so."""
-        if self.loop.before is None:
-            self.loop.before = self.evaluate(0)
-            self.run.metrics.write({"step": 0, **self.loop.before})
-
-    def evaluate(self, step):
-        """The dev metrics {"eval/...": value} of greedy answers; the policy is saved where they are the best so far."""
-        run, models, loop = self.run, self.models, self.loop
-        self.answers = answer_rows(models.policy, models.encoder, run.task, self.dev, **run.config.answer_limits)
-        self.scores = answer_metrics(run.task, self.dev, self.answers)
-        say(f"step {step}/{run.config.steps}  dev {metric_line(self.scores)}")
-        tell_parse_failures(self.scores["parse_failures"], say)
-        ranked = list(rank(run.task, self.scores))
-        # Of equals the later one, but nothing that only equals the start takes its place.
-        if loop.best is None or ranked > loop.best or ranked == loop.best and loop.best_step > 0:
-            loop.best, loop.best_step = ranked, step
-            self.save("best", step, eval=self.scores)
-        return {f"eval/{name}": value for name, value in self.scores.items()}
-
-    def finish(self):
-        """Evaluate and save the policy after its last step; say what it was before and what it is now."""
-        run, steps = self.run, self.run.config.steps
-        after = self.evaluate(steps)
-        self.save("last", steps, eval=self.scores)
-        run.metrics.write({"step": steps, **after})
-        self.models.check_frozen()
-        show_samples(run.task, self.dev, self.answers, 2)
-        before = {name.removeprefix("eval/"): value for name, value in self.loop.before.items()}
-        say(f"before  dev {metric_line(before)}\nafter   dev {metric_line(self.scores)}")
-        say(f"saved {run.directory}/last and {run.directory}/best")
-
-    def save(self, name, step, **more):
-        """The policy as it stands now; says where."""
-        directory = self.run.directory / name
-        record = self.run.model_record(directory, step=step, **self.models.base_record, **more)
-        save_policy(self.models.policy, self.models.encoder, directory, record, rows=self.known_texts)
-        return f"The policy as it stood then is in {directory}."
-
-    def rescue(self, batch):
-        """What a failed step leaves beside a checkpoint: the policy, if it is sound, and the step's own tensors."""
-        require_finite_weights(self.models.policy, "the policy")
-        saved = self.save("last", self.loop.step)
-        return f"{saved} {write_batch(self.run.directory / 'failed_batch.safetensors', batch)}" if batch else saved
-
-
 def default_steps(config, task, splits):
     """--steps where nobody gave it: one pass over the prompts."""
     return 120 if task.name == "demo" else max(1, len(splits.prompts(config.prompts)) // config.rollout_prompts)
@@ -270,15 +221,16 @@ def main(argv=None):
     policy, encoder, kl = models.policy, models.encoder, kl_controller(config)
     stream = PromptStream(prompts, config.rollout_prompts, config.seed)
     sampling, clock = torch.Generator().manual_seed(config.seed), Clock()
-    # step: rollouts done; best: how the best policy ranks, and after which step; before: the dev scores of the start
-    loop = SimpleNamespace(step=0, best=None, best_step=0, before=None, skipped=0)
-    run.track(config.steps, loop, kl=kl, sampling=sampling, **stream.parts(), **models.parts())
-    met = {"prompts": splits.prompts(config.prompts), "eval": splits.eval, "test": splits.test}
-    keeper = Keeper(run, models, dev, loop, {name: hashes_of(rows) for name, rows in met.items()})
+    # step: rollouts done; best: the best policy's step, rank, scores; before: the start's dev scores; stopped: by guard
+    loop, guard = SimpleNamespace(step=0, best=None, before=None, skipped=0, stopped=False), Guard()
+    run.track(config.steps, loop, guard=guard, kl=kl, sampling=sampling, **stream.parts(), **models.parts())
+    keeper = Keeper(run, models, dev, loop, guard=guard, kl=kl, splits=splits)
     with run:
         keeper.start()
         steps = range(loop.step + 1, config.steps + 1)
         for step in tqdm(steps, desc="ppo", initial=loop.step, total=config.steps, mininterval=2, disable=None):
+            if loop.stopped:  # by the guard
+                break
             batch = None
             with run.step(step, lambda: keeper.rescue(batch)):
                 examples = stream.next()
@@ -331,7 +283,7 @@ def main(argv=None):
             if step % config.show_every == 0:
                 show_rollout(samples, judged, batch.scores)
             loop.step = step
-            run.checkpoint(step, last=step == config.steps)
+            run.checkpoint(step, last=step == config.steps or loop.stopped)
         keeper.finish()
 
 

@@ -1,10 +1,11 @@
 """Label accuracy before and after: greedy answers, metrics with intervals, models compared on the same rows.
 
-    python -m rllr.evaluate --task sst2 --eval_file dev.jsonl --models runs/sst2/sft runs/sst2/ppo-label/last
+    python -m rllr.evaluate --task sst2 --eval_file dev.jsonl --models runs/sst2/sft runs/sst2/ppo-label
 
 The rows are the test rows of the first model's record, or those that a flag names; where they trained or chose a
-model, a line beside the table says so. Prints the table and writes, with --output_dir, evaluate.json and one
-answers-*.jsonl per model.
+model, a line beside the table says so. Of a PPO run's directory the policy that it hands back is taken,
+runs/sst2/ppo-label/best. Prints the table and writes, with --output_dir, evaluate.json and one answers-*.jsonl per
+model.
 """
 
 import json
@@ -23,7 +24,7 @@ from .data.encoding import Encoder
 from .data.splits import DataConfig, inherit, load_evaluation, met_rows
 from .metrics import _columns, _metrics, _Statistic, answer_metrics, bootstrap_interval, grounded_words, mcnemar
 from .model.loading import allow_remote_code, load_policy, load_tokenizer
-from .model.records import check_same_task, read_record, resolve_task, task_of_record
+from .model.records import check_same_task, policy_directory, read_record, resolve_task, task_of_record
 from .model.trial import check_policy
 from .run.machine import set_up
 from .run.settings import DecodingConfig
@@ -107,7 +108,10 @@ def tell_met(met, size, remedy):
 @dataclass
 class Config(DecodingConfig, BestOfConfig, DataConfig):
     GROUP = "evaluation"
-    models: list | None = flag(None, "directories or hub names; the first is the one the others are compared with")
+    models: list | None = flag(
+        None,
+        "directories (of a PPO run: its best policy) or hub names; the first is the one the others are compared with",
+    )
     base: str | None = flag(None, "where the base of --models that are adapters lies now, if it has moved")
     output_dir: str | None = flag(None, "where evaluate.json and the answers go; without it they are only printed")
     overwrite: bool = flag(False, "replace an evaluation that is already there")
@@ -133,6 +137,7 @@ def main(argv=None):
         raise InputError("--models: give one or more model directories")
     if config.output_dir and (Path(config.output_dir) / "evaluate.json").exists() and not config.overwrite:
         raise InputError(f"--output_dir {config.output_dir}: already holds an evaluation; give another or --overwrite")
+    config.models = [policy_directory(name, say) for name in config.models]
     records = {name: read_record(name) for name in config.models}
     first = records[config.models[0]]
     task = resolve_task(config, first, config.models[0])

@@ -110,6 +110,12 @@ class RewardModelScorer:
         if statistics:
             self.mean, self.variance, self.count = statistics.mean, statistics.std**2, statistics.count
 
+    def with_stored_scale(self):
+        """A scorer with this model that never learns: `running` becomes `stored`, so that its scores stay
+        comparable."""
+        norm = "stored" if self.norm == "running" else self.norm
+        return RewardModelScorer(self.model, self.statistics, norm, self.clip, self.batch_size)
+
     def state_dict(self):
         """What `running` has learnt of the scores so far."""
         return {name: getattr(self, name, None) for name in ("mean", "variance", "count")}
@@ -204,6 +210,11 @@ class Judges:
     def scorers(self):
         """{part: scorer} of those that are reward models."""
         return {part: judge for part, judge in self.by_part.items() if isinstance(judge, RewardModelScorer)}
+
+    def with_stored_scale(self):
+        """The same judges on a scale that stays the same: what they score has no effect on these."""
+        scorers = {part: scorer.with_stored_scale() for part, scorer in self.scorers.items()}
+        return Judges(self.mode, self.by_part | scorers, self.spec, self.penalties)
 
     def threshold(self):
         """Of the mixed reward, in the units of the label scores; None in the other modes."""

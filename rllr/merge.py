@@ -1,6 +1,6 @@
 """Merge an adapter into its base: a plain Hugging Face model directory, with the record and statistics beside it.
 
-python -m rllr.merge --adapter runs/sst2/ppo-label/last --output_dir merged
+python -m rllr.merge --adapter runs/sst2/ppo-label --output_dir merged
 """
 
 import shutil
@@ -16,13 +16,13 @@ from .data.splits import recorded_hashes
 from .model.heads import RewardModel, reward_pad_token_id
 from .model.loading import allow_remote_code, fingerprint, load_merged, load_tokenizer
 from .model.peft_format import read_adapter_config
-from .model.records import read_record, save_policy
+from .model.records import policy_directory, read_record, save_policy
 from .run.machine import set_up
 
 
 @dataclass
 class Config(Settings):
-    adapter: str = flag(help="directory of a policy's or reward model's adapter")
+    adapter: str = flag(help="directory of a policy's or reward model's adapter, or of a PPO run: its best policy")
     output_dir: str = flag(help="where the plain Hugging Face model goes")
     base: str | None = flag(None, "where the adapter's base lies now, if it has moved")
     overwrite: bool = flag(False, "replace a model that is already there")
@@ -34,7 +34,8 @@ def main(argv=None):
     config = parse_config(Config, argv, __doc__)
     allow_remote_code(config.trust_remote_code)
     set_up("fp32", 0)
-    adapter, record = Path(config.adapter), read_record(config.adapter)
+    adapter = Path(policy_directory(config.adapter, say))
+    record = read_record(adapter)
     is_reward = read_adapter_config(adapter).get("task_type") == "SEQ_CLS"
     check_run_directory(config.output_dir, config.overwrite, [adapter])
     tokenizer, model = load_tokenizer(adapter), load_merged(adapter, base=config.base)

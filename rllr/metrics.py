@@ -8,6 +8,7 @@ from .answers import Answer
 from .grounding import grounded, known_means
 from .tasks import Example, Task
 
+CORRELATIONS = ("pearson", "spearman")
 MANY_FAILURES = 0.5  # share of answers without a readable label, above which a warning is due
 
 
@@ -63,11 +64,24 @@ def answer_metrics(task: Task, examples: list[Example], answers: list[Answer]) -
     }
 
 
+def row_values(task: Task, examples: list[Example], answers: list[Answer]) -> list[float]:
+    """How right each answer is, so that two policies can be compared row by row: 1 or 0.
+
+    Where the task's metric is a correlation, which no single row has: the answer's closeness to the gold label,
+    1 - |answer - gold| / length of the scale; a parse failure counts as the label farthest away.
+    """
+    gold, predicted, target, numbers = _columns(task, examples, answers)
+    if task.metric not in CORRELATIONS:
+        return [float(g == p) for g, p in zip(gold, predicted)]
+    scale = [float(label) for label in task.labels]
+    return (1 - np.abs(numbers - target) / (max(scale) - min(scale))).tolist()
+
+
 def _columns(task, examples, answers):
     """Gold labels, predicted labels and, for ordinal tasks, both as numbers (arrays, so that rows can be drawn)."""
     gold = np.array([example.label for example in examples], dtype=object)
     predicted = np.array([answer.label for answer in answers], dtype=object)
-    if not {"pearson", "spearman"} & set(task.metrics):
+    if not set(CORRELATIONS) & set(task.metrics):
         return gold, predicted, None, None
     scale = [float(label) for label in task.labels]
     target = [float(e.label) if e.score is None else e.score for e in examples]
@@ -125,15 +139,16 @@ def mcnemar(first_right, second_right) -> float:
 
 
 def metric_line(scores) -> str:
-    """'accuracy 71.2 %  macro_f1 71.0 %  parse_failures 0.3 %  grounded 58.2 % (right 70.1, wrong 28.9)' (correlations
-    as they are)."""
-    names = ("accuracy", "macro_f1", "pearson", "spearman", "parse_failures")
-    shown = {name: scores[name] for name in names if name in scores}
+    """'accuracy 71.2 %  macro_f1 71.0 %  parse_failures 0.3 %  grounded 58.2 % (right 70.1, wrong 28.9)  score 0.31'
+    (correlations as they are)."""
+    names = ("accuracy", "macro_f1", *CORRELATIONS, "parse_failures")
     parts = [
-        f"{name} {value:.3f}" if name in ("pearson", "spearman") else f"{name} {100 * value:.1f} %"
-        for name, value in shown.items()
+        f"{name} {scores[name]:.3f}" if name in CORRELATIONS else f"{name} {100 * scores[name]:.1f} %"
+        for name in names
+        if name in scores
     ]
-    return "  ".join([*parts, f"grounded {grounded_words(scores)}"] if "grounded" in scores else parts)
+    parts += [f"grounded {grounded_words(scores)}"] if "grounded" in scores else []
+    return "  ".join(parts + ([f"score {scores['score']:.2f}"] if "score" in scores else []))
 
 
 def grounded_words(scores) -> str:

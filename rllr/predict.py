@@ -1,8 +1,9 @@
 """Label new text with a trained policy: rationale and label per row, no gold labels needed.
 
-    python -m rllr.predict --model runs/sst2/ppo-label/last --input new.jsonl --output labelled.jsonl
-    echo '{"text": "a dull and overlong mess"}' | python -m rllr.predict --model runs/sst2/ppo-label/last
+    python -m rllr.predict --model runs/sst2/ppo-label --input new.jsonl --output labelled.jsonl
+    echo '{"text": "a dull and overlong mess"}' | python -m rllr.predict --model runs/sst2/ppo-label
 
+Of a PPO run's directory the policy that it hands back is taken, runs/sst2/ppo-label/best.
 From standard input (no --input, or --input -) a line is a JSON object with `text` (and `text_b`), or plain text. Every
 row that goes in comes out: one without a text with label null and the reason. With --best_of N --label_rm DIR the
 answer is the one of N sampled answers that the reward model scores highest.
@@ -23,7 +24,7 @@ from .data.rows import Source, load_examples
 from .data.splits import FileConfig
 from .data.tables import Table
 from .model.loading import allow_remote_code, load_policy, load_tokenizer
-from .model.records import check_same_task, read_record, resolve_task
+from .model.records import check_same_task, policy_directory, read_record, resolve_task
 from .model.trial import check_policy
 from .run.machine import set_up
 from .run.settings import DecodingConfig
@@ -33,7 +34,7 @@ from .tasks import split_answer
 @dataclass(kw_only=True)
 class Config(DecodingConfig, BestOfConfig, FileConfig):
     GROUP = "prediction"
-    model: str = flag(help="directory of a trained policy")
+    model: str = flag(help="directory of a trained policy, or of a PPO run: its best policy")
     base: str | None = flag(None, "where the base of a model that is an adapter lies now, if it has moved")
     task: str | None = flag(None, "a built-in task's name or a task file; without it the model's own")
     input: str | None = flag(None, "JSONL, JSON, CSV, TSV or Parquet; without it, or with -, standard input")
@@ -88,13 +89,15 @@ def main(argv=None):
         raise InputError(f"--output {config.output}: exists; give another name or --overwrite")
     if config.output and (Path(config.output).is_dir() or not Path(config.output).parent.is_dir()):
         raise InputError(f"--output {config.output}: cannot be written; name a file in a directory that is there")
+
+    def log(line):  # standard output may carry the result
+        print(line, file=sys.stderr)
+
+    config.model = policy_directory(config.model, log)
     record = read_record(config.model)
     task = resolve_task(config, record, config.model)
     check_same_task(record, task, f"--model {config.model}")
     device = set_up(config.precision, config.seed)
-
-    def log(line):  # standard output may carry the result
-        print(line, file=sys.stderr)
 
     columns, tokenizer = parse_mapping_flag(config.columns, "--columns"), load_tokenizer(config.model)
     source: Table | Source

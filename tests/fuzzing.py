@@ -143,7 +143,7 @@ class Checkpoint:
         parts = self.parts() | {"streams": GlobalStreams()}
         state = {name: state_of(part) for name, part in parts.items()}
         state |= {
-            "loop": {"step": 3, "best": 0.5, "before": {"accuracy": 0.4}, "skipped": 0},
+            "loop": {"step": 3, "best": {"step": 0}, "before": {"accuracy": 0.4}, "skipped": 0, "stopped": False},
             "metrics": {"bytes": 12, "seconds": 1.5},
         }
         path = write_checkpoint(folder, 3, {"step": 3, "run": run, "parts": state}, 2)
@@ -176,7 +176,7 @@ class Checkpoint:
         run = Run("ppo", config, folder, resumed=resumed)
         run.start({"--policy": "ab"})
         try:
-            run.track(9, SimpleNamespace(step=0, best=None, before=None, skipped=0), **self.parts())
+            run.track(9, SimpleNamespace(step=0, best=None, before=None, skipped=0, stopped=False), **self.parts())
         finally:
             run.metrics.close()
 

@@ -24,6 +24,7 @@ from _pytest.runner import runtestprotocol  # noqa: E402
 
 import rllr.best_of  # noqa: E402
 import rllr.data.splits  # noqa: E402
+import rllr.guard  # noqa: E402
 import rllr.layout  # noqa: E402
 import rllr.logprobs  # noqa: E402
 import rllr.pairs  # noqa: E402
@@ -31,9 +32,8 @@ import rllr.ppo  # noqa: E402
 import rllr.rewards  # noqa: E402
 import rllr.run.rates  # noqa: E402
 
-FILES = [
-    f"test_{name}.py" for name in ("ppo", "rewards", "layout", "logprobs", "pairs", "best_of", "set_aside", "rates")
-]
+UNITS = "ppo rewards layout logprobs pairs best_of set_aside rates guard"
+FILES = [f"test_{name}.py" for name in UNITS.split()]
 
 # (module.function, what stands there, what is put in its place)
 MUTANTS = [
@@ -110,6 +110,18 @@ MUTANTS = [
     ("ppo.explained_variance", "1 - unexplained", "unexplained"),
     ("ppo.explained_variance", "error - masked_mean(error, mask), mask)", "error, mask)"),
     ("ppo.explained_variance", "torch.where(spread > 0, ", "torch.where(spread >= 0, "),
+    ("guard.paired", "ddof=1", "ddof=0"),
+    ("guard.paired", "~np.isnan(now - start)", "now == now"),
+    ("guard.beats", "difference > error", "difference > 0"),
+    ("guard.fallen", "- 1  # two", "# two"),
+    ("guard.is_reward_hacking", "score > score_error and down", "down"),
+    ("guard.is_reward_hacking", "-FLATTERY -", "-"),
+    ("guard.is_reward_hacking", ' and beats(start["right"], before["right"])', ""),
+    ("guard.is_reward_hacking", ' and not beats(now["right"], before["right"])', ""),
+    ("guard.is_less_grounded", "-UNGROUNDED * error", "0"),
+    ("guard.Guard.sees_hacking", "not found and ", ""),
+    ("guard.Guard.sees_hacking", "looks // 5", "0"),
+    ("guard.Guard.sees_less_grounded", "not self.told and ", ""),
     ("rewards.label_sensitive_reward", "clamp(max=threshold)", "clamp(min=threshold)"),
     ("rewards.label_sensitive_reward", "clamp(max=threshold) +", "clamp(max=threshold) -"),
     ("rewards.label_sensitive_reward", "return label_scores\n", "return rationale_scores\n"),

@@ -15,8 +15,8 @@ FLOORS = [
     {"model", "data"},
     {"run"},
     {"rollout", "logprobs", "answers", "judge"},
-    {"metrics", "grounding", "preview", "rationales", "update"},
-    {"tiny", "ppo_models", "rm_pairs", "cross_fit", "reports", "best_of", "evaluate", "predict", "merge"},
+    {"metrics", "grounding", "preview", "guard", "rationales", "update"},
+    {"tiny", "ppo_models", "rm_pairs", "cross_fit", "reports", "best_of", "evaluate", "predict", "merge", "keeper"},
 ]
 TORCH_ONLY = {"layout", "ppo"}  # and rewards, which stands on ppo
 PURE = {"rllr.update": {"checkpoint", "files"}, "rllr.judge": {"checkpoint", "files"}}  # core without machinery

@@ -1,11 +1,15 @@
 """Which epoch or step is kept, and what an answer without a label earns."""
 
-import pytest
-from toy_runs import ANSWER, read_metrics, run
+from types import SimpleNamespace
 
-import train_ppo
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_runs import ANSWER, read_metrics, run, told
+
 import train_rm
 import train_sft
+from rllr.keeper import Keeper
 from rllr.metrics import rank
 from rllr.model.records import read_record
 from rllr.tasks import TASKS
@@ -21,6 +25,11 @@ def test_rank():
     ]  # fmt: skip
     ranks = [rank(TASKS["sst2"], scores) for scores in order]
     assert ranks == sorted(ranks) and len(set(ranks)) == len(ranks)
+
+
+def same_weights(first, second):
+    first, second = (load_file(directory / "model.safetensors") for directory in (first, second))
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 def scripted(monkeypatch, module, results):
@@ -43,14 +52,43 @@ def test_of_equal_epochs_the_later_one_is_kept(toy, tmp_path, monkeypatch, resul
     assert read_record(tmp_path / "sft")["eval"]["epoch"] == best
 
 
-@pytest.mark.parametrize("results, best", [
-    ([(0.5, 0.0)] * 4, 0), ([(0.5, 0.1), (0.5, 0.0), (0.5, 0.0), (0.4, 0.0)], 2),
-    ([(0.5, 0.0), (0.6, 0.0), (0.6, 0.0), (0.6, 0.0)], 3),
+# Of eight rows 2 are right at the start; 4 are 2/8 more, against an error of sqrt(1.5 / 7 / 8) = 0.164; 3 are 1/8 more,
+# against 1/8: that is no more than one standard error.
+@pytest.mark.parametrize("rights, best", [
+    ([2, 2, 2, 2], 0), ([2, 3, 3, 3], 0), ([2, 4, 3, 2], 1), ([2, 4, 4, 3], 2), ([2, 5, 4, 4], 1), ([2, 4, 3, 5], 3),
+    ([2, 0, 0, 0], 0),
 ])  # fmt: skip
-def test_in_ppo_a_tie_with_the_start_keeps_the_start(toy, tmp_path, monkeypatch, results, best):
-    scripted(monkeypatch, train_ppo, results)
-    toy.ppo(tmp_path / "ppo", "--reward", "gold", "--eval_every", 1, steps=3)
-    assert read_record(tmp_path / "ppo" / "best")["step"] == best
+def test_ppo_hands_back_what_beats_the_start(toy, tmp_path, monkeypatch, rights, best):
+    """By more than one paired standard error; of those the one with the best rank, of equals the later one."""
+    told(monkeypatch, {step: (right, 0.0) for step, right in enumerate(rights)})
+    output = toy.ppo(tmp_path / "ppo", "--reward", "gold", "--eval_every", 1, steps=3)
+    record, sentence = read_record(tmp_path / "ppo" / "best"), output.splitlines()[-1]
+    assert record["step"] == best and record["eval"]["accuracy"] == rights[best] / 8
+    if best == 0:
+        assert "against_start" not in record and same_weights(tmp_path / "ppo" / "best", toy.sft)
+        assert sentence == (
+            "no step beats the start by more than one standard error: best is the policy that PPO started from"
+        )
+    else:
+        against = record["against_start"]
+        assert against["difference"] == (rights[best] - 2) / 8 and against["start"]["accuracy"] == 0.25
+        assert 0 < against["standard_error"] < against["difference"] and against["rows"] == 8
+        assert sentence.startswith(f"best: step {best}, dev accuracy {100 * rights[best] / 8:.1f} % against 25.0 % at")
+        assert f"({100 * against['difference']:+.1f} points, standard error " in sentence
+
+
+def test_the_sentence_of_a_correlation():
+    """Rows have no correlation: what they are compared by is their closeness to the gold label."""
+    scores = {"pearson": 0.8123, "accuracy": 0.6}
+    best = {"step": 9, "scores": scores, "start": {"pearson": 0.7}, "difference": 0.021, "standard_error": 0.004}
+    keeper = SimpleNamespace(
+        loop=SimpleNamespace(best=best), run=SimpleNamespace(task=TASKS["stsb"]),
+        name_of_rows="closeness to the gold label",
+    )  # fmt: skip
+    assert Keeper.handed_back(keeper) == (
+        "best: step 9, dev pearson 0.812 against 0.700 at the start "
+        "(closeness to the gold label +2.1 points, standard error 0.4)"
+    )
 
 
 @pytest.mark.parametrize("reward", ["label", "rationale", "mixed", "gold"])

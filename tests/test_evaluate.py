@@ -19,7 +19,17 @@ from rllr.data.encoding import Encoder
 from rllr.data.splits import DataConfig
 from rllr.evaluate import compare, show_samples, table
 from rllr.logprobs import sft_loss
-from rllr.metrics import accuracy, answer_metrics, bootstrap_interval, macro_f1, mcnemar, metric_line, pearson, spearman
+from rllr.metrics import (
+    accuracy,
+    answer_metrics,
+    bootstrap_interval,
+    macro_f1,
+    mcnemar,
+    metric_line,
+    pearson,
+    row_values,
+    spearman,
+)
 from rllr.model.records import make_record, save_policy
 from rllr.pairs import Pair
 from rllr.reports.reward_report import pair_report, wilson_interval
@@ -114,6 +124,14 @@ def test_parse_failures_are_wrong_and_counted():
     scores = answer_metrics(SST2, examples(["negative", "positive"] * 2), answers(["negative", None, None, "negative"]))
     # negative: 1 right of 2 claims and 2 cases, F1 1/2; positive: 0
     assert scores == {"accuracy": 0.25, "macro_f1": 0.25, "parse_failures": 0.5}
+
+
+def test_row_values_by_hand():
+    """Right or wrong; for a correlation 1 - distance / 5. A parse failure is the label farthest away: 5, of 1.2."""
+    assert row_values(SST2, examples(["positive"] * 3), answers(["positive", "negative", None])) == [1, 0, 0]
+    assert row_values(APPS, examples(["1", "3"], [1.5, 3.0]), answers(["1", "4"])) == [1, 0]  # its metric is accuracy
+    found = row_values(STSB, examples(["4", "1", "2"], [3.8, 1.2, 2.0]), answers(["4", None, "2"]))
+    assert found == pytest.approx([1 - 0.2 / 5, 1 - 3.8 / 5, 1])
 
 
 def test_for_correlations_a_parse_failure_is_the_label_farthest_from_the_gold_one():
@@ -440,3 +458,20 @@ def test_what_predict_refuses(models, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("good\n"))
     assert run(predict, "--model", models["right"], "--output", tmp_path / "none" / "x.jsonl") == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_evaluate_and_predict_take_the_best_policy_of_a_ppo_run(models, data, tmp_path, monkeypatch, capsys):
+    ppo = tmp_path / "ppo-label"
+    ppo.mkdir()
+    (ppo / "run.json").write_text('{"stage": "ppo"}')
+    monkeypatch.setattr(sys, "stdin", io.StringIO("good\n"))
+    for command in ([predict, "--model", ppo], [evaluate, "--eval_file", data, "--models", models["right"], ppo]):
+        assert run(*command) == 2
+        assert f"error: {ppo}: this PPO run has saved no policy yet; let it run" in capsys.readouterr().err
+    shutil.copytree(models["right"], ppo / "best")
+    assert run(predict, "--model", ppo) == 0
+    streams = capsys.readouterr()
+    assert json.loads(streams.out)["label"] == "positive" and f"its policy is {ppo / 'best'} (step" in streams.err
+    assert run(evaluate, "--eval_file", data, "--models", models["right"], ppo, "--max_new_tokens", 24) == 0
+    output = capsys.readouterr().out
+    assert f"{ppo} is a PPO run: its policy is {ppo / 'best'} (step" in output and f"\n{ppo / 'best'}  " in output

@@ -18,6 +18,7 @@ from stopping import Killed, assert_same_run, kill_at, poisoned, refused, small_
 from toy_runs import ANSWER, read_metrics, run
 
 import rllr.common.files
+import rllr.keeper
 import rllr.run.checkpoint
 import rllr.run.resume
 import rllr.run.run
@@ -165,8 +166,9 @@ def test_a_fault_within_an_optimisers_step(toy, tmp_path, monkeypatch, capsys):
 
 
 def test_an_own_reward_that_fails(toy, tmp_path, monkeypatch, capsys):
+    """In its fourth call: the first scores dev before PPO begins."""
     body = (
-        "def score(samples):\n    calls.append(1)\n    if len(calls) == 3:\n        {}\n"
+        "def score(samples):\n    calls.append(1)\n    if len(calls) == 4:\n        {}\n"
         "    return [1.0] * len(samples.answers)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -213,7 +215,7 @@ def test_out_of_memory(toy, tmp_path, monkeypatch, capsys):
         patch.setattr(train_ppo, "analyse", poisoned(train_ppo.analyse, 3, harm))
         error = refused(capsys, "ppo", *flags, code=1)
     with monkeypatch.context() as patch:
-        patch.setattr(train_ppo, "answer_rows", poisoned(train_ppo.answer_rows, 2, harm))
+        patch.setattr(rllr.keeper, "write_answers", poisoned(rllr.keeper.write_answers, 2, harm))
         outside = refused(capsys, "ppo", *flags, "--overwrite", "--save_every", 1, "--eval_every", 3, code=1)
     assert (
         "2 GiB); go on with --resume and a smaller --eval_batch_size. The newest checkpoint is" in outside

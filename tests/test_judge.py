@@ -200,6 +200,21 @@ def test_thresholds(norm, q90, q905):
     assert ends == [0, 10]
 
 
+def test_judges_with_a_stored_scale_learn_nothing():
+    """Dev is scored on the stored scale, (9 - 1) / 2 and (-3 - 1) / 2, whatever the running one has seen, and leaves it
+    alone."""
+    scorer = RewardModelScorer(Fake([9.0, -3.0]), statistics(mean=1.0, std=2.0, count=2), "running")
+    judges = Judges("label", {"label": scorer})
+    judges(samples([9.0, -3.0]))
+    learnt = scorer.state_dict()
+    steady = judges.with_stored_scale()
+    for _ in range(2):
+        assert steady(samples([9.0, -3.0])).label_scores.tolist() == [4.0, -2.0]
+    assert scorer.state_dict() == learnt != steady.scorers["label"].state_dict()
+    own = Judges("label", {"label": gold_reward})
+    assert own.with_stored_scale().by_part == own.by_part
+
+
 def test_a_quantile_threshold_follows_the_running_statistics():
     scorer = RewardModelScorer(Fake([9.0, -3.0]), statistics(mean=1.0, std=2.0, count=2), "running")
     scorer(samples([9.0, -3.0]))  # as if seen: two with mean 1 and variance 4, then 9 and -3

@@ -8,11 +8,19 @@ import torch
 from families import EOS, tiny_model, toy_tokenizer
 
 from rllr.common.errors import InputError
-from rllr.common.files import RECORD
+from rllr.common.files import RECORD, RUN
 from rllr.data.encoding import Encoder
 from rllr.data.splits import DataConfig, inherit
 from rllr.model.loading import load_policy, load_tokenizer
-from rllr.model.records import check_same_task, make_record, read_record, resolve_task, save_policy, task_of_record
+from rllr.model.records import (
+    check_same_task,
+    make_record,
+    policy_directory,
+    read_record,
+    resolve_task,
+    save_policy,
+    task_of_record,
+)
 from rllr.tasks import TASKS, Task
 
 OWN = Task("own", ("x", "y"), "{text} {instruction}", metric="macro_f1", answer_format="label")
@@ -88,3 +96,22 @@ def test_inherit_fills_what_is_not_given_and_names_contradictions():
     assert config.inherited == dict.fromkeys(("task", "data_seed", "held_out"), "runs/sft/rllr.json")
     assert inherit(DataConfig(labelled=3), record, "d") == ["--labelled 3 (the policy was trained with 100)"]
     assert inherit(DataConfig(labelled=3), {}, "d") == []
+
+
+def test_a_ppo_runs_directory_stands_for_its_best_policy(tmp_path):
+    lines = []
+    run, best = tmp_path / "ppo-label", tmp_path / "ppo-label" / "best"
+    best.mkdir(parents=True)
+    assert policy_directory(None) is None and policy_directory("organisation/model") == "organisation/model"
+    assert policy_directory(str(run), lines.append) == str(run)  # no run.json: no run
+    (run / RUN).write_text('{"stage": "ppo"}')
+    with pytest.raises(InputError, match=f"^{run}: this PPO run has saved no policy yet; let it run, or name another"):
+        policy_directory(run, lines.append)
+    (best / RECORD).write_text('{"step": 40}')
+    assert policy_directory(run, lines.append) == str(best)
+    assert lines == [f"{run} is a PPO run: its policy is {best} (step 40)"]
+    assert policy_directory(str(best), lines.append) == str(best) and len(lines) == 1
+    (run / RUN).write_text('{"stage": "sft"}')  # its model lies in the directory itself
+    assert policy_directory(str(run), lines.append) == str(run)
+    (run / RUN).write_text("[]")
+    assert policy_directory(str(run), lines.append) == str(run) and len(lines) == 1

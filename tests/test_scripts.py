@@ -224,7 +224,9 @@ def test_ppo_raises_the_gold_reward(gold_run):
     evaluated = read_metrics(directory, "eval/accuracy")
     assert [line["step"] for line in evaluated] == [0, 20, 40, 45]
     assert evaluated[-1]["eval/accuracy"] > 0.8  # greedy answers to 24 dev rows are nearly all right from the start
-    assert read_record(directory / "best")["eval"]["accuracy"] == max(line["eval/accuracy"] for line in evaluated)
+    best = read_record(directory / "best")
+    against = best.get("against_start", {"difference": 1, "standard_error": 0})
+    assert against["difference"] > against["standard_error"] and (best["step"] == 0) == ("against_start" not in best)
     assert "before  dev accuracy" in output and "after   dev accuracy" in output
 
 
@@ -456,8 +458,12 @@ def test_default_directories_lead_from_stage_to_stage(toy, tmp_path, monkeypatch
     run(train_rm.main, *task, *small, "--pairs", "rationale")
     run(train_ppo.main, *task, *toy.ppo_flags, "--reward", "mixed", "--threshold", "q0.9")
     assert sorted(os.listdir("runs/toy")) == ["ppo-mixed", "rm-label", "rm-rationale", "sft"]
-    output = run(evaluate.main, "--models", "runs/toy/sft", "runs/toy/ppo-mixed/last", "--output_dir", "evaluation")
-    assert "runs/toy/ppo-mixed/last" in output and len(json.loads(Path("evaluation/evaluate.json").read_text())) == 2
+    policies = ["runs/toy/sft", "runs/toy/ppo-mixed", "runs/toy/ppo-mixed/last"]
+    output = run(evaluate.main, "--models", *policies, "--output_dir", "evaluation")
+    step = read_record("runs/toy/ppo-mixed/best")["step"]
+    assert f"runs/toy/ppo-mixed is a PPO run: its policy is runs/toy/ppo-mixed/best (step {step})" in output
+    results = json.loads(Path("evaluation/evaluate.json").read_text())
+    assert [row["model"] for row in results] == ["runs/toy/sft", "runs/toy/ppo-mixed/best", "runs/toy/ppo-mixed/last"]
 
 
 def test_overwrite_replaces_a_run_and_leaves_nothing_of_it(toy, tmp_path):
@@ -482,7 +488,7 @@ def reward_module(tmp_path, monkeypatch, body):
 
 @pytest.mark.parametrize("bad_step, value", [(1, "nan"), (2, "nan"), (2, "inf")])
 def test_non_finite_reward_stops_before_the_update(toy, tmp_path, monkeypatch, capsys, bad_step, value):
-    body = f"return torch.tensor([float('{value}') if len(calls) >= {bad_step} else 0.5] + [0.0] * 7)"
+    body = f"return torch.tensor([float('{value}') if len(calls) > {bad_step} else 0.5] + [0.0] * 7)"
     flags = ["--reward", reward_module(tmp_path, monkeypatch, body), "--learning_rate", 1e-3]
     with pytest.raises(SystemExit) as stop:
         toy.ppo(tmp_path / "ppo", *flags, steps=3)

@@ -16,6 +16,7 @@ import train_ppo
 import train_rm
 import train_sft
 from rllr import tiny
+from rllr.keeper import Keeper
 
 WORDS = {"good": "tasty lovely superb fresh kind".split(), "bad": "stale awful rude bland dirty".split()}
 NOUNS = "soup bread waiter room view tea cake wine staff".split()
@@ -58,6 +59,19 @@ def run(main, *arguments):
     with contextlib.redirect_stdout(output):
         main([str(argument) for argument in arguments])
     return output.getvalue()
+
+
+def told(monkeypatch, looks):
+    """From now on looks at eight dev rows come out as told: {step: (rows right, score)}; other steps as the last."""
+    plain = Keeper.look
+
+    def look_as_told(self, step):
+        scores, found = plain(self, step)
+        right, score = looks.get(step, looks[max(looks)])
+        self.scores = scores | {"accuracy": right / 8, "macro_f1": 0.0, "parse_failures": 0.0, "score": score}
+        return self.scores, found | {"right": [1.0] * right + [0.0] * (8 - right), "scores": [score] * 8}
+
+    monkeypatch.setattr(Keeper, "look", look_as_told)
 
 
 class Toy:

@@ -7,6 +7,7 @@ from ..common.errors import InputError, brief
 from ..common.files import (
     RECORD,
     ROWS,
+    RUN,
     disk_faults,
     path_for_record,
     path_from_record,
@@ -16,6 +17,7 @@ from ..common.files import (
 )
 from ..tasks import Task, load_task
 
+BEST = "best"  # in a PPO run's directory: the policy that it hands back
 RECORD_FORMAT = 2  # of rllr.json; raised where what a run computes changes, with a line in CHANGELOG.md
 
 
@@ -64,6 +66,25 @@ def read_record(model_dir):
     except InputError:
         raise InputError(f"{path}: not a record of rllr; delete it or restore it") from None
     return record
+
+
+def policy_directory(name, log=print):
+    """The model that a name stands for: of a PPO run's directory, which holds no model itself, the policy that the run
+    hands back, <run>/best; any other name, or None, as it is.
+
+    InputError where the run has not saved one yet.
+    """
+    directory = Path(name or "")
+    if name is None or (directory / RECORD).is_file() or not (directory / RUN).is_file():
+        return name
+    run = read_json(directory / RUN)
+    if not isinstance(run, dict) or run.get("stage") != "ppo":
+        return name
+    best = directory / BEST
+    if not (best / RECORD).is_file():
+        raise InputError(f"{name}: this PPO run has saved no policy yet; let it run, or name another directory")
+    log(f"{name} is a PPO run: its policy is {best} (step {read_record(best).get('step')})")
+    return str(best)
 
 
 def other_format(path, found, own, remedy):

@@ -31,7 +31,7 @@ from ..common.files import METRICS, RUN, check_run_directory, disk_faults, open_
 from ..common.log import MetricsLog, say, show_config
 from ..data.splits import find_start, inherit
 from ..model.loading import allow_remote_code
-from ..model.records import check_same_task, make_record, settings_for_record, settings_of
+from ..model.records import check_same_task, make_record, policy_directory, settings_for_record, settings_of
 from .checkpoint import (
     STATE,
     WEIGHTY,
@@ -113,6 +113,7 @@ class Run:
         that is in use.
         """
         config = parse_config(Config, argv, description)
+        setattr(config, config.START, policy_directory(getattr(config, config.START), say))
         resumed = find_run_to_resume(stage, config, lambda: config.default_directory(find_start(config)[1]))
         config.validate()
         allow_remote_code(config.trust_remote_code)
