@@ -341,9 +341,8 @@ def measure(task, examples, answers):
 def reward_model(directory):
     """What a reward model's record says of it, the preview apart, and how many pairs it saw."""
     report = {name: value for name, value in read(directory / "rllr.json")["report"].items() if name != "preview"}
-    pairs = len((directory / "pairs.jsonl").read_text(encoding="utf-8").splitlines())
     steps = json.loads((directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"]
-    return report | {"pairs_to_train_on": pairs, "steps": steps}
+    return report | {"pairs_seen": steps * read(directory / "rllr.json")["config"]["batch_size"]}
 
 
 def handed_back(directory):

@@ -22,6 +22,7 @@ from quality import CELLS, METHODS, commit_of_code
 BASE = "sft"
 RESAMPLES = 4000
 RLLR, GOLD = "ppo-label", "ppo-gold"
+GROUNDED = ("grounded", "grounded_right", "grounded_wrong")  # of all answers, the right and the wrong ones
 HANDED_BACK = ("ppo-label/best", "ppo-mixed/best")  # what a user of RLLR is given
 MISSED = 1.5  # points that the gold reward gained, from which a preview that promised nothing has missed a gain
 WORST = -0.5  # no interval of what is handed back may lie below it, in points
@@ -224,10 +225,10 @@ def grid(table, by_task):
 
 
 def beside(by_task):
-    """Other figures of each task: accuracy of every seed, macro F1, Pearson, grounded, parse failures."""
+    """Other figures of each task: accuracy of every seed, macro F1, Pearson, parse failures, grounded."""
     lines = []
     for task, cells in by_task.items():
-        names = ["accuracy", "macro_f1", "pearson", "grounded", "parse_failures"]
+        names = ["accuracy", "macro_f1", "pearson", "parse_failures", *GROUNDED]
         names = [name for name in names if any(name in method for method in cells[0]["methods"].values())]
         seeds = [f"seed {cell['seed']}" for cell in cells]
         lines += ["", f"{task}, {len(cells[0]['gold'])} rows; means over the seeds:", ""]
@@ -273,20 +274,24 @@ def promises(cells):
 
 
 def list_cells(cells, commit):
-    """Where each figure comes from: cell, commit, rows, time, PPO's steps, what the guard saw."""
-    lines = [
-        "",
-        "## The cells",
-        "",
-        markdown_row(["cell", "labelled rows", "rows", "minutes", "PPO"]),
-        "|---" * 5 + "|",
-    ]
+    """Where each figure comes from: cell, commit, rows, time, reward models, PPO's steps, what the guard saw."""
+    lines = ["", "## The cells", "", "| cell | labelled rows | rows | minutes | label pairs | rationale pairs | PPO |"]
+    lines.append("|---" * 7 + "|")
     for cell in cells:
         minutes = sum(done["cpu_seconds"] for name, done in cell["stages"].items() if name != "tiny") / 60
         labelled = "all" if cell["all_labelled"] else cell["labelled"]
+        pairs = [pair_facts(cell["reward_models"][kind]) for kind in ("label", "rationale")]
         ppo = "; ".join(map(ppo_facts, cell["ppo"], cell["ppo"].values()))
-        lines.append(markdown_row([name_of(cell, commit), labelled, len(cell["gold"]), f"{minutes:.0f}", ppo]))
-    return lines + ["", "Minutes: processor time of one core, the tiny model apart, which all seeds of a task share."]
+        lines.append(markdown_row([name_of(cell, commit), labelled, len(cell["gold"]), f"{minutes:.0f}", *pairs, ppo]))
+    return lines + [
+        "",
+        "Minutes: processor time of one core, the tiny model apart, which all seeds of a task share. Pairs: how many each",
+        "reward model saw, with repeats, and the share of its held-out pairs that it has right. PPO: what is handed back.",
+    ]
+
+
+def pair_facts(found):
+    return f"{found['pairs_seen']:,}, {100 * found['pairs']['all']['accuracy']:.1f} %"
 
 
 def ppo_facts(name, facts):

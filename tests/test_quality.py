@@ -94,6 +94,7 @@ def make_cell(task="sst2", seed=0, gold="0101" * 10, verdict="unclear", commit="
         "part": "the reporting half", "labels": ["negative", "positive"], "gold": gold,
         "texts": " ".join(f"{prefix or task}{n}" for n in range(len(gold))), "methods": given,
         "preview": {"verdict": verdict, "curve": curve},
+        "reward_models": {k: {"pairs_seen": 9600, "pairs": {"all": {"accuracy": 0.7}}} for k in ("label", "rationale")},
         "ppo": {"ppo-label": {"steps": 40, "planned": 80, "handed_back": 0, "hacking": [40]}},
         "stages": {"tiny": {"cpu_seconds": 600.0}, "sft": {"cpu_seconds": 90.0}, "ppo-label": {"cpu_seconds": 150.0}},
         "commit": commit, "machine": {"processor": "a processor", "versions": {"python": "3.11"}},
@@ -173,7 +174,9 @@ def test_the_page_counts_marks_and_tells_what_is_reached():
         make_cell("agnews", sft=10, **(FULL | {"ppo_label_best": 10})),
     ]
     text = page(cells, "aaaaaaa")
-    assert "| mr tiny 0 (commit bbbbbbb) | 40 | 40 | 4 | label: the start, stopped at 40, hacking seen at 40 |" in text
+    pairs = "9,600, 70.0 % | 9,600, 70.0 %"
+    ppo = "label: the start, stopped at 40, hacking seen at 40"
+    assert f"| mr tiny 0 (commit bbbbbbb) | 40 | 40 | 4 | {pairs} | {ppo} |" in text
     assert "| sst2 tiny 0 | 40 | 40 |" in text  # of today's commit: no mark
     assert "False promises: 1 of 2 promised gains. Missed gains: 1 of 1" in text
     # RLLR: +5, -5, 0; gold: +15, 0, +15

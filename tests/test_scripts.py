@@ -310,7 +310,9 @@ def test_ppo_answers_the_labelled_rows_where_it_is_told_to(toy, tmp_path, monkey
         output = toy.ppo(tmp_path / kind, "--reward", "gold", "--prompts", kind, steps=6)  # 48 answers: all of the rows
         assert answered == {row.text for row in rows}
         assert f"prompts: {len(rows)} {'un' * (kind == 'auto')}labelled rows" in output
-        assert read_record(tmp_path / kind / "last")["config"]["prompts"] == kind
+        last = tmp_path / kind / "last"
+        assert read_record(last)["config"]["prompts"] == kind
+        assert splits.recorded_hashes(last)["prompts"] == splits.hashes_of(rows)
     assert not {row.text for row in found.labelled} & {row.text for row in found.unlabelled}
 
 
