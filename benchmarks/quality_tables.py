@@ -285,8 +285,8 @@ def list_cells(cells, commit):
         lines.append(markdown_row([name_of(cell, commit), labelled, len(cell["gold"]), f"{minutes:.0f}", *pairs, ppo]))
     return lines + [
         "",
-        "Minutes: processor time of one core, the tiny model apart, which all seeds of a task share. Pairs: how many each",
-        "reward model saw, with repeats, and the share of its held-out pairs that it has right. PPO: what is handed back.",
+        "Minutes: processor time of one core, the tiny model apart, which all seeds of a task share. Pairs: how many",
+        "each reward model saw, with repeats, and its accuracy on held-out pairs. PPO: what is handed back.",
     ]
 
 
