@@ -64,18 +64,27 @@ class Settings:
     """Flags of each stage, beside data, seed and models. They fit 30 minutes of one core with a tiny model."""
 
     tiny: str = "--hidden_size 128 --heads 4 --layers 2 --vocabulary 6000 --context 192 --epochs 3"
-    sft: str = "--epochs 5 --show 0"
-    rm: str = "--epochs 2 --patience 3 --pairs_per_row 1 --samples_per_row 4"
-    rationale_rm: str = "--epochs 3 --patience 4 --samples_per_row 4"  # about as many pairs seen as by the label one
-    ppo: str = "--steps 80 --rollout_prompts 64 --warmup 0.2 --eval_every 20 --show_every 1000"
-    best_of: str = "--epochs 3 --show 0"  # SFT on the answers that best-of-n chose
+    sft: str = "--epochs 4 --show 0"
+    rm: str = "--epochs 1 --patience 3 --pairs_per_row 1 --samples_per_row 4"
+    rationale_rm: str = "--epochs 2 --patience 5 --samples_per_row 4"  # it has about half as many pairs
+    ppo: str = "--steps 60 --rollout_prompts 64 --warmup 0.2 --eval_every 15 --show_every 1000"
+    best_of: str = "--epochs 2 --show 0"  # SFT on the answers that best-of-n chose
 
     def with_more(self, **more):
         """These flags with further ones, which override them."""
         return replace(self, **{name: f"{getattr(self, name)} {flags}".strip() for name, flags in more.items()})
 
 
-SETTINGS = {task: Settings() for task in TASKS}
+SHORT = Settings()  # texts of 9 words
+LONGER = SHORT.with_more(  # of 18 to 30
+    sft="--epochs 3 --eval_rows 500",
+    rm="--samples_per_row 2",
+    rationale_rm="--samples_per_row 2",
+    ppo="--eval_rows 500",
+)
+LONGEST = LONGER.with_more(tiny="--epochs 2", ppo="--steps 50 --eval_every 10")  # of 30 to 40
+SETTINGS = {task: LONGER for task in TASKS} | {"sst2": SHORT, "mnli": LONGEST, "mrpc": LONGEST}
+SETTINGS["agnews"] = LONGEST.with_more(tiny="--context 96")  # as a news item's first 30 words say what it is about
 ALL_LABELLED = {  # instead of unlabelled prompts: five times the labels, so fewer passes over them
     "sft": "--epochs 2",
     "rm": "--epochs 1 --samples_per_row 2",
