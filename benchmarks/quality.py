@@ -83,7 +83,7 @@ LONGER = SHORT.with_more(  # of 18 to 30
     ppo="--eval_rows 500",
 )
 LONGEST = LONGER.with_more(tiny="--epochs 2", ppo="--steps 50 --eval_every 10")  # of 30 to 40
-SETTINGS = {task: LONGER for task in TASKS} | {"sst2": SHORT, "mnli": LONGEST, "mrpc": LONGEST}
+SETTINGS = dict.fromkeys(TASKS, LONGER) | {"sst2": SHORT, "mnli": LONGEST, "mrpc": LONGEST}
 SETTINGS["agnews"] = LONGEST.with_more(tiny="--context 96")  # as a news item's first 30 words say what it is about
 ALL_LABELLED = {  # instead of unlabelled prompts: five times the labels, so fewer passes over them
     "sft": "--epochs 2",
