@@ -56,7 +56,7 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
     pairs: str = flag("label", "label, rationale, or a JSONL file of pairs")
     label_pairs: str | None = flag(
         None,
-        "on_policy (the default), or written pairs alone: independent, paper or drawn (docs/label-pairs.md)",
+        "on_policy (the default), or written pairs alone: independent, paper or drawn (docs/reward-hacking.md)",
         choices=LABEL_PAIRS,
     )
     grounded_pairs: bool | None = flag(

@@ -8,7 +8,7 @@
 In the paper, each side of a label pair has its own best rationale. If rationales name evidence words, the reward model
 then learns to measure how strong these words are, and PPO answers every text with the strongest words. So, for evidence
 words, nine label pairs in ten draw their rationales without knowing which label is right. Then only the label, compared
-with the text, tells the sides apart. docs/label-pairs.md has the measurements.
+with the text, tells the sides apart. docs/reward-hacking.md has the measurements.
 """
 
 import hashlib

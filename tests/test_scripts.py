@@ -253,7 +253,7 @@ REWARDS = {
     "label": (set(), {"judge/label_clipped"}),
     "rationale": ({"judge/rationale_score"}, {"judge/rationale_clipped"}),
     "mixed": ({"judge/rationale_score", "judge/at_threshold"}, {"judge/label_clipped", "judge/rationale_clipped"}),
-    "gold": ({"judge/accuracy"}, set()),
+    "gold": ({"judge/accuracy"}, {"act/grounded_right", "act/grounded_wrong"}),
     "toy_rewards:shortness": (set(), set()),
 }
 
