@@ -35,6 +35,8 @@ from rllr.model.trial import check_policy
 from rllr.pairs import LABEL_PAIRS, describe
 from rllr.rationales.factory import RationaleConfig
 from rllr.reports.reward_report import (
+    PREVIEW_ROWS,
+    PREVIEW_SAMPLES,
     classifier_report,
     pair_report,
     preview_report,
@@ -95,8 +97,8 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
         None, "AdamW peak (by size, docs/models.md: tiny 5e-4, 135 M 4.9e-5; adapters 1.5e-3, 4.9e-4)", above=0
     )
     temperature: float = flag(1.0, "of the sampled answers: PPO's", above=0)
-    preview_rows: int = flag(400, "dev rows of PPO's preview, at most", above=0)
-    preview_samples: int = flag(16, "answers that the preview samples for each of them", above=0)
+    preview_rows: int = flag(PREVIEW_ROWS, "dev rows of PPO's preview, at most", above=0)
+    preview_samples: int = flag(PREVIEW_SAMPLES, "answers that the preview samples for each of them", above=0)
     statistics_prompts: int = flag(1024, "sampled answers behind the stored statistics (at least 512)", above=0)
 
     def validate(self):
@@ -246,7 +248,10 @@ def report(run, models, held, writer, sampled, parts):
         f"standard deviation {statistics.std:.3f}"
     )
     if config.kind != "rationale":
-        found["preview"] = preview_report(model, models, run.task, answered["eval"], statistics, config)
+        found["preview"] = preview_report(
+            model, models, run.task, answered["eval"], statistics, config,
+            most=config.preview_rows, count=config.preview_samples,
+        )  # fmt: skip
     base = {"base": {"path": config.policy, "fingerprint": models.fingerprint}} if config.lora_rank else {}
     more = {"report": found, "policy_fingerprint": models.fingerprint} | base
     with disk_faults(str(directory / RECORD)):

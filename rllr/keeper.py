@@ -18,6 +18,7 @@ from .judge import read_samples
 from .metrics import CORRELATIONS, answer_metrics, metric_line, rank, row_values, tell_parse_failures
 from .model.records import BEST, save_policy
 from .reports.ppo_step import write_batch
+from .reports.reward_report import preview_report
 from .rewards import incomplete_answer_rule, label_sensitive_reward
 from .run.run import require_finite_weights
 
@@ -50,10 +51,19 @@ class Keeper:
         if len(self.dev) < LEAST_ROWS:
             say(f"warning: {len(self.dev)} dev rows: below {LEAST_ROWS} the guard misses most falls of 5 points")
         scores, look = self.look(0)
+        self.preview_anew()
         self.guard.start = look
         self.keep_best(0, scores, look)
         self.loop.before = {f"eval/{name}": value for name, value in scores.items()}
         self.run.metrics.write({"step": 0, **self.loop.before})
+
+    def preview_anew(self):
+        """PPO's preview, where the label reward model's record has that of another policy; of the greedy answers of the
+        last look."""
+        judge = self.models.judges.scorers.get("label")
+        if judge and judge.statistics and judge.statistics.policy_fingerprint != self.models.fingerprint:
+            answered = self.dev, self.answers
+            preview_report(judge.model, self.models, self.run.task, answered, judge.statistics, self.run.config)
 
     def go_on(self):
         """A run that the guard has stopped goes on only where another --on_hacking is given."""

@@ -589,7 +589,12 @@ def test_warning_when_the_policy_is_not_the_reward_models(toy, tmp_path):
     shutil.copytree(toy.sft, tmp_path / "copy")  # the same weights elsewhere are the same policy
     assert warning not in toy.ppo(tmp_path / "moved", "--label_rm", toy.label_rm, policy=tmp_path / "copy", steps=1)
     other = tmp_path / "same" / "last"
-    assert f"{warning} than {other}" in toy.ppo(tmp_path / "other", "--label_rm", toy.label_rm, policy=other, steps=1)
+    output = toy.ppo(tmp_path / "other", "--label_rm", toy.label_rm, policy=other, steps=1)
+    assert f"{warning} than {other}" in output
+    # The record's preview is of another policy: it is made anew, of the eight dev rows that this run looks at.
+    assert "from train_rm.py" not in output and output.count("preview of PPO, on 8 dev rows:") == 1
+    greedy = read_metrics(tmp_path / "other", "eval/accuracy")[0]["eval/accuracy"]
+    assert re.search(rf"(?m)^ +greedy +{100 * greedy:.1f} %$", output)
 
 
 # ---- every decoder family --------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from ..preview import preview, sentence, table
 from ..rewards import incomplete_answer_rule
 from ..tasks import split_answer
 
+PREVIEW_ROWS, PREVIEW_SAMPLES = 400, 16  # dev rows of a preview, at most, and answers sampled to each
 MIN_PROMPTS = 512  # sampled answers wanted behind the stored statistics
 
 
@@ -148,15 +149,17 @@ def choose_labels(model, encoder, task, examples, answers, *, writer, batch_size
     return [task.labels[i] for i in scores.view(len(examples), len(task.labels)).argmax(1).tolist()]
 
 
-def preview_report(model, models, task, answered, statistics, config) -> dict:
-    """PPO's preview (`rllr.preview`) on --preview_rows dev rows: best-of-n of sampled answers beside greedy. Printed.
+def preview_report(
+    model, models, task, answered, statistics, config, *, most=PREVIEW_ROWS, count=PREVIEW_SAMPLES
+) -> dict:
+    """PPO's preview (`rllr.preview`) on `most` dev rows: best-of-n of `count` samples a row beside greedy. Printed.
 
     answered: (dev rows, the policy's greedy answers to them). An answer that PPO would call incomplete scores what PPO
     would give it (`rewards.incomplete_answer_rule`).
     """
     rows = list(zip(*answered, strict=True))
-    rows = random.Random(f"preview/{config.seed}").sample(rows, min(len(rows), config.preview_rows))
-    gold, encoder, count = [row.label for row, _ in rows], models.encoder, config.preview_samples
+    rows = random.Random(f"preview/{config.seed}").sample(rows, min(len(rows), most))
+    gold, encoder = [row.label for row, _ in rows], models.encoder
     prompts = encoder.prompts(task, [row for row, _ in rows])
     rollout = _sample(models.policy, encoder, prompts, config, named_generator(f"preview/{config.seed}"), count)
     labels = [answer.label for answer in read_answers(rollout, encoder, task)]
