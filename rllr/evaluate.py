@@ -18,7 +18,7 @@ from .answers import answer_rows
 from .best_of import BestOfConfig, best_answers, load_chooser
 from .common.config import flag, parse_config
 from .common.errors import InputError, command
-from .common.files import write_json
+from .common.files import path_from_record, write_json
 from .common.log import say
 from .data.encoding import Encoder
 from .data.splits import DataConfig, inherit, load_evaluation, met_rows
@@ -26,6 +26,7 @@ from .metrics import _columns, _metrics, _Statistic, answer_metrics, bootstrap_i
 from .model.loading import allow_remote_code, load_policy, load_tokenizer
 from .model.records import check_same_task, policy_directory, read_record, resolve_task, task_of_record
 from .model.trial import check_policy
+from .ppo_models import recorded_preview
 from .run.machine import set_up
 from .run.settings import DecodingConfig
 
@@ -105,6 +106,15 @@ def tell_met(met, size, remedy):
             say(f"warning: {count} of these {size} rows {says.format(models)}; {remedy}")
 
 
+def tell_ppo_run(name, record):
+    """Of a policy that a PPO run hands back: what its reward model had promised on dev, and what the run made of it."""
+    if "handed_back" not in record:
+        return
+    label_rm = path_from_record(record["config"].get("label_rm"), name)
+    promise = recorded_preview(label_rm) if label_rm else None
+    say(f"{name}:" + (f"\n  before PPO: {promise}" if promise else "") + f"\n  after PPO: {record['handed_back']}")
+
+
 @dataclass
 class Config(DecodingConfig, BestOfConfig, DataConfig):
     GROUP = "evaluation"
@@ -172,6 +182,8 @@ def main(argv=None):
     has_test = part == "eval" and "test" in first.get("rows", {})
     remedy = "use --part test" if has_test else "give rows that did neither as --test_file"
     tell_met({name: met[name] for name in config.models}, len(examples), remedy)
+    for name, record in records.items():
+        tell_ppo_run(name, record)
     if config.output_dir:
         write_results(Path(config.output_dir), results, examples, answers)
 

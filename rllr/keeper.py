@@ -146,12 +146,12 @@ class Keeper:
         loop, ranked = self.loop, list(rank(self.run.task, scores))
         if step == 0:
             loop.best = {"step": 0, "rank": ranked}
-            self.save(BEST, step, scores)
+            self.save(BEST, step, scores, handed_back=self.handed_back())
         elif ranked >= loop.best["rank"] and beats(look["right"], self.guard.start["right"]):
             difference, error = paired(look["right"], self.guard.start["right"])
             against = {"difference": difference, "standard_error": error, "start": self.before(), "rows": len(self.dev)}
             loop.best = {"step": step, "rank": ranked, "scores": scores, **against}
-            self.save(BEST, step, scores, against_start=against)
+            self.save(BEST, step, scores, handed_back=self.handed_back(), against_start=against)
 
     def finish(self):
         """Look at the policy after its last step and save it; say what it was before, and what is handed back."""

@@ -155,19 +155,17 @@ def load_judges(config, tokenizer, device, base=None, policy_fingerprint=None) -
             scorer = by_part[part] = scorer_of(model, directory, config)
             if scorer.statistics and scorer.statistics.policy_fingerprint != policy_fingerprint:
                 say(f"warning: the {part} reward model was measured on answers of another policy than {config.policy}")
-            else:
-                tell_preview(directory)
+            elif promise := recorded_preview(directory):
+                say(f"preview of PPO, from train_rm.py: {promise}")
     return Judges(config.reward, by_part, config.threshold, penalties)
 
 
-def tell_preview(directory):
-    """Say what the reward model's own record promises of PPO, where it was measured (`rllr.preview`)."""
+def recorded_preview(directory) -> str | None:
+    """What a reward model's own record promises of PPO (`rllr.preview.sentence`); None where it was not measured."""
     report = read_record(directory).get("report")
     found = report.get("preview") if isinstance(report, dict) else None
-    if found is None:
-        return
     try:
-        say(f"preview of PPO, from train_rm.py: {sentence(found)}")
+        return found and sentence(found)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         raise InputError(
             f"{Path(directory) / RECORD}: field 'report' is damaged; train the reward model again"

@@ -475,3 +475,21 @@ def test_evaluate_and_predict_take_the_best_policy_of_a_ppo_run(models, data, tm
     assert run(evaluate, "--eval_file", data, "--models", models["right"], ppo, "--max_new_tokens", 24) == 0
     output = capsys.readouterr().out
     assert f"{ppo} is a PPO run: its policy is {ppo / 'best'} (step" in output and f"\n{ppo / 'best'}  " in output
+
+
+def test_evaluate_says_what_a_ppo_run_promised_and_what_it_handed_back(toy, tmp_path):
+    from toy_runs import run as output_of
+
+    ppo = tmp_path / "ppo"
+    said = toy.ppo(ppo, "--label_rm", toy.label_rm, steps=1)
+    last_line = said.rstrip().splitlines()[-1]  # of train_ppo.py: which policy is handed back
+    promise = next(line for line in said.splitlines() if "preview of PPO" in line).partition("train_rm.py: ")[2]
+    output = output_of(evaluate.main, "--models", toy.sft, ppo, ppo / "last", "--part", "eval", "--max_new_tokens", 12)
+    assert f"\n{ppo}/best:\n  before PPO: {promise}\n  after PPO: {last_line}\n" in output
+    assert output.count("after PPO: ") == 1  # neither the SFT policy nor the last one is handed back
+    moved = shutil.copytree(ppo / "best", tmp_path / "best")
+    record = json.loads((moved / "rllr.json").read_text())
+    record["config"]["label_rm"] = "../gone"
+    (moved / "rllr.json").write_text(json.dumps(record))
+    output = output_of(evaluate.main, "--models", moved, "--part", "eval", "--max_new_tokens", 12)
+    assert f"\n{moved}:\n  after PPO: {last_line}\n" in output
