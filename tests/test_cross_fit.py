@@ -146,18 +146,18 @@ def test_the_share_of_right_samples_counts_samples():
 
 
 def test_folds_and_a_sampler_in_a_run(toy, tmp_path):
-    """Both add their answers to the pairs; a run that goes on samples nothing anew."""
+    """Each adds its answers to the pairs; a run that goes on samples nothing anew."""
     flags = ["--policy", toy.sft, *toy.rm_flags, "--epochs", 1, "--save_every", 1]
-    more = ["--cross_fit", "always", "--sampler", toy.sft]
-    for name, extra in (("plain", ["--cross_fit", "never"]), ("more", more)):
-        output = run(train_rm.main, *flags, *extra, "--output_dir", tmp_path / name)
-    assert "fold 1/2: SFT on 18 rows" in output and "sampled by --sampler" in output
-    plain, both = (
-        [json.loads(line) for line in (tmp_path / name / "pairs.jsonl").read_text().splitlines()]
-        for name in ("plain", "more")
-    )
-    assert sum(p["kind"] == "label/on_policy" for p in both) > sum(p["kind"] == "label/on_policy" for p in plain)
-    again = run(train_rm.main, "--resume", tmp_path / "more", "--epochs", 2)
+    more = {"plain": [], "sampler": ["--sampler", toy.sft], "folds": ["--cross_fit", "always"]}
+    outputs, counts = {}, {}
+    for name, extra in more.items():
+        outputs[name] = run(train_rm.main, *flags, "--cross_fit", "never", *extra, "--output_dir", tmp_path / name)
+        lines = (tmp_path / name / "pairs.jsonl").read_text().splitlines()
+        counts[name] = sum(json.loads(line)["kind"] == "label/on_policy" for line in lines)
+    assert "fold 1/2: SFT on 18 rows" in outputs["folds"] and "sampled by --sampler" in outputs["sampler"]
+    assert "fold" not in outputs["sampler"].partition("sampled by")[2].partition("train:")[0]
+    assert counts["sampler"] > counts["plain"] and counts["folds"] > counts["plain"]
+    again = run(train_rm.main, "--resume", tmp_path / "folds", "--epochs", 2)
     assert "resumed from" in again and "right on the labelled" not in again and "fold 1" not in again
 
 
