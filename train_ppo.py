@@ -222,7 +222,8 @@ def main(argv=None):
     stream = PromptStream(prompts, config.rollout_prompts, config.seed)
     sampling, clock = torch.Generator().manual_seed(config.seed), Clock()
     # step: rollouts done; best: the best policy's step, rank, scores; before: the start's dev scores; stopped: by guard
-    loop, guard = SimpleNamespace(step=0, best=None, before=None, skipped=0, stopped=False), Guard()
+    loop = SimpleNamespace(step=0, best=None, before=None, promise=None, skipped=0, stopped=False)
+    guard = Guard()
     run.track(config.steps, loop, guard=guard, kl=kl, sampling=sampling, **stream.parts(), **models.parts())
     keeper = Keeper(run, models, dev, loop, guard=guard, kl=kl, splits=splits)
     with run:
@@ -283,7 +284,7 @@ def main(argv=None):
             if step % config.show_every == 0:
                 show_rollout(samples, judged, batch.scores)
             loop.step = step
-            run.checkpoint(step, last=step == config.steps or loop.stopped)
+            run.checkpoint(step, last=step == config.steps, must=loop.stopped)
         keeper.finish()
 
 

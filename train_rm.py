@@ -12,6 +12,7 @@ classifier.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from rllr.common.config import check_divisible, flag
 from rllr.common.errors import InputError, brief, command
 from rllr.common.files import RECORD, disk_faults, write_json
 from rllr.common.log import say
+from rllr.cross_fit import sft_recipe
 from rllr.data.encoding import Encoder
 from rllr.data.splits import DataConfig, load_splits
 from rllr.judge import STATISTICS, ScoreStatistics, score_rows
@@ -30,6 +32,7 @@ from rllr.model.dropout import set_dropout
 from rllr.model.heads import RewardModel, reward_pad_token_id
 from rllr.model.loading import fingerprint, load_policy, load_tokenizer
 from rllr.model.recompute import checkpoint_layers
+from rllr.model.records import check_same_task, policy_directory, read_record
 from rllr.model.roles import LoRAConfig, RolePolicy, check_lora, load_base, load_scalar_role, new_role
 from rllr.model.trial import check_policy
 from rllr.pairs import LABEL_PAIRS, describe
@@ -130,7 +133,20 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
         self.rationales = self.rationales or record.get("config", {}).get("rationales")
         if self.grounded_pairs and task.answer_format == "label":
             raise InputError("--grounded_pairs: the answers are labels alone, without a rationale; leave it out")
+        if self.kind == "rationale" and task.answer_format == "label":
+            raise InputError("--pairs rationale: the answers are labels alone, without a rationale; use --pairs label")
         self.grounded_pairs = self.kind == "rationale" if self.grounded_pairs is None else self.grounded_pairs
+        samples = self.grounded_pairs or self.kind == "label" and self.label_pairs in (None, "on_policy")
+        for name, default in (("sampler", None), ("cross_fit", "auto")):
+            if getattr(self, name) not in (default, "never") and not samples:
+                raise InputError(f"--{name} {getattr(self, name)}: is for pairs of samples, and this run makes none")
+        if self.cross_fit == "always":
+            sft_recipe(self.policy, record)
+        if self.sampler:
+            self.sampler = policy_directory(self.sampler, say)
+            if not Path(self.sampler).is_dir():
+                raise InputError(f"--sampler {self.sampler}: no such directory; give a policy's, or a PPO run's")
+            check_same_task(read_record(self.sampler), task, f"--sampler {self.sampler}")
         self.dropout = (0.2 if tiny else 0.0) if self.dropout is None else self.dropout
 
 

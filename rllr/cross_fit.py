@@ -20,10 +20,16 @@ from .layout import micro_batches, shuffled_batches
 from .logprobs import sft_loss
 from .model.backbone import backbone_of
 from .model.dropout import set_dropout
-from .model.loading import cast_parameters, load_policy
+from .model.loading import cast_parameters, fingerprint, load_policy
 from .model.recompute import checkpoint_layers
+from .model.records import read_record
 from .model.roles import DTYPES, new_role
 from .run.optimizer import Optimizer, gradient_step
+
+SETTINGS = frozenset(  # of an SFT run, which `fine_tune` reads
+    "model seed epochs batch_size learning_rate schedule warmup weight_decay max_grad_norm dropout lora_rank "
+    "lora_alpha lora_targets use_rslora base_dtype gradient_checkpointing micro_batch_size tokens_per_batch".split()
+)
 
 
 def folds_of(rows, count):
@@ -41,15 +47,19 @@ def folds_of(rows, count):
 def sft_recipe(policy, record):
     """How a policy was fine-tuned: its SFT run's settings, `model` being where its base lies now.
 
-    InputError where the record does not say it, so that no fold can be trained alike.
+    InputError, which begins with the flag, where no fold can be trained alike: the record does not say how, the base is
+    gone, or it is a model that has learnt labels before.
     """
-    if record.get("stage") != "sft":
-        raise InputError(
-            f"--policy {policy}: has no record of train_sft.py, which says how the folds are to be trained"
-        )
-    settings = SimpleNamespace(**record["config"])
-    settings.model = str(Path(policy) / BASE) if settings.model == "tiny" else path_from_record(settings.model, policy)
-    return settings
+    where, settings = f"--policy {policy}", record.get("config")
+    if record.get("stage") != "sft" or not isinstance(settings, dict) or SETTINGS - settings.keys():
+        raise InputError(f"{where}: has no record of train_sft.py that says how its folds are to be fine-tuned")
+    recorded = settings["model"]
+    base = str(Path(policy) / BASE) if recorded == "tiny" else path_from_record(recorded, policy)
+    if not Path(base).is_dir() and (base != recorded or Path(base).is_absolute()):  # else the name of a hub's model
+        raise InputError(f"{where}: the folds are fine-tuned from its base, {base}, which is not there; restore it")
+    if read_record(base).get("stage", "tiny") != "tiny":
+        raise InputError(f"{where}: its base, {base}, has learnt labels before, so no fold would be new to it")
+    return SimpleNamespace(**settings | {"model": base, "base_fingerprint": record.get("base_fingerprint")})
 
 
 def fine_tune(rows, encoder, settings, device, name=""):
@@ -61,6 +71,8 @@ def fine_tune(rows, encoder, settings, device, name=""):
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = base = load_policy(settings.model, device=device)
+        if settings.base_fingerprint not in (None, fingerprint(base)):
+            raise InputError(f"{settings.model}: not the weights that the policy was fine-tuned from; restore them")
         if settings.lora_rank:
             model = new_role(cast_parameters(base, DTYPES[settings.base_dtype]), "sft", settings, settings.seed)
         set_dropout(base, settings.dropout)

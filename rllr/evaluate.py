@@ -18,7 +18,7 @@ from .answers import answer_rows
 from .best_of import BestOfConfig, best_answers, load_chooser
 from .common.config import flag, parse_config
 from .common.errors import InputError, command
-from .common.files import path_from_record, write_json
+from .common.files import write_json
 from .common.log import say
 from .data.encoding import Encoder
 from .data.splits import DataConfig, inherit, load_evaluation, met_rows
@@ -26,7 +26,6 @@ from .metrics import _columns, _metrics, _Statistic, answer_metrics, bootstrap_i
 from .model.loading import allow_remote_code, load_policy, load_tokenizer
 from .model.records import check_same_task, policy_directory, read_record, resolve_task, task_of_record
 from .model.trial import check_policy
-from .ppo_models import recorded_preview
 from .run.machine import set_up
 from .run.settings import DecodingConfig
 
@@ -110,8 +109,7 @@ def tell_ppo_run(name, record):
     """Of a policy that a PPO run hands back: what its reward model had promised on dev, and what the run made of it."""
     if "handed_back" not in record:
         return
-    label_rm = path_from_record(record["config"].get("label_rm"), name)
-    promise = recorded_preview(label_rm) if label_rm else None
+    promise = record.get("promise")
     say(f"{name}:" + (f"\n  before PPO: {promise}" if promise else "") + f"\n  after PPO: {record['handed_back']}")
 
 

@@ -17,6 +17,8 @@ from .guard import LEAST_ROWS, REMEDIES, beats, grounded_sentence, hacking_sente
 from .judge import read_samples
 from .metrics import CORRELATIONS, answer_metrics, metric_line, rank, row_values, tell_parse_failures
 from .model.records import BEST, save_policy
+from .ppo_models import recorded_preview
+from .preview import sentence
 from .reports.ppo_step import write_batch
 from .reports.reward_report import preview_report
 from .rewards import incomplete_answer_rule, label_sensitive_reward
@@ -51,19 +53,22 @@ class Keeper:
         if len(self.dev) < LEAST_ROWS:
             say(f"warning: {len(self.dev)} dev rows: below {LEAST_ROWS} the guard misses most falls of 5 points")
         scores, look = self.look(0)
-        self.preview_anew()
+        self.loop.promise = self.promise()
         self.guard.start = look
         self.keep_best(0, scores, look)
         self.loop.before = {f"eval/{name}": value for name, value in scores.items()}
         self.run.metrics.write({"step": 0, **self.loop.before})
 
-    def preview_anew(self):
-        """PPO's preview, where the label reward model's record has that of another policy; of the greedy answers of the
-        last look."""
-        judge = self.models.judges.scorers.get("label")
-        if judge and judge.statistics and judge.statistics.policy_fingerprint != self.models.fingerprint:
-            answered = self.dev, self.answers
-            preview_report(judge.model, self.models, self.run.task, answered, judge.statistics, self.run.config)
+    def promise(self):
+        """What the preview says of this start, in one sentence: the label reward model's own record, or, where that is
+        of another policy, a preview made anew beside the greedy answers of the last look. None without a preview."""
+        judge, config = self.models.judges.scorers.get("label"), self.run.config
+        if judge is None:
+            return None
+        if judge.statistics is None or judge.statistics.policy_fingerprint == self.models.fingerprint:
+            return recorded_preview(config.label_rm)
+        answered = self.dev, self.answers
+        return sentence(preview_report(judge.model, self.models, self.run.task, answered, judge.statistics, config))
 
     def go_on(self):
         """A run that the guard has stopped goes on only where another --on_hacking is given."""
@@ -146,12 +151,13 @@ class Keeper:
         loop, ranked = self.loop, list(rank(self.run.task, scores))
         if step == 0:
             loop.best = {"step": 0, "rank": ranked}
-            self.save(BEST, step, scores, handed_back=self.handed_back())
+            self.save(BEST, step, scores, handed_back=self.handed_back(), promise=loop.promise)
         elif ranked >= loop.best["rank"] and beats(look["right"], self.guard.start["right"]):
             difference, error = paired(look["right"], self.guard.start["right"])
             against = {"difference": difference, "standard_error": error, "start": self.before(), "rows": len(self.dev)}
             loop.best = {"step": step, "rank": ranked, "scores": scores, **against}
-            self.save(BEST, step, scores, handed_back=self.handed_back(), against_start=against)
+            told = {"handed_back": self.handed_back(), "promise": loop.promise}
+            self.save(BEST, step, scores, against_start=against, **told)
 
     def finish(self):
         """Look at the policy after its last step and save it; say what it was before, and what is handed back."""

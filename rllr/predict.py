@@ -9,6 +9,7 @@ row that goes in comes out: one without a text with label null and the reason. W
 answer is the one of N sampled answers that the reward model scores highest.
 """
 
+import contextlib
 import json
 import sys
 from dataclasses import dataclass
@@ -105,10 +106,12 @@ def main(argv=None):
         source = read_stdin(sys.stdin)
     else:
         source = Source(path=config.input, delimiter=config.delimiter, encoding=config.encoding)
-    chooser = load_chooser(config, task, [tokenizer], device)
+    with contextlib.redirect_stdout(sys.stderr):  # warnings
+        chooser = load_chooser(config, task, [tokenizer], device)
     examples = load_examples(source, task, labels="ignored", columns=columns, empty="keep", log=log)
     asked = [example for example in examples if example.text and (example.text_b or not task.is_pair)]
-    model = load_policy(config.model, device=device, base=config.base)
+    with contextlib.redirect_stdout(sys.stderr):
+        model = load_policy(config.model, device=device, base=config.base)
     encoder = Encoder(tokenizer, model, record.get("clock"))
     answers = []
     if asked:

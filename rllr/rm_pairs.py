@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .common.errors import InputError, brief
 from .common.files import disk_faults
 from .common.log import say
-from .cross_fit import cross_fitted_answers
+from .cross_fit import cross_fitted_answers, sft_recipe
 from .data.rows import load_pairs
 from .grounding import grounded, known_means
 from .model.loading import check_same_tokenizer, load_policy, load_tokenizer
@@ -108,17 +108,20 @@ def is_cross_fit_due(config, record, right):
     record: of the policy. right: {"labelled", "held out": share of its samples that are right}. Says so where they
     should be and cannot be, or must not.
     """
-    by_heart = 1 - right["labelled"] < LEARNT_BY_HEART * (1 - right["held out"])
-    is_possible = record.get("stage") == "sft"
-    is_due = config.cross_fit == "always" or config.cross_fit == "auto" and by_heart and is_possible
-    if by_heart:
-        remedy = "" if is_possible else "; a policy of train_sft.py could be cross-fitted"
-        remedy = "; leave out --cross_fit never" if config.cross_fit == "never" else remedy
-        say(
-            "the policy knows its labelled rows by heart: other policies answer them, each fine-tuned without them"
-            if is_due
-            else "warning: the policy knows its labelled rows by heart, and makes few on-policy pairs there" + remedy
-        )
+    if config.cross_fit == "always":
+        return True
+    if 1 - right["labelled"] >= LEARNT_BY_HEART * (1 - right["held out"]):
+        return False
+    by_heart = "the policy knows its labelled rows by heart"
+    try:
+        remedy = "leave out --cross_fit never"
+        is_due = config.cross_fit == "auto" and bool(sft_recipe(config.policy, record))
+    except InputError as error:
+        remedy, is_due = f"no cross-fitting: {error}", False
+    if is_due:
+        say(f"{by_heart}: other policies answer them, each fine-tuned without them")
+    else:
+        say(f"warning: {by_heart}, and makes few on-policy pairs there; {remedy}")
     return is_due
 
 

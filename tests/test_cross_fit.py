@@ -13,10 +13,10 @@ import train_rm
 from rllr import cross_fit
 from rllr.answers import Answer
 from rllr.common.errors import InputError
-from rllr.cross_fit import cross_fitted_answers, fine_tune, folds_of, sft_recipe
+from rllr.cross_fit import SETTINGS, cross_fitted_answers, fine_tune, folds_of, sft_recipe
 from rllr.data.encoding import Encoder
 from rllr.data.splits import DataConfig, load_splits
-from rllr.model.loading import load_policy, load_tokenizer
+from rllr.model.loading import fingerprint, load_policy, load_tokenizer
 from rllr.model.records import read_record, resolve_task
 from rllr.rationales.factory import make_writer
 from rllr.rm_pairs import is_cross_fit_due, share_right
@@ -53,15 +53,35 @@ def test_too_few_rows_for_the_folds():
 
 
 def test_a_recipe_names_the_base_from_where_it_lies(tmp_path):
-    settings = {"epochs": 3, "model": "tiny"}
+    settings = dict.fromkeys(SETTINGS) | {"epochs": 3, "model": "tiny"}
+    for name in ("base", "sft", "llm"):
+        (tmp_path / name).mkdir()
     assert sft_recipe(tmp_path, {"stage": "sft", "config": settings}).model == str(tmp_path / "base")
-    (tmp_path / "sft").mkdir()
-    (tmp_path / "llm").mkdir()
     found = sft_recipe(tmp_path / "sft", {"stage": "sft", "config": settings | {"model": "../llm"}})
     assert (tmp_path / "llm").samefile(found.model) and found.epochs == 3
-    for stage in ({}, {"stage": "ppo", "config": settings}):
+    assert (
+        sft_recipe(tmp_path, {"stage": "sft", "config": settings | {"model": "who/llm"}}).model == "who/llm"
+    )  # a hub's
+    without = {name: value for name, value in settings.items() if name != "dropout"}
+    for record in ({}, {"stage": "ppo", "config": settings}, {"stage": "sft"}, {"stage": "sft", "config": without}):
         with pytest.raises(InputError, match="has no record of train_sft.py"):
-            sft_recipe(tmp_path, stage)
+            sft_recipe(tmp_path, record)
+    for gone in ("../gone", "/gone/base"):
+        with pytest.raises(InputError, match=f"--policy {tmp_path}/sft: the folds .*gone.* is not there"):
+            sft_recipe(tmp_path / "sft", {"stage": "sft", "config": settings | {"model": gone}})
+
+
+def test_a_base_that_knows_labels_is_no_base_for_folds(toy, tmp_path):
+    settings = dict.fromkeys(SETTINGS) | {"model": str(toy.sft)}
+    with pytest.raises(InputError, match="its base, .*sft, has learnt labels before"):
+        sft_recipe(tmp_path, {"stage": "sft", "config": settings})
+
+
+def test_other_weights_than_sft_started_from_are_refused(toy, labelled):
+    labelled.settings.base_fingerprint = "0" * 64
+    with pytest.raises(InputError, match="not the weights that the policy was fine-tuned from"):
+        fine_tune([], labelled.encoder, labelled.settings, "cpu")
+    assert read_record(toy.sft)["base_fingerprint"] == fingerprint(load_policy(toy.base))
 
 
 @pytest.fixture
@@ -126,14 +146,16 @@ def test_no_row_is_answered_by_a_policy_that_saw_it(toy, labelled, monkeypatch, 
         ("auto", "sft", 0.85, 0.70, False, None),  # wrong in 15 of 100: just half as often as where it is new
         ("auto", "sft", 0.86, 0.70, True, "by heart: other policies"),
         ("auto", "sft", 1.0, 1.0, False, None),  # it makes no mistake anywhere
-        ("auto", "ppo", 0.99, 0.72, False, "a policy of train_sft.py could"),
+        ("auto", "ppo", 0.99, 0.72, False, "no cross-fitting: --policy"),
         ("never", "sft", 0.99, 0.72, False, "leave out --cross_fit never"),
         ("always", "sft", 0.70, 0.70, True, None),
     ],
 )
-def test_when_cross_fitting_is_due(cross_fit, stage, learnt, new, due, said, capsys):
-    config, right = SimpleNamespace(cross_fit=cross_fit), {"labelled": learnt, "held out": new}
-    assert is_cross_fit_due(config, {"stage": stage}, right) is due
+def test_when_cross_fitting_is_due(cross_fit, stage, learnt, new, due, said, tmp_path, capsys):
+    (tmp_path / "base").mkdir()
+    config, right = SimpleNamespace(cross_fit=cross_fit, policy=tmp_path), {"labelled": learnt, "held out": new}
+    record = {"stage": stage, "config": dict.fromkeys(SETTINGS) | {"model": "tiny"}}
+    assert is_cross_fit_due(config, record, right) is due
     output = capsys.readouterr().out
     assert said in output if said else not output
     assert output.startswith("warning") is (bool(said) and not due)

@@ -30,7 +30,7 @@ from rllr.metrics import (
     row_values,
     spearman,
 )
-from rllr.model.records import make_record, save_policy
+from rllr.model.records import make_record, read_record, save_policy
 from rllr.pairs import Pair
 from rllr.reports.reward_report import pair_report, wilson_interval
 from rllr.tasks import TASKS, Example, load_task
@@ -487,9 +487,4 @@ def test_evaluate_says_what_a_ppo_run_promised_and_what_it_handed_back(toy, tmp_
     output = output_of(evaluate.main, "--models", toy.sft, ppo, ppo / "last", "--part", "eval", "--max_new_tokens", 12)
     assert f"\n{ppo}/best:\n  before PPO: {promise}\n  after PPO: {last_line}\n" in output
     assert output.count("after PPO: ") == 1  # neither the SFT policy nor the last one is handed back
-    moved = shutil.copytree(ppo / "best", tmp_path / "best")
-    record = json.loads((moved / "rllr.json").read_text())
-    record["config"]["label_rm"] = "../gone"
-    (moved / "rllr.json").write_text(json.dumps(record))
-    output = output_of(evaluate.main, "--models", moved, "--part", "eval", "--max_new_tokens", 12)
-    assert f"\n{moved}:\n  after PPO: {last_line}\n" in output
+    assert read_record(ppo / "best")["promise"] == promise  # kept: the reward model may be gone or another one later

@@ -174,8 +174,14 @@ def load_splits(config: DataConfig, task: Task, log=print, record=None, resumed=
 def _test_share(config, record, sources):
     """--test_share. None, the default with its bound, becomes 0 where the policy trained on these very rows and its
     record names no test rows: what would be set aside now has trained it."""
-    recorded = record.get("rows", {})
+    recorded, given = record.get("rows", {}), getattr(config, "given", ())
     settled = record.get("stage") != "tiny" and recorded.get("read for train") == sources["train"]
+    theirs = record.get("data", {}).get("test_share")
+    if settled and "test_share" in given and config.test_share != theirs:
+        raise InputError(
+            f"--test_share {config.test_share}: the policy's SFT run has set its rows aside; leave this flag out, "
+            "or its dev rows would become training rows"
+        )
     return 0 if config.test_share is None and settled and "test" not in recorded else config.test_share
 
 

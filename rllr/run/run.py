@@ -279,10 +279,11 @@ class Run:
         shown = line if step % self.config.log_every == 0 else None
         self.metrics.write({"step": step, "epoch": loop.epoch, **numbers}, shown)
 
-    def checkpoint(self, step, last=False):
-        """Write a checkpoint where one is due; Stopped, with the state saved, where a signal asked for it."""
+    def checkpoint(self, step, last=False, must=False):
+        """Write a checkpoint where one is due, or must be; Stopped, with the state saved, where a signal asked for
+        it."""
         every = self.config.save_every
-        if self.request.name or every and (last or step % every == 0):
+        if self.request.name or must or every and (last or step % every == 0):
             self._write(step, {name: state_of(part) for name, part in self.parts.items()})
         if self.request.name and not last:
             raise Stopped(f"{self.request.name}: stopped after step {step}; go on with --resume {self.directory}")
