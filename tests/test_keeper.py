@@ -17,9 +17,11 @@ def flags_of(toy, *more):
     return ["--label_rm", toy.label_rm, "--eval_every", 1, "--save_every", 2, "--log_every", 1, *more]
 
 
-def test_stop(toy, tmp_path, monkeypatch):
+@pytest.mark.parametrize("save_every", (2, 0))
+def test_stop(toy, tmp_path, monkeypatch, save_every):
+    """The stop leaves a checkpoint, also where none was asked for."""
     told(monkeypatch, HACKED)
-    output = toy.ppo(tmp_path / "ppo", *flags_of(toy), steps=6)  # exit code 0: it returns
+    output = toy.ppo(tmp_path / "ppo", *flags_of(toy, "--save_every", save_every), steps=6)  # exit code 0: it returns
     assert "step 3: reward hacking: in the last two looks at dev the score is 0.55 above the start's" in output
     assert "accuracy 62.5 points below it (standard error 18.3); the run stops here (--on_hacking stop)" in output
     assert "what helps is on-policy pairs" in output and "8 dev rows: below 400 the guard misses" in output
