@@ -16,7 +16,7 @@ from .data.splits import recorded_hashes
 from .model.heads import RewardModel, reward_pad_token_id
 from .model.loading import allow_remote_code, fingerprint, load_merged, load_tokenizer
 from .model.peft_format import read_adapter_config
-from .model.records import policy_directory, read_record, save_policy
+from .model.records import moved_record, policy_directory, read_record, save_policy
 from .run.machine import set_up
 
 
@@ -40,7 +40,7 @@ def main(argv=None):
     check_run_directory(config.output_dir, config.overwrite, [adapter])
     tokenizer, model = load_tokenizer(adapter), load_merged(adapter, base=config.base)
     encoder, directory = Encoder(tokenizer, model), open_run_directory(config.output_dir, config.overwrite, [adapter])
-    record = {key: value for key, value in record.items() if key != "base"}
+    record = moved_record({key: value for key, value in record.items() if key != "base"}, adapter, directory)
     if is_reward:
         pad_id = reward_pad_token_id(tokenizer, encoder.stop_ids, model.config.vocab_size)
         RewardModel.from_pretrained(adapter, base=config.base).save_pretrained(directory, tokenizer, pad_id)

@@ -617,6 +617,9 @@ def test_merge_command(toy, rm, ppo, tmp_path):
     assert plain.generation_config.eos_token_id == load_policy(toy.sft).generation_config.eos_token_id
     table = run(evaluate.main, "--models", directory / "last", tmp_path / "policy", *ANSWER)
     assert "+0.0 (+0.0 .. +0.0)" in table
+    deep = tmp_path / "further" / "down" / "policy"  # its record still leads to the data
+    run(merge.main, "--adapter", directory / "last", "--output_dir", deep)
+    assert "+0.0 (+0.0 .. +0.0)" in run(evaluate.main, "--models", deep, tmp_path / "policy", *ANSWER)
     run(merge.main, "--adapter", rm, "--output_dir", tmp_path / "rm")
     ours, read = answers()
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()

@@ -49,6 +49,16 @@ def settings_for_record(settings, directory):
     return {name: kept(name, value) for name, value in settings.items()}
 
 
+def moved_record(record, source, directory):
+    """A record that was kept in `source` as `directory` keeps it: its paths lead to the same places from there."""
+
+    def moved(settings):
+        here = {name: path_from_record(value, source) if name in PATHS else value for name, value in settings.items()}
+        return settings_for_record(here, directory)
+
+    return record | {part: moved(record[part]) for part in ("data", "config") if isinstance(record.get(part), dict)}
+
+
 def read_record(model_dir):
     """The record beside a model we saved, {} for any other model. InputError for a damaged or older record."""
     path = Path(model_dir) / RECORD
