@@ -12,7 +12,7 @@ from rllr.common.files import RECORD, RUN
 from rllr.data.encoding import Encoder
 from rllr.data.splits import DataConfig, inherit
 from rllr.model.loading import load_policy, load_tokenizer
-from rllr.model.records import (
+from rllr.model.records import moved_record, (
     check_same_task,
     make_record,
     policy_directory,
@@ -115,3 +115,16 @@ def test_a_ppo_runs_directory_stands_for_its_best_policy(tmp_path):
     assert policy_directory(str(run), lines.append) == str(run)
     (run / RUN).write_text("[]")
     assert policy_directory(str(run), lines.append) == str(run) and len(lines) == 1
+
+
+def test_a_moved_record_leads_to_the_same_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("data", "runs/one", "further/down/two"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "data" / "train.jsonl").write_text("")
+    data = {"train_file": "../../data/train.jsonl", "eval_file": "/elsewhere/dev.jsonl", "labelled": 4, "task": "sst2"}
+    record = {"stage": "sft", "data": data, "config": {"model": "../gone", "policy": "who/llm"}, "rows": None}
+    moved = moved_record(record, "runs/one", "further/down/two")
+    assert moved["data"] == data | {"train_file": "../../../data/train.jsonl"}
+    assert moved["config"] == {"model": str(tmp_path / "runs" / "gone"), "policy": "who/llm"}
+    assert (moved["stage"], moved["rows"]) == ("sft", None)

@@ -52,11 +52,17 @@ def settings_for_record(settings, directory):
 def moved_record(record, source, directory):
     """A record that was kept in `source` as `directory` keeps it: its paths lead to the same places from there."""
 
-    def moved(settings):
-        here = {name: path_from_record(value, source) if name in PATHS else value for name, value in settings.items()}
-        return settings_for_record(here, directory)
+    def moved(name, value):
+        here = path_from_record(value, source)
+        if name not in PATHS or here == value:
+            return value
+        return path_for_record(here, directory) if Path(here).exists() else str(Path(here).absolute())
 
-    return record | {part: moved(record[part]) for part in ("data", "config") if isinstance(record.get(part), dict)}
+    return record | {
+        part: {name: moved(name, value) for name, value in record[part].items()}
+        for part in ("data", "config")
+        if isinstance(record.get(part), dict)
+    }
 
 
 def read_record(model_dir):
