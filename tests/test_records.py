@@ -12,9 +12,10 @@ from rllr.common.files import RECORD, RUN
 from rllr.data.encoding import Encoder
 from rllr.data.splits import DataConfig, inherit
 from rllr.model.loading import load_policy, load_tokenizer
-from rllr.model.records import moved_record, (
+from rllr.model.records import (
     check_same_task,
     make_record,
+    moved_record,
     policy_directory,
     read_record,
     resolve_task,
