@@ -49,11 +49,11 @@ def test_stopped_by_a_signal_and_resumed(toy, undisturbed, tmp_path, monkeypatch
     main, flags = stage_of(toy, name, tmp_path / "run")
     plain, steps = rllr.run.run.Run.checkpoint, []
 
-    def checkpoint_after_signal(self, step, last=False):
+    def checkpoint_after_signal(self, step, last=False, must=False):
         steps.append(step)
         if step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self, step, last)
+        return plain(self, step, last, must)
 
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:

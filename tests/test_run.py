@@ -37,9 +37,9 @@ def stopped(toy, tmp_path_factory):
         directory = tmp_path_factory.mktemp("stopped") / "run"
         main, flags = stage_of(toy, name, directory)
 
-        def asked(self, step, last=False, plain=rllr.run.run.Run.checkpoint):
+        def asked(self, step, last=False, must=False, plain=rllr.run.run.Run.checkpoint):
             self.request.name = "SIGTERM" if step == 8 else None
-            plain(self, step, last)
+            plain(self, step, last, must)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
             patch.setattr(rllr.run.run.Run, "checkpoint", asked)
