@@ -100,6 +100,12 @@ def fine_tune(rows, encoder, settings, device, name=""):
     return model.eval()
 
 
+def share_right(rows, answers):
+    """The share of all answers, {row id: answers}, that have their row's label."""
+    right = [answer.label == row.label for row in rows for answer in answers[row.id]]
+    return sum(right) / len(right)
+
+
 def cross_fitted_answers(run, encoder, rows, writer, ask):
     """{row id: answers} of rows, each answered by a policy that was fine-tuned on the folds without it.
 
@@ -115,10 +121,9 @@ def cross_fitted_answers(run, encoder, rows, writer, ask):
         )
         policy = fine_tune(encoded, encoder, settings, run.device, f"fold {number}/{config.folds}")
         found = ask(policy, fold, f"fold {number}")
-        right = [answer.label == row.label for row in fold for answer in found[row.id]]
         say(
             f"fold {number}/{config.folds}: SFT on {len(others)} rows, {settings.epochs} epochs; "
-            f"{100 * sum(right) / len(right):.1f} % of its samples on the other {len(fold)} rows are right"
+            f"{100 * share_right(fold, found):.1f} % of its samples on the other {len(fold)} rows are right"
         )
         answers |= found
     return answers

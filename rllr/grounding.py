@@ -17,6 +17,8 @@ FUNCTION_WORDS = frozenset(
     "your".split()
 )
 
+KINDS = (("right", True), ("wrong", False))  # of answers
+
 
 def grounded(task: Task, example: Example, answer: str) -> float | None:
     """The share of a rationale that stands in the row's text or texts; None where there is nothing to look up.
@@ -42,6 +44,12 @@ def known_means(groups: dict) -> dict[str, float]:
     """{name: mean of those values that are not None}, without the names that have no such value."""
     known = {name: [value for value in values if value is not None] for name, values in groups.items()}
     return {name: sum(values) / len(values) for name, values in known.items() if values}
+
+
+def means_by_right(name, shares, right) -> dict[str, float]:
+    """The means of `grounded` shares: {name: of all, name_right, name_wrong: of those answers}, as `known_means`."""
+    apart = {kind: [s for s, r in zip(shares, right, strict=True) if r == is_right] for kind, is_right in KINDS}
+    return known_means({name: shares} | {f"{name}_{kind}": values for kind, values in apart.items()})
 
 
 def _rationale_of(task, answer):

@@ -19,7 +19,6 @@ REMEDIES = "on-policy pairs, more labelled rows, a larger --kl_coef or a lower -
 FALSE_ALARMS = 0.08  # shared among a run's verdicts, see `fallen`; it makes less than 5 % of runs, for three reasons:
 # two looks in a row share a look, looks hang together, and a verdict asks for more than this one test
 UNGROUNDED = 3.0  # standard errors by which `grounded` must lie below the start's before a warning is due
-LEAST_ROWS = 400  # below so many dev rows a fall of 5 points goes unnoticed too often
 
 
 # ---- mathematics -----------------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import math
 from .answers import Answer, write_answers
 from .common.errors import InputError, RunError
 from .common.log import say
-from .data.splits import hashes_of, joined_hashes, recorded_hashes
+from .data.splits import FEW_ROWS, hashes_of, joined_hashes, recorded_hashes
 from .evaluate import show_samples
 from .grounding import grounded
-from .guard import LEAST_ROWS, REMEDIES, beats, grounded_sentence, hacking_sentence, paired
+from .guard import REMEDIES, beats, grounded_sentence, hacking_sentence, paired
 from .judge import read_samples
 from .metrics import CORRELATIONS, answer_metrics, metric_line, rank, row_values, tell_parse_failures
 from .model.records import BEST, save_policy
@@ -50,8 +50,8 @@ class Keeper:
         if self.loop.before is not None:
             self.go_on()
             return
-        if len(self.dev) < LEAST_ROWS:
-            say(f"warning: {len(self.dev)} dev rows: below {LEAST_ROWS} the guard misses most falls of 5 points")
+        if len(self.dev) < FEW_ROWS:
+            say(f"warning: {len(self.dev)} dev rows: below {FEW_ROWS} the guard misses most falls of 5 points")
         scores, look = self.look(0)
         self.loop.promise = self.promise()
         self.guard.start = look

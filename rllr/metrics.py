@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from .answers import Answer
-from .grounding import grounded, known_means
+from .grounding import grounded, means_by_right
 from .tasks import Example, Task
 
 CORRELATIONS = ("pearson", "spearman")
@@ -53,14 +53,12 @@ def answer_metrics(task: Task, examples: list[Example], answers: list[Answer]) -
 
     For correlations a parse failure counts as the label farthest from the gold one, so that not answering never pays.
     """
-    found = [(grounded(task, e, a.text), e.label == a.label) for e, a in zip(examples, answers, strict=True)]
-    groups = {"grounded": [value for value, _ in found]}
-    groups |= {"grounded_right": [value for value, right in found if right]}
-    groups |= {"grounded_wrong": [value for value, right in found if not right]}
+    shares = [grounded(task, e, a.text) for e, a in zip(examples, answers, strict=True)]
+    right = [e.label == a.label for e, a in zip(examples, answers)]
     return {
         **_metrics(task, *_columns(task, examples, answers)),
         "parse_failures": sum(answer.label is None for answer in answers) / len(answers),
-        **known_means(groups),
+        **means_by_right("grounded", shares, right),
     }
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .common.errors import InputError, brief
 from .common.files import disk_faults
 from .common.log import say
-from .cross_fit import cross_fitted_answers, sft_recipe
+from .cross_fit import cross_fitted_answers, sft_recipe, share_right
 from .data.rows import load_pairs
 from .grounding import grounded, known_means
 from .model.loading import check_same_tokenizer, load_policy, load_tokenizer
@@ -26,9 +26,7 @@ from .rationales.factory import check_writer, default_label_pairs, default_write
 from .reports.reward_report import sample_rows
 
 PAIR_FILES = ("pairs.jsonl", "pairs_held_out.jsonl")  # in the run's directory
-LEARNT_BY_HEART = (
-    0.5  # wrong samples on labelled rows, as a share of those on held-out rows, below which they are too few
-)
+LEARNT_BY_HEART = 0.5  # of wrong samples on held-out rows, below which those on labelled rows are too few
 
 
 class PairRow(NamedTuple):
@@ -94,12 +92,6 @@ def pairs_of_samples(config, task, part, rows, writer, answers):
             say(f"grounded: {100 * share:.1f} % of the right samples on the rows that are {part}")
         pairs += grounded_pairs(rows, task, writer, answers, grounded, seed=config.seed)
     return pairs
-
-
-def share_right(rows, answers):
-    """The share of all answers, {row id: answers}, that have their row's label."""
-    right = [answer.label == row.label for row in rows for answer in answers[row.id]]
-    return sum(right) / len(right)
 
 
 def is_cross_fit_due(config, record, right):

@@ -4,7 +4,7 @@ import torch
 
 from ..common.files import disk_faults, write_safetensors
 from ..common.log import say
-from ..grounding import grounded, known_means
+from ..grounding import grounded, known_means, means_by_right
 from ..metrics import tell_parse_failures
 from ..ppo import explained_variance, kl_estimate, masked_mean
 
@@ -36,12 +36,10 @@ def grounded_metrics(task, examples, samples):
     """How much of the sampled rationales stands in their texts (`rllr.grounding`), all together and, where PPO may know
     gold labels, those of right and of wrong answers; {} where there are none."""
     found = [grounded(task, example, answer) for example, answer in zip(examples, samples.answers, strict=True)]
-    groups = {"act/grounded": found}
-    if all(label is not None for label in samples.gold_labels):
-        right = [label == gold for label, gold in zip(samples.labels, samples.gold_labels, strict=True)]
-        groups["act/grounded_right"] = [share for share, is_right in zip(found, right) if is_right]
-        groups["act/grounded_wrong"] = [share for share, is_right in zip(found, right) if not is_right]
-    return known_means(groups)
+    if any(label is None for label in samples.gold_labels):
+        return known_means({"act/grounded": found})
+    right = [label == gold for label, gold in zip(samples.labels, samples.gold_labels, strict=True)]
+    return means_by_right("act/grounded", found, right)
 
 
 def judge_metrics(judges, judged, samples, scores):
