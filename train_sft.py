@@ -36,7 +36,7 @@ from rllr.run.optimizer import Optimizer, gradient_step
 from rllr.run.rates import settle_rates
 from rllr.run.run import Run, digest, input_fingerprints, is_tiny
 from rllr.run.settings import SupervisedConfig
-from rllr.tiny import TinyConfig, build_tiny
+from rllr.tiny import TEXTS, TinyConfig, build_tiny
 
 
 @dataclass
@@ -44,7 +44,9 @@ class Config(SupervisedConfig, RationaleConfig, LoRAConfig, DataConfig):
     GROUP = "supervised fine-tuning"
     START = "model"  # the setting that names the model which the stage starts from
     model: str = flag("tiny", "hub name or directory of a causal LM; tiny: build one from scratch")
-    tiny_epochs: int = flag(2, "passes over all texts when --model tiny is built", above=0)
+    tiny_epochs: int | None = flag(
+        None, f"passes over all texts when --model tiny is built ({TEXTS} texts are read)", above=0
+    )
     epochs: int = flag(6, "passes over the labelled rows", above=0)
     batch_size: int = flag(32, "answers per optimiser step", above=0)
     learning_rate: float | None = flag(

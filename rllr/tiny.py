@@ -1,8 +1,8 @@
 """`--model tiny`: a small Llama-architecture model from scratch, for machines without a pretrained one at hand.
 
-A byte-level BPE tokenizer is trained on the training texts, then the model warms up by language modelling on all texts
-(labels are not used) with a copying exercise after each: two words of the text, or a stretch of it. Without the
-exercise the model cannot quote the text it reads, and a rationale that names evidence is out of reach.
+A byte-level BPE tokenizer is trained on the training texts, then the model warms up by language modelling on texts
+(labels are not used) with a copying exercise after each: stretches of the text, now and then two words of it. Without
+the exercise the model cannot quote the text it reads, and a rationale that names evidence is out of reach.
 
     python -m rllr.tiny --task sst2 --train_file train.jsonl --output_dir runs/sst2/tiny     # to share between runs
 """
@@ -33,7 +33,10 @@ from .run.settings import ModelConfig
 from .tasks import load_task
 
 PAD, EOS = "<pad>", "<eos>"
-COPY_WORDS, COPY_SPAN = 2, (3, 9)  # the exercise: so many words, or so long a stretch (half of the texts each)
+TEXTS, MOST_PASSES = 10_000, 10  # texts to warm up on: a part where there are more, several passes where there are less
+COPIES = 4  # lines of a text's exercise: most of what a model learns from, since copying is what it learns slowly
+COPY_SPAN = (8, 16)  # words of a line, a stretch of the text; longer ones teach to go on where the last word came from
+COPY_WORDS, WORDS_SHARE = 2, 0.1  # instead of a stretch so many words from anywhere, in this share of the lines
 
 
 @dataclass
@@ -44,9 +47,9 @@ class TinyConfig(Settings):
     heads: int = flag(4, "attention heads", above=0)
     vocabulary: int = flag(6000, "BPE tokens, at most", above=0)
     context: int = flag(512, "longest text, in tokens", above=0)
-    epochs: int = flag(2, "passes over all texts", above=0)
+    epochs: int | None = flag(None, f"passes over all texts ({TEXTS} texts are read: a part, or several passes)", above=0)
     learning_rate: float = flag(3e-3, "AdamW peak, cosine after 5 % warm-up", above=0)
-    batch_size: int = flag(64, "texts per step", above=0)
+    batch_size: int = flag(16, "texts per step", above=0)
     dropout: float = flag(0.0, "while warming up", between=(0, 0.9))
 
 
@@ -71,9 +74,20 @@ def build_tiny(splits, task, config: TinyConfig, seed, device):
     ).to(device)
     say(f"tiny: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
     encoder = Encoder(tokenizer, model)
-    fitted = encoder.fit(examples, task, reserve=48, log=say)
-    _warm_up(model, encoder, _exercises(encoder, fitted, task, seed), config, seed)
+    texts, passes = _texts_to_read(examples, config.epochs, seed)
+    rows = _exercises(encoder, encoder.fit(texts, task, reserve=48, log=say), task, seed)
+    _warm_up(model, encoder, rows, passes, config, seed)
     return model, tokenizer
+
+
+def _texts_to_read(examples, epochs, seed):
+    """(texts, passes over them): all texts and `epochs`, where it is given; else TEXTS of them, in whole passes where
+    there are fewer."""
+    if epochs:
+        return examples, epochs
+    if len(examples) > TEXTS:
+        return random.Random(f"texts/{seed}").sample(examples, TEXTS), 1
+    return examples, min(MOST_PASSES, -(-TEXTS // len(examples)))
 
 
 def _train_tokenizer(examples, task, config):
@@ -99,21 +113,24 @@ def _train_tokenizer(examples, task, config):
 
 
 def _exercises(encoder, examples, task, seed):
-    """[(first token, all the others)]: each prompt with its copying exercise behind it."""
+    """[(first token, all the others)]: each prompt with its copying exercise behind it, as far as the context goes."""
     rows = []
     for example, ids in zip(examples, encoder.prompts(task, examples)):
-        copied = encoder.answer_ids(_copying_exercise(example, random.Random(f"copy/{seed}/{example.id}")))
-        rows.append((ids[:1], ids[1:] + copied))  # everything after the first token is predicted
+        rng = random.Random(f"copy/{seed}/{example.id}")
+        lines = [_line_to_copy(example, rng) for _ in range(COPIES)]
+        exercises = [encoder.answer_ids("\n".join(lines[:count])) for count in range(1, COPIES + 1)]
+        fitting = [exercise for exercise in exercises if len(ids) + len(exercise) <= encoder.context]
+        rows.append((ids[:1], ids[1:] + (fitting or exercises[:1])[-1]))  # all after the first token is predicted
     return rows
 
 
-def _warm_up(model, encoder, rows, config, seed):
+def _warm_up(model, encoder, rows, passes, config, seed):
     """Language modelling on all rows: the mean negative log-likelihood of every token but the first."""
-    steps = config.epochs * len(shuffled_batches(rows, config.batch_size, seed, 0))
+    steps = passes * len(shuffled_batches(rows, config.batch_size, seed, 0))
     optimizer = Optimizer(model, config.learning_rate, steps, warmup=0.05, schedule="cosine", weight_decay=0.1)
     set_dropout(model, config.dropout).train()
     start, progress = time.monotonic(), tqdm(total=steps, desc="tiny: language modelling", mininterval=2, disable=None)
-    for epoch in range(config.epochs):
+    for epoch in range(passes):
         total, count = 0.0, 0
         for batch in shuffled_batches(rows, config.batch_size, seed, epoch):
             packed = pack(batch, encoder.pad_id, model.device)
@@ -124,16 +141,16 @@ def _warm_up(model, encoder, rows, config, seed):
             total, count = total + loss * tokens, count + tokens
             progress.update()
         seconds = time.monotonic() - start
-        say(f"tiny: epoch {epoch + 1}/{config.epochs}  loss {total / count:.3f} nats per token  {seconds:.0f} s")
+        say(f"tiny: epoch {epoch + 1}/{passes}  loss {total / count:.3f} nats per token  {seconds:.0f} s")
     progress.close()
     model.eval()
 
 
-def _copying_exercise(example, rng):
+def _line_to_copy(example, rng):
     text = f"{example.text} {example.text_b or ''}"
     words = text.split()
     words = words if len(words) > 1 else list(words_of(text).values()) or words  # a script without spaces
-    if rng.random() < 0.5:
+    if rng.random() < WORDS_SHARE:
         return " and ".join(rng.sample(words, min(COPY_WORDS, len(words))))
     length = rng.randint(*COPY_SPAN)
     start = rng.randrange(max(1, len(words) - length + 1))

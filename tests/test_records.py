@@ -99,6 +99,14 @@ def test_inherit_fills_what_is_not_given_and_names_contradictions():
     assert inherit(DataConfig(labelled=3), {}, "d") == []
 
 
+def test_a_share_that_the_policy_left_to_its_default_is_contradicted_too():
+    record = {"data": asdict(DataConfig(task="sst2", train_file="a.jsonl", data_seed=0))}
+    assert inherit(DataConfig(held_out=0.3, labelled=50), record, "d") == [
+        "--labelled 50 (the policy was trained with all)", "--held_out 0.3 (the policy was trained with 0.1)"
+    ]  # fmt: skip
+    assert inherit(DataConfig(held_out=0.1), record, "d") == []
+
+
 def test_a_ppo_runs_directory_stands_for_its_best_policy(tmp_path):
     lines = []
     run, best = tmp_path / "ppo-label", tmp_path / "ppo-label" / "best"

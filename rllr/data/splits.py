@@ -23,6 +23,8 @@ from .rows import NoSuchSplit, Source, load_examples, select_labelled, split_hol
 
 EVAL_SHARE = 0.1  # of the labelled rows, where no evaluation data is given
 TEST_SHARE = 0.1  # the same for test
+HELD_OUT_SHARE = 0.1  # of the labelled rows that are left
+LEFT_OUT = {"held_out": HELD_OUT_SHARE, "labelled": "all"}  # what these flags stand for where a run did without them
 FEWEST_TEST_ROWS = 50  # where that share makes fewer, none are set aside: they would tell little and cost labels
 FEW_ROWS = 400  # dev rows below which what they say is shaky: the standard error of an accuracy is above 2.5 points
 NAMED_CLASSES = 12  # labels, at most, whose rows a log line counts
@@ -74,7 +76,7 @@ class DataConfig(FileConfig):
         None, "rows whose labels are used, the rest are PPO's prompts; without it all rows serve all", at_least=0
     )
     held_out: float | None = flag(
-        None, "share of the labelled rows set aside to evaluate reward models (0.1)", between=(0.001, 0.9)
+        None, f"share of the labelled rows set aside to evaluate reward models ({HELD_OUT_SHARE})", between=(0.001, 0.9)
     )
     data_seed: int | None = flag(None, "chooses the labelled and the held-out rows (--seed of the SFT run)")
 
@@ -165,7 +167,7 @@ def load_splits(config: DataConfig, task: Task, log=print, record=None, resumed=
         raise InputError(f"{len(labelled)} labelled rows: too few to train on and set some aside; give at least 10")
     if config.held_out is not None and not 0 < config.held_out < 1:
         raise InputError(f"--held_out {config.held_out}: give a share of the labelled rows between 0 and 1")
-    labelled, held_out = split_holdout(labelled, config.held_out or 0.1, seed)
+    labelled, held_out = split_holdout(labelled, config.held_out or HELD_OUT_SHARE, seed)
     splits = Splits(labelled, held_out, unlabelled, evaluation, test, sources, gold)
     tell_splits(splits, task, log)
     return splits
@@ -410,9 +412,9 @@ def inherit(config: DataConfig, record: dict, directory):
         if mine is None:
             setattr(config, name, theirs)
             config.inherited |= {name: origin} if theirs is not None else {}
-        elif (
-            theirs is not None and mine != theirs and name not in SOURCES | {"task"}
-        ):  # those are compared by what they hold
+            continue
+        theirs = LEFT_OUT.get(name) if theirs is None and recorded else theirs
+        if theirs is not None and mine != theirs and name not in SOURCES | {"task"}:  # these are compared by their rows
             contradictions.append(f"--{name} {mine} (the policy was trained with {theirs})")
     return contradictions
 
