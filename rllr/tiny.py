@@ -47,7 +47,9 @@ class TinyConfig(Settings):
     heads: int = flag(4, "attention heads", above=0)
     vocabulary: int = flag(6000, "BPE tokens, at most", above=0)
     context: int = flag(512, "longest text, in tokens", above=0)
-    epochs: int | None = flag(None, f"passes over all texts ({TEXTS} texts are read: a part, or several passes)", above=0)
+    epochs: int | None = flag(
+        None, f"passes over all texts ({TEXTS} texts are read: a part, or several passes)", above=0
+    )
     learning_rate: float = flag(3e-3, "AdamW peak, cosine after 5 % warm-up", above=0)
     batch_size: int = flag(16, "texts per step", above=0)
     dropout: float = flag(0.0, "while warming up", between=(0, 0.9))

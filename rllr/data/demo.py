@@ -6,8 +6,7 @@
 
 The rule. A review contains two statements of opposite polarity, and its construction says which one decides:
 
-    X, but Y.    although X, Y.    Y even though X.    X; still, Y.    despite X, Y.    Y despite X.
-    Y, and that outweighs X.    X, but what counts is Y.    some say X; in truth, Y.    Y, even if some claim X.
+    X, but Y.    although X, Y.    Y, although X.    despite X, Y.    Y, and that outweighs X.
 
 In all of them Y decides and X is conceded. The label is the polarity of Y: the polarity of its opinion phrase, reversed
 by a negation ("is far from dull" and "never lets me down" are positive). "Really", "rather" and similar words change
@@ -39,7 +38,6 @@ from .demo_words import (
     OPENERS,
     POSITIVE,
     PRODUCTS,
-    SAME_ASPECT,
     VERB_MODIFIERS,
     VERB_NEGATIONS,
 )
@@ -53,7 +51,7 @@ PHRASES_PER_KIND = 4  # of each polarity, for each of the 13 kinds of aspect; 16
 GENERIC_SHARE = 0.12  # statements with a phrase that fits every aspect ("excellent", "lets me down")
 ZIPF_TRAIN = 1.0  # the phrase of rank r has weight r ** -exponent; with 0 all phrases of a kind are equally common
 ZIPF_HELD_OUT = 1.0  # the same for dev and test; a smaller value asks more about the phrases that are rare in train
-NEGATION_SHARE = 0.12  # statements with a negated phrase
+NEGATION_SHARE = 0.06  # statements with a negated phrase
 MODIFIER_SHARE = 0.1  # statements with "really", "rather", "usually" ..., of those without a negation
 SUPPORT_SHARE = 0.55  # texts with a second statement on the deciding side, which helps a bag-of-words model
 DECOY_SHARE = 0.03  # texts with a second statement on the conceded side, which misleads a bag-of-words model
@@ -107,11 +105,10 @@ def reviews(split: str) -> list[Review]:
     if split not in SIZES:
         raise InputError(f"the demo task has no split {split!r}; choose from {', '.join(SIZES)}")
     rng = random.Random(f"{SEED}-{split}")
-    names, shares = list(CONSTRUCTIONS), [share for share, _ in CONSTRUCTIONS.values()]
     rows: list[Review] = []
-    seen, turns = set(), dict.fromkeys(names, 0)  # the texts so far; the number of reviews of each construction
+    seen, turns = set(), dict.fromkeys(CONSTRUCTIONS, 0)  # the texts so far; the number of reviews of each construction
     while len(rows) < SIZES[split]:
-        name = rng.choices(names, shares)[0]
+        name = rng.choice(list(CONSTRUCTIONS))
         draw = rng.random()
         sides = "DCD" if draw < SUPPORT_SHARE else "DCC" if draw < SUPPORT_SHARE + DECOY_SHARE else "DC"
         review = None
@@ -130,8 +127,6 @@ def _review(rng: random.Random, split: str, construction: str, sides: str, polar
     """
     product = rng.choice(list(PRODUCTS))
     aspects = rng.sample(PRODUCTS[product].split(), len(sides))
-    if construction in SAME_ASPECT:
-        aspects[1] = aspects[0]
     polarities = [polarity if side == "D" else 1 - polarity for side in sides]
     opinions = _opinions(rng, split, aspects, polarities)
     if opinions is None:
@@ -143,7 +138,7 @@ def _review(rng: random.Random, split: str, construction: str, sides: str, polar
         clause, noun_phrase = _render(rng, aspect, phrase, negated)
         clauses[side].append(clause)
         noun_phrases[side].append(noun_phrase)
-    template = rng.choice(CONSTRUCTIONS[construction][1])
+    template = CONSTRUCTIONS[construction]
     slots, quotes = {}, {}
     for side in "DC":
         slots[side], slots[f"{side}n"] = " and ".join(clauses[side]), " and ".join(noun_phrases[side])

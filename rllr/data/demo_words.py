@@ -1,20 +1,13 @@
 """The words of the demo data: sentence templates, opinion phrases, products and aspects. See `rllr.data.demo`."""
 
-# {name: (share, templates)}. {D} is the deciding statement, {C} the conceded one; {Dn} and {Cn} are the same statements
-# as noun phrases.
-CONSTRUCTIONS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "but": (3, ("{C}, but {D}", "{C}, yet {D}")),
-    "although": (3, ("although {C}, {D}", "even though {C}, {D}", "while {C}, {D}")),
-    "although-last": (3, ("{D}, although {C}", "{D} even though {C}", "{D}, even if {C}")),
-    "still": (2, ("{C}; still, {D}", "{C}; however, {D}", "granted, {C}; all the same, {D}")),
-    "despite": (2, ("despite {Cn}, {D}", "in spite of {Cn}, {D}")),
-    "despite-last": (2, ("{D} despite {Cn}", "{D}, in spite of {Cn}")),
-    "outweighs": (2, ("{D}, and that outweighs {Cn}", "{D}, which matters more than {Cn}")),
-    "outweighed": (2, ("{C}, but what counts is {Dn}", "{C}, which matters less than {Dn}")),
-    "claim": (1, ("some say that {C}; in truth, {D}", "friends told me that {C}, when in fact {D}")),
-    "claim-last": (1, ("{D}, even if some claim that {C}", "{D}, although others say that {C}")),
+# Equally common. {D} is the deciding statement, {C} the conceded one; {Cn} is the latter as a noun phrase.
+CONSTRUCTIONS: dict[str, str] = {
+    "but": "{C}, but {D}",
+    "although": "although {C}, {D}",
+    "although-last": "{D}, although {C}",
+    "despite": "despite {Cn}, {D}",
+    "outweighs": "{D}, and that outweighs {Cn}",
 }
-SAME_ASPECT = ("claim", "claim-last")  # constructions with two statements about the same aspect
 
 OPENERS = (
     "honestly, ",

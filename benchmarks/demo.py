@@ -1,0 +1,139 @@
+"""`make demo` over seeds: what it hands back on test rows, beside an SFT that trains as long as all three stages.
+
+    python benchmarks/demo.py --seeds 0 1 2 --threads 1        # appends a line a seed to results/demo.jsonl
+    python benchmarks/demo.py --tables                         # writes results/demo.md, made of those lines alone
+
+The commands are those of the Makefile, each with --seed. Runs and logs lie below --runs; a stage that has finished does
+not run again. Settings are chosen on dev (--tune), with seeds from 100 on; a seed below 100 chooses nothing.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+STAGES = {"train_sft.py": "sft", "train_rm.py": "rm-label", "train_ppo.py": "ppo-label"}
+FIRST_TUNING_SEED = 100
+NAMES = {
+    "sft": "SFT",
+    "sft-long": "SFT as long as all stages",
+    "ppo-label": "RLLR, handed back",
+    "ppo-label/last": "RLLR, last",
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runs", default="runs/demo-seeds")
+    parser.add_argument("--tune", action="store_true", help="figures of dev, for seeds from 100 on; nothing is kept")
+    parser.add_argument("--tables", action="store_true")
+    args = parser.parse_args()
+    if any((seed >= FIRST_TUNING_SEED) != args.tune for seed in args.seeds):
+        sys.exit(f"--tune is for seeds from {FIRST_TUNING_SEED} on, and they are for nothing else")
+    for seed in args.seeds:
+        line = run_seed(args, seed, Path(args.runs).resolve() / f"{seed}-{args.threads}")
+        print(json.dumps(line))
+        if not args.tune:
+            with open(RESULTS / "demo.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+    if args.tables:
+        (RESULTS / "demo.md").write_text(tables())
+
+
+def recipe():
+    """{script: flags} of the Makefile's demo, without --overwrite."""
+    lines = (ROOT / "Makefile").read_text().partition("\ndemo:")[2].partition("\n\n")[0].splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("\t")]
+    return {words[0]: [word for word in words[1:] if word != "--overwrite"] for words in commands}
+
+
+def run_seed(args, seed, directory):
+    """Run one seed's stages and what they are compared with; its line of demo.jsonl."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+
+    def run(name, *words):
+        """Seconds that `python <words> --output_dir <directory>/<name>` took; kept beside its log."""
+        target, mark = directory / name, directory / f"{name}.seconds"
+        if not mark.exists():
+            print(time.strftime("%H:%M:%S"), target, flush=True)
+            directory.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, *map(str, words), "--overwrite", "--output_dir", str(target)]
+            start = time.monotonic()
+            with open(directory / f"{name}.log", "w") as log:
+                if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT).returncode:
+                    sys.exit(f"{name} failed: see {log.name}")
+            mark.write_text(f"{time.monotonic() - start:.1f}")
+        return float(mark.read_text())
+
+    flags = {script: words for script, words in recipe().items() if script in STAGES}
+    policy = ["--policy", directory / "sft"]
+    seconds = {
+        "sft": run("sft", "train_sft.py", *flags["train_sft.py"], "--seed", seed),
+        "rm-label": run("rm-label", "train_rm.py", *flags["train_rm.py"], *policy, "--seed", seed),
+    }
+    label_rm = ["--label_rm", directory / "rm-label"]
+    seconds["ppo-label"] = run("ppo-label", "train_ppo.py", *flags["train_ppo.py"], *policy, *label_rm, "--seed", seed)
+    log = (directory / "sft.log").read_text()
+    warm_up = sum(float(found) for found in re.findall(r"nats per token +(\d+) s", log))  # of the tiny model
+    factor = 1 + (seconds["rm-label"] + seconds["ppo-label"]) / (seconds["sft"] - warm_up)
+    longer = list(flags["train_sft.py"])
+    for name in ("--epochs", "--eval_every"):
+        at = longer.index(name) + 1
+        longer[at] = str(round(int(longer[at]) * factor))
+    run("sft-long", "train_sft.py", *longer, "--model", directory / "sft" / "base", "--seed", seed)
+    part = ["--part", "eval" if args.tune else "test"]
+    run("evaluation", "-m", "rllr.evaluate", *part, "--models", *(directory / name for name in NAMES))
+    found = json.loads((directory / "evaluation" / "evaluate.json").read_text())
+    preview = json.loads((directory / "rm-label" / "rllr.json").read_text())["report"]["preview"]
+    return {
+        "seed": seed,
+        "threads": args.threads,
+        "methods": {name: {k: v for k, v in row.items() if k != "model"} for name, row in zip(NAMES, found)},
+        "preview": preview,
+        "seconds": seconds | {"warm-up": warm_up},
+        "sft-long epochs": int(longer[longer.index("--epochs") + 1]),
+        "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "rllr", "Makefile")),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
+        + ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "numpy")),
+    }
+
+
+def git(*words):
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def tables():
+    """The Markdown page of all lines."""
+    lines = [json.loads(line) for line in (RESULTS / "demo.jsonl").read_text().splitlines()]
+    page = ["# `make demo` over seeds", ""]
+    page += ["Accuracy in % on 2,000 test rows that chose nothing; grounded in brackets.", ""]
+    page += ["| seed | threads | " + " | ".join(NAMES.values()) + " | handed back − SFT | seconds |"]
+    page += ["|---" * (len(NAMES) + 4) + "|"]
+    for line in lines:
+        cells = [f"{100 * m['accuracy']:.1f} ({100 * m['grounded']:.0f})" for m in line["methods"].values()]
+        gain = line["methods"]["ppo-label"]
+        low, high = (100 * bound for bound in gain["difference_interval"])
+        cells += [f"{100 * gain['difference']:+.1f} ({low:+.1f} .. {high:+.1f})"]
+        stages = sum(line["seconds"][stage] for stage in STAGES.values())
+        page += [f"| {line['seed']} | {line['threads']} | " + " | ".join(cells) + f" | {stages:.0f} |"]
+    page += ["", "| gain over SFT | mean | worst | runs |", "|---|---|---|---|"]
+    for name in list(NAMES)[1:]:
+        gains = [100 * line["methods"][name]["difference"] for line in lines]
+        page += [f"| {NAMES[name]} | {sum(gains) / len(gains):+.1f} | {min(gains):+.1f} | {len(gains)} |"]
+    made = sorted({f"commit {line['commit']}, {line['machine']}" for line in lines})
+    return "\n".join([*page, "", "    python benchmarks/demo.py --seeds ... --threads ...", "", *made, ""])
+
+
+if __name__ == "__main__":
+    main()
