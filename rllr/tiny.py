@@ -36,7 +36,7 @@ PAD, EOS = "<pad>", "<eos>"
 TEXTS, MOST_PASSES = 10_000, 10  # texts to warm up on: a part where there are more, several passes where there are less
 COPIES = 4  # lines of a text's exercise: most of what a model learns from, since copying is what it learns slowly
 COPY_SPAN = (8, 16)  # words of a line, a stretch of the text; longer ones teach to go on where the last word came from
-COPY_WORDS, WORDS_SHARE = 2, 0.1  # instead of a stretch so many words from anywhere, in this share of the lines
+COPY_WORDS, WORDS_SHARE = 2, 0.25  # instead of a stretch so many words from anywhere, in this share of the lines
 
 
 @dataclass
