@@ -166,7 +166,7 @@ def test_test_rows_train_and_choose_nothing(here, toy, monkeypatch):
     rows = load_splits(DataConfig(train_file="data/train.jsonl", test_share=0.2), TASK, lambda line: None).test
     test = {row.id for row in rows}
     data = ["--task", "toy.yaml", "--train_file", "data/train.jsonl", "--eval_file", "data/dev.jsonl"]
-    sft = [*data, "--labelled", 30, "--test_share", 0.2, "--model", toy.base, "--epochs", 2, *ANSWER]
+    sft = [*data, "--labelled", 30, "--test_share", 0.2, "--model", toy.base, "--epochs", 6, *ANSWER]
     ppo = ["--reward", "gold", "--steps", 2, "--rollout_prompts", 4, "--minibatches", 2, *ANSWER]
     stage = "sft"
     run(train_sft.main, *sft, "--learning_rate", 1e-2, "--output_dir", "runs/with-test")
