@@ -120,9 +120,11 @@ def _exercises(encoder, examples, task, seed):
     for example, ids in zip(examples, encoder.prompts(task, examples)):
         rng = random.Random(f"copy/{seed}/{example.id}")
         lines = [_line_to_copy(example, rng) for _ in range(COPIES)]
-        exercises = [encoder.answer_ids("\n".join(lines[:count])) for count in range(1, COPIES + 1)]
-        fitting = [exercise for exercise in exercises if len(ids) + len(exercise) <= encoder.context]
-        rows.append((ids[:1], ids[1:] + (fitting or exercises[:1])[-1]))  # all after the first token is predicted
+        copied = encoder.answer_ids("\n".join(lines))
+        while len(lines) > 1 and len(ids) + len(copied) > encoder.context:
+            lines.pop()
+            copied = encoder.answer_ids("\n".join(lines))
+        rows.append((ids[:1], ids[1:] + copied))  # everything after the first token is predicted
     return rows
 
 
