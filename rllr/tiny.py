@@ -35,7 +35,8 @@ from .tasks import load_task
 PAD, EOS = "<pad>", "<eos>"
 TEXTS, MOST_PASSES = 10_000, 10  # texts to warm up on: a part where there are more, several passes where there are less
 COPIES = 4  # lines of a text's exercise: most of what a model learns from, since copying is what it learns slowly
-COPY_SPAN = (8, 16)  # words of a line, a stretch of the text; longer ones teach to go on where the last word came from
+COPY_SPAN = (8, 16)  # words of a line, a stretch of the text; longer ones teach to go on where the last word came from,
+# but of a short text half may do, or every line would be the same
 COPY_WORDS, WORDS_SHARE = 2, 0.25  # instead of a stretch so many words from anywhere, in this share of the lines
 
 
@@ -156,7 +157,8 @@ def _line_to_copy(example, rng):
     words = words if len(words) > 1 else list(words_of(text).values()) or words  # a script without spaces
     if rng.random() < WORDS_SHARE:
         return " and ".join(rng.sample(words, min(COPY_WORDS, len(words))))
-    length = rng.randint(*COPY_SPAN)
+    shortest, longest = COPY_SPAN
+    length = rng.randint(min(shortest, max(1, len(words) // 2)), longest)
     start = rng.randrange(max(1, len(words) - length + 1))
     return " ".join(words[start : start + length])
 

@@ -51,14 +51,17 @@ def test_as_many_lines_as_the_context_holds_and_at_least_one():
     text = " ".join(f"w{i}" for i in range(8))  # a stretch is the whole text: 9 tokens with what ends its line
     prompt = len(TASKS["demo"].prompt_of(Example("a", text)).split())
     for context, lines in ((4 * 9, 4), (4 * 9 - 1, 3), (2 * 9, 2), (2 * 9 - 1, 1), (9, 1), (0, 1)):
-        found = rows(text, prompt + context)
+        found = rows(text, prompt + context, seeds=range(300))
         whole = [row for row in found if all(line == text for line in row)]
         assert len(whole) > 5 and {len(row) for row in whole} == {lines}
 
 
-def test_a_text_shorter_than_a_stretch_is_copied_whole():
-    lines = {line for found in rows("one two three") for line in found}
-    assert "one two three" in lines and all(line == "one two three" or " and " in line for line in lines)
+def test_a_short_text_is_not_copied_whole_in_every_line():
+    lines = [line for found in rows("one two three four") for line in found]
+    stretches = [line for line in lines if " and " not in line]
+    assert all(line in "one two three four" for line in stretches)
+    assert {len(line.split()) for line in stretches} == {2, 3, 4}  # from half of it on
+    assert {line for found in rows("one") for line in found} == {"one"}
 
 
 @pytest.mark.parametrize(
