@@ -9,20 +9,16 @@ not run again. Settings are chosen on dev (--tune), with seeds from 100 on; a se
 
 import argparse
 import json
-import os
-import platform
 import re
 import shlex
-import subprocess
 import sys
-import time
-from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from stages import FIRST_TUNING_SEED, ROOT, Stages, longer_sft, machine, read
+
 RESULTS = ROOT / "benchmarks" / "results"
+CODE = ["rllr", "train_sft.py", "train_rm.py", "train_ppo.py", "Makefile", "benchmarks/demo.py", "benchmarks/stages.py"]
 STAGES = {"train_sft.py": "sft", "train_rm.py": "rm-label", "train_ppo.py": "ppo-label"}
-FIRST_TUNING_SEED = 100
 NAMES = {
     "sft": "SFT",
     "sft-long": "SFT as long as all stages",
@@ -60,57 +56,36 @@ def recipe():
 
 def run_seed(args, seed, directory):
     """Run one seed's stages and what they are compared with; its line of demo.jsonl."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+    stages, flags = Stages(directory.parent, CODE, args.threads), recipe()
 
-    def run(name, *words):
-        """Seconds that `python <words> --output_dir <directory>/<name>` took; kept beside its log."""
-        target, mark = directory / name, directory / f"{name}.seconds"
-        if not mark.exists():
-            print(time.strftime("%H:%M:%S"), target, flush=True)
-            directory.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, *map(str, words), "--overwrite", "--output_dir", str(target)]
-            start = time.monotonic()
-            with open(directory / f"{name}.log", "w") as log:
-                if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT).returncode:
-                    sys.exit(f"{name} failed: see {log.name}")
-            mark.write_text(f"{time.monotonic() - start:.1f}")
-        return float(mark.read_text())
+    def script(name, script, *words):
+        stages.stage(directory / name, ROOT / script, *flags[script], *words, "--seed", seed)
 
-    flags = {script: words for script, words in recipe().items() if script in STAGES}
-    policy = ["--policy", directory / "sft"]
-    seconds = {
-        "sft": run("sft", "train_sft.py", *flags["train_sft.py"], "--seed", seed),
-        "rm-label": run("rm-label", "train_rm.py", *flags["train_rm.py"], *policy, "--seed", seed),
-    }
-    label_rm = ["--label_rm", directory / "rm-label"]
-    seconds["ppo-label"] = run("ppo-label", "train_ppo.py", *flags["train_ppo.py"], *policy, *label_rm, "--seed", seed)
-    log = (directory / "sft.log").read_text()
+    policy, label_rm = ["--policy", directory / "sft"], ["--label_rm", directory / "rm-label"]
+    script("sft", "train_sft.py")
+    script("rm-label", "train_rm.py", *policy)
+    script("ppo-label", "train_ppo.py", *policy, *label_rm)
+    log = (directory / "sft.log").read_text(encoding="utf-8")
     warm_up = sum(float(found) for found in re.findall(r"nats per token +(\d+) s", log))  # of the tiny model
-    factor = 1 + (seconds["rm-label"] + seconds["ppo-label"]) / (seconds["sft"] - warm_up)
-    longer = list(flags["train_sft.py"])
-    for name in ("--epochs", "--eval_every"):
-        at = longer.index(name) + 1
-        longer[at] = str(round(int(longer[at]) * factor))
-    run("sft-long", "train_sft.py", *longer, "--model", directory / "sft" / "base", "--seed", seed)
+    took = stages.stages["sft"]
+    start = took["cpu_seconds"] * warm_up / took["seconds"]
+    epochs = int(flags["train_sft.py"][flags["train_sft.py"].index("--epochs") + 1])
+    longer = longer_sft(epochs, stages, start=start)
+    script("sft-long", "train_sft.py", "--model", directory / "sft" / "base", *longer)
     part = ["--part", "eval" if args.tune else "test"]
-    run("evaluation", "-m", "rllr.evaluate", *part, "--models", *(directory / name for name in NAMES))
-    found = json.loads((directory / "evaluation" / "evaluate.json").read_text())
-    preview = json.loads((directory / "rm-label" / "rllr.json").read_text())["report"]["preview"]
+    models = [directory / name for name in NAMES]
+    stages.stage(directory / "evaluation", "-m", "rllr.evaluate", *part, "--models", *models)
+    found = read(directory / "evaluation" / "evaluate.json")
     return {
         "seed": seed,
         "threads": args.threads,
         "methods": {name: {k: v for k, v in row.items() if k != "model"} for name, row in zip(NAMES, found)},
-        "preview": preview,
-        "seconds": seconds | {"warm-up": warm_up},
-        "sft-long epochs": int(longer[longer.index("--epochs") + 1]),
-        "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "rllr", "Makefile")),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
-        + ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "numpy")),
+        "preview": read(directory / "rm-label" / "rllr.json")["report"]["preview"],
+        "seconds": {name: took["seconds"] for name, took in stages.stages.items()},
+        "sft-long epochs": longer[1],
+        "commit": stages.commits(),
+        "machine": machine(args.threads),
     }
-
-
-def git(*words):
-    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def tables():
@@ -131,7 +106,7 @@ def tables():
     for name in list(NAMES)[1:]:
         gains = [100 * line["methods"][name]["difference"] for line in lines]
         page += [f"| {NAMES[name]} | {sum(gains) / len(gains):+.1f} | {min(gains):+.1f} | {len(gains)} |"]
-    made = sorted({f"commit {line['commit']}, {line['machine']}" for line in lines})
+    made = sorted({f"commit {line['commit']}, {json.dumps(line['machine'])}" for line in lines})
     return "\n".join([*page, "", "    python benchmarks/demo.py --seeds ... --threads ...", "", *made, ""])
 
 

@@ -15,21 +15,18 @@ import argparse
 import fcntl
 import hashlib
 import json
-import os
-import platform
-import resource
-import subprocess
 import sys
-import time
 from dataclasses import dataclass, replace
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
+
+from stages import FIRST_TUNING_SEED, Stages, longer_sft, machine, read
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 CELLS = ROOT / "benchmarks" / "results" / "cells"
-CODE = ["rllr", "train_sft.py", "train_rm.py", "train_ppo.py", "benchmarks/quality.py", "benchmarks/quality_stages.py"]
-FIRST_TUNING_SEED = 100
+CODE = ["rllr", "train_sft.py", "train_rm.py", "train_ppo.py"]
+CODE += [f"benchmarks/{name}.py" for name in ("quality", "quality_stages", "stages")]
 BEST_OF = 8  # answers of which the label reward model chooses one
 
 METHODS = {  # in a cell: what a table calls it
@@ -117,49 +114,23 @@ def settings_of(args):
 # ---- the stages of a cell --------------------------------------------------------------------------------------------
 
 
-class Cell:
+class Cell(Stages):
     """Where the files of one cell are, and its stages as processes."""
 
     def __init__(self, args):
         self.args, self.settings = args, settings_of(args)
         self.data = Path(args.data).resolve() / args.task
-        self.runs = Path(args.runs).resolve() / (args.task + "-quick" * args.quick)  # shared by the task's cells
+        runs = Path(args.runs).resolve() / (args.task + "-quick" * args.quick)  # shared by the task's cells
+        super().__init__(runs, CODE)
         model = Path(args.model).name + "-all" * args.all_labelled
         self.name = f"{args.task}-{model}-{args.seed}"
         self.directory = self.runs / self.name
         self.labelled = QUICK_LABELLED if args.quick else LABELLED.get(args.task, 4000)
-        self.commit = commit_of_code()
-        self.stages = {}  # {name: what the stage took}
 
     def script(self, name, script, *words):
         """Run a script of the product into <cell>/<name>."""
         words = [*words, *(EVERY_STAGE.split() if script.startswith("train_") else [])]
         self.stage(self.directory / name, ROOT / script, *words, "--seed", self.args.seed)
-
-    def stage(self, directory, *words):
-        """Run `python <words> --output_dir <directory>` unless that has run already; what it took is kept beside it.
-
-        Exits where the process fails, naming its log, and where it has run with other flags.
-        """
-        mark, log = (directory.parent / f"{directory.name}.{end}" for end in ("done.json", "log"))
-        command = [sys.executable, *map(str, words), "--output_dir", str(directory), "--overwrite"]
-        typed = self.as_typed(command[1:])
-        if not mark.exists():
-            print(f"{time.strftime('%H:%M:%S')}  {directory.relative_to(self.runs)}", flush=True)
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-            start, cpu = time.monotonic(), cpu_seconds()
-            with open(log, "w") as file:
-                if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode:
-                    sys.exit(f"{directory}: failed, see {log}; finished stages will not run again")
-            took = {"seconds": time.monotonic() - start, "cpu_seconds": cpu_seconds() - cpu}
-            took = {name: round(value, 1) for name, value in took.items()}
-            mark.write_text(json.dumps({"command": typed, **took, "commit": self.commit}))
-        done = json.loads(mark.read_text())
-        if done["command"] != typed:
-            sys.exit(f"{mark}: this stage has run with other flags; remove {directory.parent}, or give another --runs")
-        self.stages[directory.name] = done
 
     def as_typed(self, words):
         """A command line without this machine's paths."""
@@ -167,16 +138,6 @@ class Cell:
         for place, name in ((self.runs.parent, "runs/"), (self.data.parent, "data/"), (ROOT, "")):
             typed = typed.replace(f"{place}/", name)
         return typed.replace(str(Path(self.args.model).resolve()), Path(self.args.model).name)
-
-    def cpu(self, *names):
-        """Processor seconds of finished stages."""
-        return sum(self.stages[name]["cpu_seconds"] for name in names)
-
-
-def cpu_seconds():
-    """Processor time of all finished child processes: a busy machine stretches it less than the clock's."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def run_stages(cell):
@@ -204,10 +165,7 @@ def run_stages(cell):
         del rewards["ppo-gold-labelled"]
     for name, reward in rewards.items():
         cell.script(name, "train_ppo.py", *policy, *reward, *settings.ppo.split())
-    # As much processor time as the three stages of RLLR together, and as many looks at dev as SFT has.
-    factor = cell.cpu("sft", "rm-label", "ppo-label") / cell.cpu("sft")
-    longer = ["--epochs", round(epochs * factor), "--eval_every", max(1, round(factor))]
-    cell.script("sft-long", *sft, *longer)
+    cell.script("sft-long", *sft, *longer_sft(epochs, cell))
     own = ["benchmarks/quality_stages.py", *policy, *label]
     answers = read(path / "ppo-label" / "last" / "rllr.json")["step"] * option(settings.ppo, "rollout_prompts")
     cell.script("best-of-rows", *own, "--make", "rows", "--answers", answers, "--best_of", BEST_OF)
@@ -299,7 +257,7 @@ def describe(cell):
         "preview": read(path / "rm-label" / "rllr.json")["report"]["preview"],
         "ppo": {name: handed_back(path / name) for name in cell.stages if name.startswith("ppo-")},
         "stages": cell.stages,
-        "commit": " and ".join(sorted({done["commit"] for done in cell.stages.values()})),
+        "commit": cell.commits(),
         "machine": machine(),
     }
 
@@ -359,31 +317,6 @@ def handed_back(directory):
     best, last = (read(directory / name / "rllr.json") for name in ("best", "last"))
     facts = {"steps": last["step"], "planned": last["config"]["steps"], "handed_back": best["step"]}
     return facts | {"hacking": last.get("hacking", []), "against_start": best.get("against_start")}
-
-
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def commit_of_code():
-    """The last commit that changed what a cell computes; "... with changes" where files differ from it."""
-
-    def git(*words):
-        found = subprocess.run(["git", "-C", str(ROOT), *words, "--", *CODE], capture_output=True, text=True)
-        return found.stdout.strip()
-
-    commit = git("log", "-1", "--format=%h", "--abbrev=7") or "no git"
-    return f"{commit} with changes" if git("status", "--porcelain") else commit
-
-
-def machine():
-    """Processor and versions."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    named = ("torch", "transformers", "scikit-learn")
-    versions = {name: metadata.version(name) for name in named if util.find_spec(name.replace("scikit-", "sk"))}
-    versions = {"python": platform.python_version(), **versions}
-    return {"processor": next(names, platform.machine()), "cores": os.cpu_count(), "threads": 1, "versions": versions}
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

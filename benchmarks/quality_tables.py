@@ -17,7 +17,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from quality import CELLS, METHODS, commit_of_code
+from quality import CELLS, CODE, METHODS
+from stages import commit_of
 
 BASE = "sft"
 RESAMPLES = 4000
@@ -325,7 +326,7 @@ def main(argv=None):
     cells = read_cells(args.cells)
     if not cells:
         parser.error(f"--cells {args.cells}: no cells there; benchmarks/quality.py makes them")
-    text = page(cells, commit_of_code())
+    text = page(cells, commit_of(CODE))
     Path(args.output).write_text(text, encoding="utf-8")
     print(text)
 

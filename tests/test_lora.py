@@ -564,7 +564,7 @@ def test_adapters_score_like_the_same_models_merged(toy, rm, tmp_path):
     toy.ppo(tmp_path / "whole", *full, steps=1)
     for name in ("judge/score", "analyse/entropy", "credit/explained_variance", "shape/reward"):
         a, b = (read_metrics(tmp_path / d, name)[0][name] for d in ("adapters", "whole"))
-        assert a == pytest.approx(b, abs=1e-4), name
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-4), name  # the explained variance is in the hundreds
 
 
 FROM = (["--reward", "gold"], ["--label_rm", "full"], ["--label_rm", "full", "--value_init", "rm"])
