@@ -27,15 +27,11 @@ from rllr.model.trial import check_policy
 from rllr.ppo import AdaptiveKL, FixedKL, gae, masked_whiten
 from rllr.ppo_models import load_models, name_judges
 from rllr.reports.ppo_step import grounded_metrics, show_rollout, step_metrics, tell_step
-from rllr.rewards import MODES, incomplete_answer_rule, label_sensitive_reward, shape_rewards
+from rllr.rewards import MODES, incomplete_answer_rule, label_sensitive_reward, relative_scores, shape_rewards
 from rllr.rollout import generate
 from rllr.run.run import Run, digest, input_fingerprints, is_tiny
 from rllr.run.settings import PolicyConfig, TrainingConfig
 from rllr.update import PromptStream, analyse, check_sampler_gap, improve, kl_within_bound
-
-MOST_SKIPPED = (
-    10  # rollouts in a row whose update --on_ref_kl skip may leave out: the policy does not come back by itself
-)
 
 
 @dataclass
@@ -69,7 +65,10 @@ class PPOConfig(Settings):
         choices=("auto", "labelled"),
     )
     steps: int | None = flag(None, "rollouts (demo 120; else one pass over the prompts)", above=0)
-    rollout_prompts: int = flag(64, "prompts per rollout, one answer each", above=0)
+    rollout_prompts: int = flag(64, "prompts per rollout", above=0)
+    answers_per_prompt: int = flag(
+        1, "answers to each of them; above 1 a score counts relative to the prompt's other answers", above=0
+    )
     ppo_epochs: int = flag(1, "passes over a rollout", above=0)
     minibatches: int = flag(2, "optimiser steps per pass", above=0)
     learning_rate: float | None = flag(
@@ -219,7 +218,7 @@ def main(argv=None):
     run.start(fingerprints(run, splits, models), models.encoder.clock, splits.digests())
 
     policy, encoder, kl = models.policy, models.encoder, kl_controller(config)
-    stream = PromptStream(prompts, config.rollout_prompts, config.seed)
+    stream = PromptStream(prompts, config.rollout_prompts, config.seed, config.answers_per_prompt)
     sampling, clock = torch.Generator().manual_seed(config.seed), Clock()
     # step: rollouts done; best: the best policy's step, rank, scores; before: the start's dev scores; stopped: by guard
     loop = SimpleNamespace(step=0, best=None, before=None, promise=None, skipped=0, stopped=False)
@@ -242,7 +241,9 @@ def main(argv=None):
                         policy, encoder.prompts(task, examples),
                         eos_token_id=encoder.stop_ids, pad_token_id=encoder.pad_id,
                         max_new_tokens=config.max_new_tokens, temperature=config.temperature, generator=sampling,
+                        answers_per_prompt=config.answers_per_prompt,
                     )  # fmt: skip
+                examples = stream.of_answers(examples)  # B of them, as everything from here on
 
                 # 2 analyse: log-probabilities under policy and reference, and values, in the rows that act 6 trains on
                 with clock("score"):
@@ -263,8 +264,9 @@ def main(argv=None):
                     judged.require_finite(batch.names)
 
                 # 4 shape: per-token rewards ---------------------------------------------------------------------------
+                relative = relative_scores(batch.scores, config.answers_per_prompt)
                 logprobs = batch.logprobs, batch.ref_logprobs
-                batch.rewards = shape_rewards(batch.scores, *logprobs, mask, kl.value, config.kl_kind)
+                batch.rewards = shape_rewards(relative, *logprobs, mask, kl.value, config.kl_kind)
 
                 # 5 credit: advantages, whitened over the rollout, and value targets -----------------------------------
                 advantages, batch.returns = gae(batch.rewards, batch.values, mask, config.gamma, config.lam)

@@ -59,6 +59,22 @@ def incomplete_answer_rule(scores, truncated, unlabelled, missing_eos_penalty, m
     return torch.where(truncated | unlabelled, capped - penalty, scores)
 
 
+def relative_scores(scores, answers_per_prompt):
+    """Each score minus the mean score of its prompt's *other* answers; of one answer a prompt, the score itself.
+
+        A_i = s_i - 1 / (K - 1) * sum of s_j over j != i          (leave one out, RLOO: arXiv:2402.14740, section 3.3)
+
+    scores [B], the answers_per_prompt = K answers of a prompt one after the other -> [B]. Bradley-Terry fits differences
+    between answers to one prompt and leaves each prompt a constant of its own, which says nothing about an answer and
+    is gone here. What is taken off does not depend on the answer it is taken off from, so the gradient stays unbiased.
+    """
+    if answers_per_prompt == 1:
+        return scores
+    groups = scores.view(-1, answers_per_prompt)
+    others = (groups.sum(1, keepdim=True) - groups) / (answers_per_prompt - 1)
+    return (groups - others).view(-1)
+
+
 def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, kind="k1"):
     """Per-token rewards: -kl_coef * KL_t on every response token, plus the score on the last one.
 

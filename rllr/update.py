@@ -28,10 +28,13 @@ MOST_SKIPPED = (
 
 
 class PromptStream:
-    """Prompts in epochs of fresh random order, and the minibatch permutations: random streams of their own."""
+    """Prompts in epochs of fresh random order, and the minibatch permutations: random streams of their own.
 
-    def __init__(self, examples, batch_size, seed):
-        self.examples, self.batch_size = examples, batch_size
+    batch_size: prompts of a rollout; answers_per_prompt: rows of a rollout that each of them has, one after the other.
+    """
+
+    def __init__(self, examples, batch_size, seed, answers_per_prompt=1):
+        self.examples, self.batch_size, self.answers_per_prompt = examples, batch_size, answers_per_prompt
         self.order_rng, self.minibatch_rng = random.Random(f"prompts/{seed}"), random.Random(f"minibatches/{seed}")
         self.queue = []
 
@@ -41,6 +44,10 @@ class PromptStream:
             self.queue += self.order_rng.sample(range(len(self.examples)), len(self.examples))
         taken, self.queue = self.queue[: self.batch_size], self.queue[self.batch_size :]
         return [self.examples[i] for i in taken]
+
+    def of_answers(self, examples):
+        """The example of each answer of a rollout, from those of its prompts."""
+        return [example for example in examples for _ in range(self.answers_per_prompt)]
 
     def state_dict(self):
         """The prompts that come next. The two random streams are parts of their own (`parts`)."""
@@ -56,11 +63,12 @@ class PromptStream:
     def minibatch_plan(self, epochs, minibatches):
         """[epoch][minibatch] -> row indices of the rollout. Settled before scoring, so that old log-probabilities are
         computed in the very rows, order and shapes that the first epoch trains on."""
-        size = self.batch_size // minibatches
+        answers = self.batch_size * self.answers_per_prompt
+        size = answers // minibatches
         plan = []
         for _ in range(epochs):
-            order = self.minibatch_rng.sample(range(self.batch_size), self.batch_size)
-            plan.append([order[i : i + size] for i in range(0, self.batch_size, size)])
+            order = self.minibatch_rng.sample(range(answers), answers)
+            plan.append([order[i : i + size] for i in range(0, answers, size)])
         return plan
 
 

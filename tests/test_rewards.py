@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 import rllr.rewards
 from rllr.ppo import AdaptiveKL, gae
-from rllr.rewards import incomplete_answer_rule, label_sensitive_reward, pairwise_accuracy, pairwise_loss, shape_rewards
+from rllr.rewards import (
+    incomplete_answer_rule,
+    label_sensitive_reward,
+    pairwise_accuracy,
+    pairwise_loss,
+    relative_scores,
+    shape_rewards,
+)
 
 F64 = torch.float64
 CHOSEN = torch.tensor([1.2, -0.3, 0.5, 2.0], dtype=F64)
@@ -91,6 +98,30 @@ def test_without_a_reward_model_only_the_cut_pays():
     truncated, unlabelled = torch.tensor([False, True, False, True]), torch.tensor([False, False, True, True])
     scores = torch.tensor([2.0, 2.0, 2.0, -3.0])
     assert incomplete_answer_rule(scores, truncated, unlabelled, 1.0, 5.0).tolist() == [2.0, 1.0, 2.0, -4.0]
+
+
+# ---- relative to the prompt's other answers -------------------------------------------------------------------------
+
+
+def test_relative_scores_by_hand():
+    """Two prompts of three answers: 6 - (3 + 0) / 2, and so on; a prompt whose answers score alike has nothing left."""
+    scores = torch.tensor([6.0, 3.0, 0.0, 100.0, 100.0, 100.0])
+    close(relative_scores(scores, 3), [4.5, 0.0, -4.5, 0.0, 0.0, 0.0])
+    close(relative_scores(scores, 2), [3.0, -3.0, -100.0, 100.0, 0.0, 0.0])
+    assert relative_scores(scores, 1) is scores
+
+
+@given(st.integers(0, 999), st.integers(2, 5))
+def test_relative_scores_forget_the_prompt(seed, answers):
+    """A constant of each prompt changes nothing, they add up to 0, and nothing taken off depends on the own score."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(4 * answers, generator=generator, dtype=F64).requires_grad_()
+    constants = torch.randn(4, generator=generator, dtype=F64).repeat_interleave(answers)
+    relative = relative_scores(scores, answers)
+    close(relative_scores(scores + constants, answers), relative, atol=1e-12)
+    close(relative.view(4, answers).sum(1), [0.0] * 4, atol=1e-12)
+    relative[0].backward()
+    close(scores.grad, [1.0] + [-1 / (answers - 1)] * (answers - 1) + [0.0] * 3 * answers, atol=1e-12)
 
 
 # ---- shaping ---------------------------------------------------------------------------------------------------------

@@ -288,6 +288,29 @@ def test_ppo_with_each_reward(toy, tmp_path, monkeypatch, reward):
         assert all(line["judge/score"] <= line["judge/rationale_score"] - 0.5 + 1e-5 for line in lines)
 
 
+def test_ppo_with_several_answers_to_a_prompt(toy, tmp_path, monkeypatch):
+    """Each answer stands beside its own prompt's row, all count, and a score counts relative to its prompt's others."""
+    read, asked = train_ppo.read_samples, []
+
+    def checked(rollout, examples, task, encoder, gold):
+        for row, example in enumerate(examples):
+            prompt = rollout.sequences[row, : rollout.prompt_lens[row]].tolist()
+            assert prompt == encoder.prompts(task, [example])[0]
+        asked.append([example.id for example in examples])
+        return read(rollout, examples, task, encoder, gold)
+
+    monkeypatch.setattr(train_ppo, "read_samples", checked)
+    toy.ppo(tmp_path / "ppo", "--label_rm", toy.label_rm, "--rollout_prompts", 6, "--answers_per_prompt", 4, steps=2)
+    for ids in asked:
+        assert len(ids) == 24 and [ids[i] for i in range(0, 24, 4) for _ in range(4)] == ids and len(set(ids)) == 6
+    lines = read_metrics(tmp_path / "ppo", "judge/score")
+    assert [line["episodes"] for line in lines] == [24, 48]
+    for line in lines:  # relative scores add up to 0: the KL alone is left of the mean
+        assert abs(line["judge/score"]) > 1e-3
+        assert line["shape/reward"] == pytest.approx(-line["shape/kl_coef"] * line["analyse/kl_sequence"], abs=1e-5)
+    assert not same_weights(tmp_path / "ppo" / "last", toy.sft)
+
+
 def test_ppo_knows_no_gold_labels_of_unlabelled_prompts(toy, tmp_path):
     output = toy.ppo(tmp_path / "ppo", "--label_rm", toy.label_rm, steps=1)
     assert "prompts: 12 unlabelled rows" in output
