@@ -19,7 +19,7 @@ from rllr.common.errors import InputError, command
 from rllr.common.files import BASE
 from rllr.common.log import say
 from rllr.data.encoding import Encoder
-from rllr.data.splits import DataConfig, load_splits
+from rllr.data.splits import FEWEST_ROWS, DataConfig, load_splits
 from rllr.evaluate import show_samples
 from rllr.layout import micro_batches, shuffled_batches
 from rllr.logprobs import sft_loss
@@ -95,18 +95,36 @@ def load_model(run, splits):
     return model, Encoder(tokenizer, model, run.clock)
 
 
+def tell_rationales(count, rows):
+    """Say how many rows to train on have a rationale where some have none. InputError for too few."""
+    if count == rows:
+        return
+    say(
+        f"rationales: {count} of the {rows} rows to train on have one; SFT learns from these, and the reward models "
+        "from the labels of all"
+    )
+    if count < FEWEST_ROWS:
+        raise InputError(
+            f"{count} labelled rows with a rationale: too few to train on; give at least {FEWEST_ROWS}, or "
+            "--rationales evidence, which writes one for each row"
+        )
+
+
 def encode_answers(run, labelled, encoder):
-    """The rows to learn from: each prompt with the answer that the rationale writer and the gold label make."""
+    """The rows to learn from: each prompt with the answer that the rationale writer and the gold label make. Those
+    without a rationale are left to the reward models, which learn their labels."""
     config, task = run.config, run.task
     run.settle(rationales=config.rationales or default_writer(task, labelled))
     if task.answer_format == "label":
         writer = None
     else:
-        check_writer(config.rationales, labelled, task, config.rationale_model)
+        check_writer(config, labelled, task)
         cache = run.directory.parent
         writer = make_writer(
             config.rationales, labelled, task, config=config, device=run.device, directory=cache, log=say
         )
+        every, labelled = labelled, [row for row in labelled if writer.can_write(row)]
+        tell_rationales(len(labelled), len(every))
 
     def write_answer(example):
         return task.render_answer(example.label, writer.write(example, example.label) if writer else None)

@@ -115,7 +115,9 @@ def cross_fitted_answers(run, encoder, rows, writer, ask):
     settings, folds = sft_recipe(config.policy, run.start_record), folds_of(rows, config.folds)
     answers: dict[str, list] = {}
     for number, fold in enumerate(folds, start=1):
-        others = [row for other in folds if other is not fold for row in other]
+        others = [row for other in folds if other is not fold for row in other if writer.can_write(row)]
+        if not others:
+            raise InputError(f"--folds {config.folds}: a fold leaves no row with a rationale; use --cross_fit never")
         encoded = encoder.rows(
             others, task, lambda row: task.render_answer(row.label, writer.write(row, row.label)), config.max_new_tokens
         )

@@ -81,10 +81,10 @@ def on_policy_pairs(examples, task, writer, answers, *, seed=0):
 
     answers: {row id: [`rllr.answers.Answer`]}, several sampled by the policy for each row. Each distinct one with a
     wrong label is rejected against a sample with the gold label or, without one and in some other cases, against the
-    written gold answer (kind label/on_policy). One right sample of each row is preferred to itself with a wrong label
-    (label/flipped). Samples without a readable label, and those that the length limit cut, make no pair. The pairs of
-    a row depend only on the seed, the row and its samples; a row whose samples are all right gives one pair, and none
-    at all is no error.
+    written gold answer, if its row has a rationale (kind label/on_policy). One right sample of each row is preferred to
+    itself with a wrong label (label/flipped). Samples without a readable label, and those that the length limit cut,
+    make no pair. The pairs of a row depend only on the seed, the row and its samples; a row whose samples are all right
+    gives one pair, and none at all is no error.
     """
     pairs = []
     for example in examples:
@@ -92,11 +92,12 @@ def on_policy_pairs(examples, task, writer, answers, *, seed=0):
         whole = _whole(answers[example.id])
         right = [text for text, label in whole.items() if label == gold]
         wrong = [text for text, label in whole.items() if label != gold]
-        prompt = task.prompt_of(example)
+        prompt, written = task.prompt_of(example), _written(example, task, writer)
         for rejected in wrong:
-            sampled = right and rng.random() < SAMPLED_SHARE
-            chosen = rng.choice(right) if sampled else task.render_answer(gold, writer.write(example, gold))
-            pairs.append(Pair(prompt, chosen, rejected, "label/on_policy"))
+            sampled = right and (rng.random() < SAMPLED_SHARE or not written)
+            if sampled or written:
+                chosen = rng.choice(right) if sampled else written
+                pairs.append(Pair(prompt, chosen, rejected, "label/on_policy"))
         if right:
             chosen = rng.choice(right)
             flipped = task.render_answer(rng.choice(task.wrong_labels(gold)), split_answer(task, chosen)[0])
@@ -110,20 +111,21 @@ def grounded_pairs(examples, task, writer, answers, grounded, *, seed=0):
 
     answers: as in `on_policy_pairs`. grounded: `rllr.grounding.grounded`, the share of a rationale's words that stand
     in the text; where it is None the rationale names nothing, which counts as 0, lest naming nothing be a way out. Each
-    distinct right sample is rejected against a better right sample or, without one and in some other cases, against
-    the written gold answer. A better one has a share that is at least GROUNDED_GAP higher; where neither is better, the
-    sample makes no pair. Left out are the samples that `on_policy_pairs` leaves out. The pairs of a row depend only on
-    the seed, the row and its samples, and none at all is no error.
+    distinct right sample is rejected against a better right sample or, without one and in some other cases, against the
+    written gold answer, if its row has a rationale. A better one has a share that is at least GROUNDED_GAP higher;
+    where neither is better, the sample makes no pair. Left out are the samples that `on_policy_pairs` leaves out. The
+    pairs of a row depend only on the seed, the row and its samples, and none at all is no error.
     """
     pairs = []
     for example in examples:
         rng, gold = random.Random(f"grounded/{seed}/{example.id}"), _label(example)
-        written = task.render_answer(gold, writer.write(example, gold))
+        written = _written(example, task, writer)
         right = [text for text, label in _whole(answers[example.id]).items() if label == gold]
-        shares = {text: grounded(task, example, text) or 0.0 for text in [*right, written]}
+        shares = {text: grounded(task, example, text) or 0.0 for text in [*right, *([written] if written else [])]}
         for rejected in right:
-            better = [text for text in right if shares[text] >= shares[rejected] + GROUNDED_GAP]
-            if shares[written] >= shares[rejected] + GROUNDED_GAP and not (better and rng.random() < SAMPLED_SHARE):
+            wanted = shares[rejected] + GROUNDED_GAP
+            better = [text for text in right if shares[text] >= wanted]
+            if written and shares[written] >= wanted and not (better and rng.random() < SAMPLED_SHARE):
                 better = [written]
             if better:
                 pairs.append(Pair(task.prompt_of(example), rng.choice(better), rejected, "rationale/grounded"))
@@ -154,6 +156,12 @@ def rationale_sensitive_pairs(examples, task, writer, *, seed=0, log=print):
         )
         pairs.append(Pair(task.render_prompt(example.text, example.text_b), chosen, rejected, kind))
     return _refuse_identical(pairs, log)
+
+
+def _written(example, task, writer):
+    """The written gold answer; None for a row without a rationale."""
+    gold = _label(example)
+    return task.render_answer(gold, writer.write(example, gold)) if writer.can_write(example) else None
 
 
 def _whole(answers):

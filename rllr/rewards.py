@@ -64,9 +64,10 @@ def relative_scores(scores, answers_per_prompt):
 
         A_i = s_i - 1 / (K - 1) * sum of s_j over j != i          (leave one out, RLOO: arXiv:2402.14740, section 3.3)
 
-    scores [B], the answers_per_prompt = K answers of a prompt one after the other -> [B]. Bradley-Terry fits differences
-    between answers to one prompt and leaves each prompt a constant of its own, which says nothing about an answer and
-    is gone here. What is taken off does not depend on the answer it is taken off from, so the gradient stays unbiased.
+    scores [B], the answers_per_prompt = K answers of a prompt one after the other -> [B]. Bradley-Terry fits
+    differences between answers to one prompt and leaves each prompt a constant of its own, which says nothing about an
+    answer and is gone here. What is taken off does not depend on the answer that it is taken off from, so the gradient
+    stays unbiased.
     """
     if answers_per_prompt == 1:
         return scores

@@ -44,10 +44,14 @@ class PairRow(NamedTuple):
 
 
 def draw_pairs(config, examples, task, writer, seed):
-    """The written pairs of some rows: label-sensitive ones `pairs_per_row` times over, without repetitions."""
+    """The written pairs of the rows that have a rationale: label-sensitive ones `pairs_per_row` times over, without
+    repetitions. None at all is no error where pairs of samples come beside them."""
+    examples = [example for example in examples if writer.can_write(example)]
     if config.pairs == "rationale":
         return rationale_sensitive_pairs(examples, task, writer, seed=seed, log=say)
     on_policy = config.label_pairs == "on_policy"
+    if on_policy and not examples:
+        return []
     rationales = default_label_pairs(config.rationales) if on_policy else config.label_pairs
     options = {"rationales": rationales, "negatives": config.negatives, "log": say}
     drawn: dict[Pair, None] = {}  # in order, without repetitions
@@ -124,7 +128,7 @@ def make_pairs(run, models, labelled, held_out):
     run.settle(rationales=writer, label_pairs=config.label_pairs or "on_policy")
     if config.kind == "file":
         return *split_by_prompt([Pair(**pair) for pair in load_pairs(config.pairs, say)]), None
-    check_writer(config.rationales, labelled + held_out, task, config.rationale_model)
+    check_writer(config, labelled, task)
     options = {"config": config, "device": run.device, "directory": run.directory.parent, "also": held_out}
     writer = make_writer(config.rationales, labelled, task, log=say, **options)
     sampled = config.samples_labels or config.grounded_pairs

@@ -74,8 +74,8 @@ def few_rows(place):
     place.rows(TRAIN_ROWS[:6])
 
 
-def a_row_without_rationale(place):
-    place.rows([{k: v for k, v in row.items() if i != 20 or k != "rationales"} for i, row in enumerate(TRAIN_ROWS)])
+def rows_without_rationales(place, but=0):
+    place.rows([{k: v for k, v in row.items() if i < but or k != "rationales"} for i, row in enumerate(TRAIN_ROWS)])
 
 
 def no_gold(place):
@@ -241,8 +241,14 @@ CASES = {
     "held_out above 1": ("sft", SFT + " --held_out 1.5", None, ["--held_out 1.5", "between"]),
     "held_out in the rm": ("rm", RM + " --held_out 1.5", None, ["--held_out 1.5", "between 0.001 and 0.9"]),
     "no data for a task": ("sft", "--task sst2 --output_dir {out}", None, ["'sst2'", "--train_file"]),
-    "a row without rationale": ("sft", SFT_ROWS + " --rationales given", a_row_without_rationale,
-        ["rows.jsonl:21", "rationale", "evidence"]),
+    "rows without rationales": ("sft", SFT_ROWS + " --rationales given", rows_without_rationales,
+        ["rows.jsonl:", "nor has any other row", "evidence"]),
+    "too few rationales": ("sft", SFT_ROWS, lambda place: rows_without_rationales(place, but=9),
+        ["labelled rows with a rationale: too few", "at least 10", "--rationales evidence"]),
+    "more rationales than there are": ("sft", SFT_ROWS + " --rationale_rows 12",
+        lambda place: rows_without_rationales(place, but=11), ["--rationale_rows 12", "11 labelled rows"]),
+    "rationale rows for a writer of all": ("sft", SFT + " --rationale_rows 12 --rationales evidence", None,
+        ["--rationale_rows 12", "--rationales evidence"]),
     "rationales by no model": ("sft", SFT + " --rationales model", None, ["--rationale_model"]),
     "template longer than the context": (
         "sft", SFT + " --task {tmp}/long.yaml --model {tmp}/copy", long_template,
@@ -378,7 +384,7 @@ CASES = {
     "output under a file": ("rm", RM + " --output_dir {tmp}/blocker/rm", file_in_the_way,
         ["--output_dir {tmp}/blocker/rm", "cannot be written"]),
     "bad rows leave the old run": ("sft", SFT_ROWS + " --overwrite --rationales given",
-        lambda place: (a_run_is_there(place), a_row_without_rationale(place)), ["rows.jsonl:21"]),
+        lambda place: (a_run_is_there(place), rows_without_rationales(place)), ["rows.jsonl:"]),
     # the other programs
     "evaluate nothing": ("evaluate", "--task {toy.task}", None, ["--models"]),
     "evaluate missing model": ("evaluate", "--models {toy.sft} {tmp}/ppo", None, ["{tmp}/ppo", "no such model"]),
@@ -415,7 +421,8 @@ CASES = {
     "rationales without data": ("rationales", "--task {toy.task} --output {tmp}/result.jsonl", None, ["--train_file"]),
     "rationales unknown writer": ("rationales", RATIONALES + " --writer gpt", fine_rows,
         ["--writer 'gpt'", "evidence"]),
-    "rationales missing": ("rationales", RATIONALES + " --writer given", a_row_without_rationale,
+    "rationales missing": ("rationales", RATIONALES + " --writer given",
+        lambda place: rows_without_rationales(place, but=20),
         ["rows.jsonl:21", "rationale"]),
     "rationales result is there": ("rationales", RATIONALES, result_is_there,
         ["--output {tmp}/result.jsonl", "--overwrite"]),

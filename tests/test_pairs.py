@@ -4,6 +4,7 @@ import hashlib
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -340,6 +341,28 @@ def test_a_wrong_sample_loses_to_a_right_one_or_to_the_written_answer():
     (alone,) = on_policy_pairs([ROW], SST2, Scripted(), {"a": said(BAD)})  # no right sample to choose
     assert (alone.chosen, alone.rejected, alone.kind) == (written, BAD, "label/on_policy")
     assert alone.prompt == SST2.prompt_of(ROW)
+
+
+class Speechless(Scripted):
+    """Has no rationale for any row."""
+
+    def can_write(self, example):
+        return False
+
+    def write(self, example, label):
+        raise AssertionError("was asked for a rationale that it has not")
+
+
+def test_a_row_without_a_rationale_makes_pairs_of_samples_alone():
+    answers = {f"r{i}": said(GOOD, BAD) for i in range(50)}
+    many = [Example(name, f"text {name}", label="positive") for name in answers]
+    pairs = on_policy_pairs(many, SST2, Speechless(), answers)
+    sides = Counter((pair.chosen, pair.rejected, pair.kind) for pair in pairs)
+    assert sides == {(GOOD, BAD, "label/on_policy"): 50, (GOOD, "fine\nLabel: negative", "label/flipped"): 50}
+    assert on_policy_pairs([ROW], SST2, Speechless(), {"a": said(BAD)}) == []  # no right sample, and none written
+    answers = {"a": said(INVENTS, QUOTES), "b": said(INVENTS)}
+    (pair,) = grounded_pairs([ROW, replace(ROW, id="b")], SST2, Speechless(), answers, grounded)
+    assert (pair.chosen, pair.rejected) == (QUOTES, INVENTS)
 
 
 def test_a_right_sample_is_preferred_to_itself_with_a_wrong_label():

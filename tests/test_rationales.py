@@ -277,13 +277,18 @@ def test_given_rationales():
     assert GivenWriter([only], SST2).write(only, NEG) == "why not"
 
 
-def test_a_row_without_a_rationale_is_named():
-    rows = [*given_rows(), Example("train.jsonl:8", "fine", label=POS, rationales={NEG: "for the wrong label alone"})]
-    with pytest.raises(InputError, match="row train.jsonl:8: has no rationale for its label 'positive'"):
-        GivenWriter(rows, SST2)
-    with pytest.raises(InputError, match="row train.jsonl:8"):  # rows set aside to evaluate are asked about as well
-        make_writer("given", rows[:-1], SST2, also=rows[-1:])
-    GivenWriter([*given_rows(), Example("u", "no label, no rationale")], SST2)
+def test_rows_without_a_rationale():
+    """They are known, and nothing is drawn from them; where no row has a rationale for its label, one is named."""
+    wrong = Example("train.jsonl:8", "fine", label=POS, rationales={NEG: "for the wrong label alone"})
+    unlabelled = Example("u", "no label", rationale="of nothing")
+    writer, rng = GivenWriter([wrong, *given_rows(), unlabelled], SST2), random.Random(0)
+    assert [writer.can_write(row) for row in (wrong, *given_rows(), unlabelled)] == [False] + [True] * len(CORPUS) + [
+        False
+    ]
+    assert not {writer.draw(given_rows()[0], rng) for _ in range(500)} & {"for the wrong label alone", "of nothing", ""}
+    with pytest.raises(InputError, match="row train.jsonl:8: has no rationale for its label 'positive', nor has any"):
+        GivenWriter([wrong, unlabelled], SST2)
+    assert EvidenceWriter(CORPUS, SST2).can_write(wrong)
 
 
 def test_demo_rationales_round_trip():
@@ -421,7 +426,7 @@ def test_a_damaged_cache_names_its_line(tmp_path, asked, bad):
 
 def test_defaults():
     assert default_writer(TASKS["demo"], CORPUS) == "demo"
-    assert default_writer(SST2, given_rows()) == "given" and default_writer(SST2, CORPUS + given_rows()) == "evidence"
+    assert default_writer(SST2, CORPUS + given_rows()) == "given" and default_writer(SST2, CORPUS) == "evidence"
     assert default_writer(SST2, []) == "evidence"
     labels = [default_label_pairs(name) for name in ("given", "evidence", "demo", "model")]
     assert labels == ["paper", "independent", "drawn", "paper"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny_model, toy_tokenizer
 from safetensors.torch import load_file
-from toy_runs import ANSWER, DEV_ROWS, OTHER, TRAIN_ROWS, read_metrics, run, write_rows
+from toy_runs import ANSWER, DEV_ROWS, OTHER, TRAIN_ROWS, read_lines, read_metrics, run, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import train_ppo
@@ -683,6 +683,25 @@ def test_the_label_reward_model_is_previewed(toy, tmp_path, capsys):
     with pytest.raises(SystemExit):
         toy.ppo(tmp_path / "again", "--label_rm", rm, steps=1)
     assert "rllr.json: field 'report' is damaged" in capsys.readouterr().err
+
+
+def test_labelled_rows_without_a_rationale(toy, tmp_path):
+    """SFT learns from the 17 rows whose rationale it may use; the reward model's pairs come from all labelled rows,
+    the written ones from those 17."""
+    data = ["--task", toy.task, "--train_file", toy.train, "--eval_file", toy.dev]
+    flags = [*data, "--model", toy.base, *toy.sft_flags, "--labelled", 40, "--rationale_rows", 18]
+    output = run(train_sft.main, *flags, "--epochs", 60, "--output_dir", tmp_path / "sft")
+    assert "rationales: 17 of the 36 rows to train on have one; SFT learns from these" in " ".join(output.split())
+    assert read_record(tmp_path / "sft")["data"]["rationale_rows"] == 18
+    flags = ["--policy", tmp_path / "sft", *toy.rm_flags, "--epochs", 1, "--cross_fit", "never", "--temperature", 1.5]
+    run(train_rm.main, *flags, "--output_dir", tmp_path / "rm")
+    pairs = read_lines(tmp_path / "rm" / "pairs.jsonl")
+    prompts = {
+        kind: {pair["prompt"] for pair in pairs if pair["kind"] == kind} for kind in ("label/paper", "label/flipped")
+    }
+    assert len(prompts["label/paper"]) == 17 and len(prompts["label/flipped"]) > 20
+    written = {pair["prompt"] for pair in pairs if pair["kind"] == "label/on_policy"}
+    assert written - prompts["label/paper"]
 
 
 @pytest.mark.parametrize("more, kinds, without", [

@@ -10,7 +10,7 @@ test        they train nothing and choose nothing: figures that are reported com
 import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from ..common.config import Settings, flag
@@ -26,6 +26,7 @@ TEST_SHARE = 0.1  # the same for test
 HELD_OUT_SHARE = 0.1  # of the labelled rows that are left
 LEFT_OUT = {"held_out": HELD_OUT_SHARE, "labelled": "all"}  # what these flags stand for where a run did without them
 FEWEST_TEST_ROWS = 50  # where that share makes fewer, none are set aside: they would tell little and cost labels
+FEWEST_ROWS = 10  # labelled, and with a rationale, below which there is nothing to train on
 FEW_ROWS = 400  # dev rows below which what they say is shaky: the standard error of an accuracy is above 2.5 points
 NAMED_CLASSES = 12  # labels, at most, whose rows a log line counts
 SOURCES = frozenset(
@@ -74,6 +75,9 @@ class DataConfig(FileConfig):
     answer_format: str | None = flag(None, "rationale: rationale, then the label line; label: the label line alone")
     labelled: int | None = flag(
         None, "rows whose labels are used, the rest are PPO's prompts; without it all rows serve all", at_least=0
+    )
+    rationale_rows: int | None = flag(
+        None, "labelled rows whose rationale is used; of the others only the label, by the reward models (all)", above=0
     )
     held_out: float | None = flag(
         None, f"share of the labelled rows set aside to evaluate reward models ({HELD_OUT_SHARE})", between=(0.001, 0.9)
@@ -163,14 +167,31 @@ def load_splits(config: DataConfig, task: Task, log=print, record=None, resumed=
     else:
         labelled = [row for row in rows if row.label is not None]
         unlabelled = [row for row in rows if row.label is None]
-    if len(labelled) < 10:
-        raise InputError(f"{len(labelled)} labelled rows: too few to train on and set some aside; give at least 10")
+    if len(labelled) < FEWEST_ROWS:
+        raise InputError(
+            f"{len(labelled)} labelled rows: too few to train on and set some aside; give at least {FEWEST_ROWS}"
+        )
+    if config.rationale_rows:
+        labelled = _keep_rationales(labelled, config.rationale_rows, seed)
     if config.held_out is not None and not 0 < config.held_out < 1:
         raise InputError(f"--held_out {config.held_out}: give a share of the labelled rows between 0 and 1")
     labelled, held_out = split_holdout(labelled, config.held_out or HELD_OUT_SHARE, seed)
     splits = Splits(labelled, held_out, unlabelled, evaluation, test, sources, gold)
     tell_splits(splits, task, log)
     return splits
+
+
+def _keep_rationales(labelled, count, seed):
+    """The rows, `count` of them with their rationales: by class, the very rows that --labelled `count` would choose of
+    those that have one. The others keep their label alone."""
+    explained = [row for row in labelled if row.rationale or row.rationales]
+    if count > len(explained):
+        raise InputError(
+            f"--rationale_rows {count}: there are {len(explained)} labelled rows with a rationale in the data; give at "
+            "most as many, or leave it out"
+        )
+    kept = {row.id for row in select_labelled(explained, count, seed)[0]}
+    return [row if row.id in kept else replace(row, rationale=None, rationales={}) for row in labelled]
 
 
 def _test_share(config, record, sources):
@@ -414,7 +435,9 @@ def inherit(config: DataConfig, record: dict, directory):
             config.inherited |= {name: origin} if theirs is not None else {}
             continue
         theirs = LEFT_OUT.get(name) if theirs is None and recorded else theirs
-        if theirs is not None and mine != theirs and name not in SOURCES | {"task"}:  # these are compared by their rows
+        if (
+            theirs is not None and mine != theirs and name not in SOURCES | {"task", "rationale_rows"}
+        ):  # compared by their rows; evaluates nothing
             contradictions.append(f"--{name} {mine} (the policy was trained with {theirs})")
     return contradictions
 

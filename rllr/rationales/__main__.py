@@ -16,6 +16,7 @@ from ..data.splits import FileConfig
 from ..run.settings import ModelConfig
 from ..tasks import load_task
 from .factory import WRITERS, make_writer
+from .writers import FILL_IN, without_rationale
 
 
 @dataclass(kw_only=True)
@@ -57,6 +58,9 @@ def main(argv=None):
     )
     examples = load_examples(source, task, log=say)
     writer = make_writer(config.writer, examples, task, config=config, device=device, directory=output.parent, log=say)
+    missing = [example for example in examples if not writer.can_write(example)]
+    if missing:
+        raise InputError(f"{without_rationale(missing[0])}; {FILL_IN}")
     with open(output, "w", encoding="utf-8") as file:
         for example in examples:
             row: dict[str, Any] = {"id": example.id, "text": example.text, "label": example.label}

@@ -26,7 +26,7 @@ class RationaleConfig(Settings):
 def make_writer(name, examples, task, *, config=None, device="cpu", directory=".", log=print, also=()):
     """The writer of that name for the labelled rows. InputError for an unknown name.
 
-    `also`: further rows that it must be able to write about, and that do not count as evidence. For the writer `model`,
+    `also`: further rows that it may have to write about, and that do not count as evidence. For the writer `model`,
     config.rationale_model names the causal LM, and <directory>/rationales.jsonl is the cache of its rationales.
     """
     if name == "model":
@@ -45,24 +45,28 @@ def make_writer(name, examples, task, *, config=None, device="cpu", directory=".
     classes = {"given": GivenWriter, "demo": DemoWriter}
     if name not in classes:
         raise InputError(f"--rationales {name!r}: choose from {', '.join(WRITERS)}")
-    writer = classes[name](examples, task)
-    writer.check(also)
-    return writer
+    return classes[name](examples, task)
 
 
-def check_writer(name, examples, task, rationale_model=None):
-    """InputError if a writer lacks what it needs. Called before a run writes anything; loads no language model."""
+def check_writer(config, examples, task):
+    """InputError if a run's writer lacks what it needs. Called before it writes anything; loads no language model."""
+    name = config.rationales
+    if config.rationale_rows and name in ("evidence", "model"):
+        raise InputError(
+            f"--rationale_rows {config.rationale_rows}: is for rationales in the data; --rationales {name} writes one "
+            "for every row"
+        )
     if name != "model":
         make_writer(name, examples, task, log=lambda line: None)
-    elif not rationale_model:
+    elif not config.rationale_model:
         raise InputError("--rationales model needs --rationale_model, the causal LM that writes them")
 
 
 def default_writer(task, examples):
-    """The writer's name: demo for the demo data, given if all rows have rationales, else evidence."""
+    """The writer's name: demo for the demo data, given if some rows have rationales, else evidence."""
     if task.name == "demo":
         return "demo"
-    return "given" if examples and all(example.rationale or example.rationales for example in examples) else "evidence"
+    return "given" if any(example.rationale or example.rationales for example in examples) else "evidence"
 
 
 def default_label_pairs(writer_name):

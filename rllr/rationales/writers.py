@@ -23,6 +23,14 @@ NO_WORD = "no word stands out"
 MANY_ONCE = 0.9  # if a larger share of the words occurs in one row only, evidence means little
 
 
+FILL_IN = "fill the column 'rationale' or 'rationales', or choose another writer, such as evidence"
+
+
+def without_rationale(example):
+    """The beginning of a message about a row without a rationale for its label."""
+    return f"row {example.name}: has no rationale for its label {example.label!r}"
+
+
 class RationaleWriter(ABC):
     """Writes a rationale for any label of any row.
 
@@ -44,6 +52,10 @@ class RationaleWriter(ABC):
         """The rationale that argues for this label. SFT learns the one for the gold label."""
         return self.phrase(self.basis(example, label), label)
 
+    def can_write(self, example) -> bool:
+        """Whether it has a rationale for this row's label. SFT and written pairs are made of rows that have one."""
+        return True
+
     def argues_for_all(self, example) -> bool:
         """Whether each label of this row has its own rationale. If not, having one tells which label is right."""
         return True
@@ -52,21 +64,18 @@ class RationaleWriter(ABC):
 class GivenWriter(RationaleWriter):
     """Rationales from the columns `rationale` (for the gold label) and `rationales` ({label: text}).
 
-    If a wrong label has none, both sides of a label-sensitive pair have the same rationale.
+    If a wrong label has none, both sides of a label-sensitive pair have the same rationale. InputError where no row has
+    one for its label.
     """
 
     def __init__(self, examples, task):
-        self.examples, self.task = list(examples), task
-        self.check(self.examples)
+        self.task = task
+        self.examples = [example for example in examples if self.can_write(example)]
+        if not self.examples:
+            raise InputError(f"{without_rationale(examples[0])}, nor has any other row; {FILL_IN}")
 
-    def check(self, examples):
-        """InputError for a labelled row without a rationale for its label."""
-        for example in examples:
-            if example.label is not None and not self._find(example, example.label):
-                raise InputError(
-                    f"row {example.name}: has no rationale for its label {example.label!r}; fill the column "
-                    "'rationale' or 'rationales', or choose --rationales evidence"
-                )
+    def can_write(self, example):
+        return example.label is not None and bool(self._find(example, example.label))
 
     def _find(self, example, label):
         return (example.rationales or {}).get(label) or example.rationale
