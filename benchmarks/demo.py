@@ -1,4 +1,5 @@
-"""`make demo` over seeds: what it hands back on test rows, beside an SFT that trains as long as all three stages.
+"""`make demo` over seeds: what it hands back on test rows, beside an SFT that trains as long as all three stages, and
+one that learns the labels of all labelled rows without explaining them.
 
     python benchmarks/demo.py --seeds 0 1 2 --threads 1        # appends a line a seed to results/demo.jsonl
     python benchmarks/demo.py --tables                         # writes results/demo.md, made of those lines alone
@@ -19,9 +20,11 @@ from stages import FIRST_TUNING_SEED, ROOT, Stages, longer_sft, machine, read
 RESULTS = ROOT / "benchmarks" / "results"
 CODE = ["rllr", "train_sft.py", "train_rm.py", "train_ppo.py", "Makefile", "benchmarks/demo.py", "benchmarks/stages.py"]
 STAGES = {"train_sft.py": "sft", "train_rm.py": "rm-label", "train_ppo.py": "ppo-label"}
+LABEL_EPOCHS = 12  # over all labelled rows: half as many row passes again as SFT makes over those with a rationale
 NAMES = {
     "sft": "SFT",
     "sft-long": "SFT as long as all stages",
+    "sft-label": "SFT, labels alone",
     "ppo-label": "RLLR, handed back",
     "ppo-label/last": "RLLR, last",
 }
@@ -33,6 +36,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", default="runs/demo-seeds")
     parser.add_argument("--tune", action="store_true", help="figures of dev, for seeds from 100 on; nothing is kept")
+    parser.add_argument("--stages_alone", action="store_true", help="without the two SFTs they are compared with")
     parser.add_argument("--tables", action="store_true")
     args = parser.parse_args()
     if any((seed >= FIRST_TUNING_SEED) != args.tune for seed in args.seeds):
@@ -70,22 +74,35 @@ def run_seed(args, seed, directory):
     took = stages.stages["sft"]
     start = took["cpu_seconds"] * warm_up / took["seconds"]
     epochs = int(flags["train_sft.py"][flags["train_sft.py"].index("--epochs") + 1])
-    longer = longer_sft(epochs, stages, start=start)
-    script("sft-long", "train_sft.py", "--model", directory / "sft" / "base", *longer)
+    others = {
+        "sft-long": longer_sft(epochs, stages, start=start),
+        "sft-label": ["--answer_format", "label", "--epochs", LABEL_EPOCHS],
+    }
+    others = {} if args.stages_alone else others
+    for name, more in others.items():
+        script(name, "train_sft.py", "--model", directory / "sft" / "base", *more)
     part = ["--part", "eval" if args.tune else "test"]
-    models = [directory / name for name in NAMES]
+    names = [name for name in NAMES if name in others or name.split("/")[0] in stages.stages]
+    models = [directory / name for name in names]
     stages.stage(directory / "evaluation", "-m", "rllr.evaluate", *part, "--models", *models)
     found = read(directory / "evaluation" / "evaluate.json")
     return {
         "seed": seed,
         "threads": args.threads,
-        "methods": {name: {k: v for k, v in row.items() if k != "model"} for name, row in zip(NAMES, found)},
+        "methods": {name: {k: v for k, v in row.items() if k != "model"} for name, row in zip(names, found)},
         "preview": read(directory / "rm-label" / "rllr.json")["report"]["preview"],
         "seconds": {name: took["seconds"] for name, took in stages.stages.items()},
-        "sft-long epochs": longer[1],
+        "sft-long epochs": others["sft-long"][1] if others else None,
         "commit": stages.commits(),
         "machine": machine(args.threads),
     }
+
+
+def cell(method):
+    """Accuracy and, of answers with a rationale, how many are grounded."""
+    if method is None:
+        return ""
+    return f"{100 * method['accuracy']:.1f}" + (f" ({100 * method['grounded']:.0f})" if "grounded" in method else "")
 
 
 def tables():
@@ -96,7 +113,7 @@ def tables():
     page += ["| seed | threads | " + " | ".join(NAMES.values()) + " | handed back − SFT | seconds |"]
     page += ["|---" * (len(NAMES) + 4) + "|"]
     for line in lines:
-        cells = [f"{100 * m['accuracy']:.1f} ({100 * m['grounded']:.0f})" for m in line["methods"].values()]
+        cells = [cell(line["methods"].get(name)) for name in NAMES]
         gain = line["methods"]["ppo-label"]
         low, high = (100 * bound for bound in gain["difference_interval"])
         cells += [f"{100 * gain['difference']:+.1f} ({low:+.1f} .. {high:+.1f})"]
@@ -104,7 +121,7 @@ def tables():
         page += [f"| {line['seed']} | {line['threads']} | " + " | ".join(cells) + f" | {stages:.0f} |"]
     page += ["", "| gain over SFT | mean | worst | runs |", "|---|---|---|---|"]
     for name in list(NAMES)[1:]:
-        gains = [100 * line["methods"][name]["difference"] for line in lines]
+        gains = [100 * line["methods"][name]["difference"] for line in lines if name in line["methods"]]
         page += [f"| {NAMES[name]} | {sum(gains) / len(gains):+.1f} | {min(gains):+.1f} | {len(gains)} |"]
     made = sorted({f"commit {line['commit']}, {json.dumps(line['machine'])}" for line in lines})
     return "\n".join([*page, "", "    python benchmarks/demo.py --seeds ... --threads ...", "", *made, ""])
