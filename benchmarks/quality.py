@@ -60,7 +60,7 @@ EVERY_STAGE = "--max_new_tokens 40 --save_every 0 --log_every 1000"  # a rationa
 class Settings:
     """Flags of each stage, beside data, seed and models. They fit 30 minutes of one core with a tiny model."""
 
-    tiny: str = "--hidden_size 128 --heads 4 --layers 2 --vocabulary 6000 --context 192 --epochs 3"
+    tiny: str = "--hidden_size 128 --heads 4 --layers 2 --vocabulary 6000 --context 192 --epochs 1"
     sft: str = "--epochs 4 --show 0"
     rm: str = "--epochs 1 --patience 3 --pairs_per_row 1 --samples_per_row 4"
     rationale_rm: str = "--epochs 2 --patience 5 --samples_per_row 4"  # it has about half as many pairs
@@ -79,7 +79,7 @@ LONGER = SHORT.with_more(  # of 18 to 30
     rationale_rm="--samples_per_row 2",
     ppo="--eval_rows 500",
 )
-LONGEST = LONGER.with_more(tiny="--epochs 2", ppo="--steps 50 --eval_every 10")  # of 30 to 40
+LONGEST = LONGER.with_more(ppo="--steps 50 --eval_every 10")  # of 30 to 40
 SETTINGS = dict.fromkeys(TASKS, LONGER) | {"sst2": SHORT, "mnli": LONGEST, "mrpc": LONGEST}
 SETTINGS["agnews"] = LONGEST.with_more(tiny="--context 96")  # as a news item's first 30 words say what it is about
 ALL_LABELLED = {  # instead of unlabelled prompts: five times the labels, so fewer passes over them
