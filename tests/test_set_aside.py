@@ -259,3 +259,26 @@ def test_ppo_answers_the_unlabelled_rows_where_there_are_any_unless_it_is_told_t
     both, one = Splits(few, [], many, []), Splits(few, [], [], [])
     assert both.prompts() == both.prompts("auto") == many and both.prompts("labelled") == few
     assert one.prompts() == one.prompts("labelled") == few
+
+
+# ---- rationales
+
+
+def test_the_rationales_of_some_rows_alone(tmp_path, dev):
+    """By class, those of the rows that --labelled would choose; the other labelled rows keep their label."""
+    every = [row | {"rationale": f"as it is {row['label']}"} for row in rows(600)]
+    settings = {
+        "train_file": write_rows(tmp_path / "train.jsonl", every),
+        "eval_file": dev,
+        "test_share": 0,
+        "data_seed": 3,
+    }
+    splits, fewer = loaded(**settings, labelled=200, rationale_rows=40), loaded(**settings, labelled=40)
+    labelled = splits.labelled + splits.held_out
+    explained = [row for row in labelled if row.rationale]
+    assert len(labelled) == 200 and all(row.label for row in labelled)
+    assert ids(explained) == ids(fewer.labelled + fewer.held_out) and sum(row.label == "bad" for row in explained) == 10
+    assert all(row.rationale == f"as it is {row.label}" for row in explained)
+    whole = loaded(**settings, labelled=200)
+    assert ids(whole.labelled) == ids(splits.labelled) and all(row.rationale for row in whole.labelled)
+    assert whole.digests()["labelled"] != splits.digests()["labelled"]
