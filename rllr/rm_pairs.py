@@ -50,8 +50,13 @@ def draw_pairs(config, examples, task, writer, seed):
     if config.pairs == "rationale":
         return rationale_sensitive_pairs(examples, task, writer, seed=seed, log=say)
     on_policy = config.label_pairs == "on_policy"
-    if on_policy and not examples:
-        return []
+    if not examples:
+        if on_policy:
+            return []
+        raise InputError(
+            f"--label_pairs {config.label_pairs}: written pairs need rationales, and the rows to train on or those "
+            "held out have none; give more, or leave this flag out (on_policy)"
+        )
     rationales = default_label_pairs(config.rationales) if on_policy else config.label_pairs
     options = {"rationales": rationales, "negatives": config.negatives, "log": say}
     drawn: dict[Pair, None] = {}  # in order, without repetitions

@@ -685,7 +685,7 @@ def test_the_label_reward_model_is_previewed(toy, tmp_path, capsys):
     assert "rllr.json: field 'report' is damaged" in capsys.readouterr().err
 
 
-def test_labelled_rows_without_a_rationale(toy, tmp_path):
+def test_labelled_rows_without_a_rationale(toy, tmp_path, capsys):
     """SFT learns from the 17 rows whose rationale it may use; the reward model's pairs come from all labelled rows,
     the written ones from those 17."""
     data = ["--task", toy.task, "--train_file", toy.train, "--eval_file", toy.dev]
@@ -702,6 +702,31 @@ def test_labelled_rows_without_a_rationale(toy, tmp_path):
     assert len(prompts["label/paper"]) == 17 and len(prompts["label/flipped"]) > 20
     written = {pair["prompt"] for pair in pairs if pair["kind"] == "label/on_policy"}
     assert written - prompts["label/paper"]
+    nothing = ["--labelled", 40, "--rationale_rows", 18, "--held_out", 0.026]  # one row, which has none
+    run(
+        train_sft.main,
+        *data,
+        "--model",
+        toy.base,
+        *toy.sft_flags,
+        *nothing,
+        "--epochs",
+        2,
+        "--output_dir",
+        tmp_path / "b",
+    )
+    with pytest.raises(SystemExit):
+        run(
+            train_rm.main,
+            "--policy",
+            tmp_path / "b",
+            *toy.rm_flags,
+            "--label_pairs",
+            "paper",
+            "--output_dir",
+            tmp_path / "c",
+        )
+    assert "--label_pairs paper: written pairs need rationales" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more, kinds, without", [
