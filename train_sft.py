@@ -101,7 +101,7 @@ def tell_rationales(count, rows):
         return
     say(
         f"rationales: {count} of the {rows} rows to train on have one; SFT learns from these, and the reward models "
-        "from the labels of all"
+        "from the labels of all (--rationales evidence writes one for each row)"
     )
     if count < FEWEST_ROWS:
         raise InputError(

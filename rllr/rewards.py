@@ -62,7 +62,7 @@ def incomplete_answer_rule(scores, truncated, unlabelled, missing_eos_penalty, m
 def relative_scores(scores, answers_per_prompt):
     """Each score minus the mean score of its prompt's *other* answers; of one answer a prompt, the score itself.
 
-        A_i = s_i - 1 / (K - 1) * sum of s_j over j != i          (leave one out, RLOO: arXiv:2402.14740, section 3.3)
+        A_i = s_i - 1 / (K - 1) * sum of s_j over j != i          (leave one out, RLOO: arXiv:2402.14740)
 
     scores [B], the answers_per_prompt = K answers of a prompt one after the other -> [B]. Bradley-Terry fits
     differences between answers to one prompt and leaves each prompt a constant of its own, which says nothing about an

@@ -435,9 +435,8 @@ def inherit(config: DataConfig, record: dict, directory):
             config.inherited |= {name: origin} if theirs is not None else {}
             continue
         theirs = LEFT_OUT.get(name) if theirs is None and recorded else theirs
-        if (
-            theirs is not None and mine != theirs and name not in SOURCES | {"task", "rationale_rows"}
-        ):  # compared by their rows; evaluates nothing
+        others = SOURCES | {"task", "rationale_rows"}  # compared by their rows; no row evaluates by it
+        if theirs is not None and mine != theirs and name not in others:
             contradictions.append(f"--{name} {mine} (the policy was trained with {theirs})")
     return contradictions
 
