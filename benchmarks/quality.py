@@ -20,9 +20,8 @@ from dataclasses import dataclass, replace
 from importlib import util
 from pathlib import Path
 
-from stages import FIRST_TUNING_SEED, Stages, longer_sft, machine, read
+from stages import FIRST_TUNING_SEED, ROOT, Stages, longer_sft, machine, read
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 CELLS = ROOT / "benchmarks" / "results" / "cells"
 CODE = ["rllr", "train_sft.py", "train_rm.py", "train_ppo.py"]

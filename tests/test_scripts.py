@@ -702,30 +702,11 @@ def test_labelled_rows_without_a_rationale(toy, tmp_path, capsys):
     assert len(prompts["label/paper"]) == 17 and len(prompts["label/flipped"]) > 20
     written = {pair["prompt"] for pair in pairs if pair["kind"] == "label/on_policy"}
     assert written - prompts["label/paper"]
-    nothing = ["--labelled", 40, "--rationale_rows", 18, "--held_out", 0.026]  # one row, which has none
-    run(
-        train_sft.main,
-        *data,
-        "--model",
-        toy.base,
-        *toy.sft_flags,
-        *nothing,
-        "--epochs",
-        2,
-        "--output_dir",
-        tmp_path / "b",
-    )
+    nothing = ["--labelled", 40, "--rationale_rows", 18, "--held_out", 0.026, "--epochs", 2]  # one row, which has none
+    sft, rm = tmp_path / "sft-none", tmp_path / "rm-none"
+    run(train_sft.main, *data, "--model", toy.base, *toy.sft_flags, *nothing, "--output_dir", sft)
     with pytest.raises(SystemExit):
-        run(
-            train_rm.main,
-            "--policy",
-            tmp_path / "b",
-            *toy.rm_flags,
-            "--label_pairs",
-            "paper",
-            "--output_dir",
-            tmp_path / "c",
-        )
+        run(train_rm.main, "--policy", sft, *toy.rm_flags, "--label_pairs", "paper", "--output_dir", rm)
     assert "--label_pairs paper: written pairs need rationales" in capsys.readouterr().err
 
 
