@@ -19,7 +19,7 @@ from stages import FIRST_TUNING_SEED, ROOT, Stages, longer_sft, machine, read
 
 RESULTS = ROOT / "benchmarks" / "results"
 CODE = ["rllr", "train_sft.py", "train_rm.py", "train_ppo.py", "Makefile", "benchmarks/demo.py", "benchmarks/stages.py"]
-STAGES = {"train_sft.py": "sft", "train_rm.py": "rm-label", "train_ppo.py": "ppo-label"}
+STAGES = ("sft", "rm-label", "ppo-label")
 LABEL_EPOCHS = 12  # over all labelled rows: half as many row passes again as SFT makes over those with a rationale
 NAMES = {
     "sft": "SFT",
@@ -117,7 +117,7 @@ def tables():
         gain = line["methods"]["ppo-label"]
         low, high = (100 * bound for bound in gain["difference_interval"])
         cells += [f"{100 * gain['difference']:+.1f} ({low:+.1f} .. {high:+.1f})"]
-        stages = sum(line["seconds"][stage] for stage in STAGES.values())
+        stages = sum(line["seconds"][stage] for stage in STAGES)
         page += [f"| {line['seed']} | {line['threads']} | " + " | ".join(cells) + f" | {stages:.0f} |"]
     page += ["", "| gain over SFT | mean | worst | runs |", "|---|---|---|---|"]
     for name in list(NAMES)[1:]:
