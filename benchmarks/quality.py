@@ -4,9 +4,14 @@
     python benchmarks/quality_tables.py                                 # the tables, made of the cells alone
 
 A hash of the row id halves the dev file. One half chooses epochs, steps and settings (--eval_file), the other is only
-reported. The stages run as processes of one thread; finished ones do not run again. At the end the cell is written:
-benchmarks/results/cells/<task>-<model>-<seed>.json, with every predicted label, metrics, the preview, what PPO handed
-back, seconds, commit and versions. TF-IDF needs scikit-learn: pip install ".[bench]".
+reported. The stages run as processes of one thread, --jobs at once; finished ones do not run again. At the end the cell
+is written: benchmarks/results/cells/<task>-<model>-<seed>.json, with every predicted label, metrics, the preview, what
+PPO handed back, seconds, commit and versions. TF-IDF needs scikit-learn: pip install ".[bench]".
+
+A pretrained model takes --model DIR, a GPU and fewer methods. Its decoding and updates leave most of a GPU idle, so a
+cell's stages, and cells in processes of their own, share one:
+
+    python benchmarks/quality.py --data data --task sst2 --seed 0 --model DIR --precision bf16 --jobs 3
 
 Settings are chosen with --tune: seeds from 100 on, figures of the choosing half alone, cells in the runs' directory.
 """
@@ -16,7 +21,9 @@ import fcntl
 import hashlib
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import util
 from pathlib import Path
 
@@ -47,6 +54,9 @@ METHODS = {  # in a cell: what a table calls it
     "choice": "the reward model's own choice",
     "tfidf": "TF-IDF with logistic regression",
 }
+
+# What a pretrained model is measured by; --methods chooses others. Each costs minutes of a GPU.
+OF_LLM = ("sft-label", "sft", "ppo-rationale", "ppo-label", "ppo-mixed", "tfidf")
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
@@ -87,6 +97,12 @@ ALL_LABELLED = {  # instead of unlabelled prompts: five times the labels, so few
     "rationale_rm": "--epochs 1 --samples_per_row 2",
     "best_of": "--epochs 1",
 }
+LLM = Settings(  # of a pretrained model; rates are the product's defaults
+    sft="--epochs 3 --show 0 --batch_size 32 --eval_rows 500",
+    rm="--epochs 1 --patience 3 --pairs_per_row 1 --samples_per_row 4 --batch_size 32",
+    rationale_rm="--epochs 1 --patience 3 --samples_per_row 4 --batch_size 32",
+    ppo="--steps 60 --rollout_prompts 64 --warmup 0.1 --eval_every 15 --eval_rows 500 --show_every 1000",
+)
 QUICK = {  # only to see that everything runs
     "tiny": "--hidden_size 48 --heads 2 --layers 2 --vocabulary 600 --epochs 4 --batch_size 16",
     "sft": "--epochs 20 --eval_every 10 --batch_size 8 --learning_rate 1e-2",
@@ -99,8 +115,8 @@ QUICK_LABELLED = 100
 
 
 def settings_of(args):
-    """The settings of a cell: the task's, changed by what the flags ask for."""
-    settings = SETTINGS[args.task]
+    """The settings of a cell: the task's or a pretrained model's, changed by what the flags ask for."""
+    settings = SETTINGS[args.task] if args.model == "tiny" else LLM
     if args.all_labelled:
         settings = settings.with_more(**ALL_LABELLED)
     if args.quick:
@@ -125,11 +141,21 @@ class Cell(Stages):
         self.name = f"{args.task}-{model}-{args.seed}"
         self.directory = self.runs / self.name
         self.labelled = QUICK_LABELLED if args.quick else LABELLED.get(args.task, 4000)
+        self.precision = ["--precision", args.precision] if args.precision else []
 
     def script(self, name, script, *words):
-        """Run a script of the product into <cell>/<name>."""
+        """Run a script of the product, or one of quality_stages.py, into <cell>/<name>."""
         words = [*words, *(EVERY_STAGE.split() if script.startswith("train_") else [])]
-        self.stage(self.directory / name, ROOT / script, *words, "--seed", self.args.seed)
+        self.stage(self.directory / name, ROOT / script, *words, *self.precision, "--seed", self.args.seed)
+
+    def together(self, *calls):
+        """Make calls that need nothing of each other, --jobs at once."""
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            for call in [pool.submit(call) for call in calls]:
+                call.result()
+
+    def wants(self, *methods):
+        return any(method in self.args.methods for method in methods)
 
     def as_typed(self, words):
         """A command line without this machine's paths."""
@@ -140,17 +166,19 @@ class Cell(Stages):
 
 
 def run_stages(cell):
-    """Every stage of a cell, in order."""
+    """Every stage that the cell's methods need, in order."""
     args, settings, path = cell.args, cell.settings, cell.directory
     data, base = prepare(cell)
     sft_data = data + ([] if args.all_labelled else ["--labelled", cell.labelled])
     epochs = int(settings.sft.split("--epochs ")[-1].split()[0])
     sft = ["train_sft.py", "--model", base, *sft_data, *settings.sft.split()]
-    cell.script("sft-label", *sft, "--answer_format", "label")
-    cell.script("sft", *sft)
+    label_only = [partial(cell.script, "sft-label", *sft, "--answer_format", "label")] * cell.wants("sft-label")
+    cell.together(partial(cell.script, "sft", *sft), *label_only)
     policy = ["--policy", path / "sft"]
-    cell.script("rm-label", "train_rm.py", "--pairs", "label", *policy, *settings.rm.split())
-    cell.script("rm-rationale", "train_rm.py", "--pairs", "rationale", *policy, *settings.rationale_rm.split())
+    rms = {"rm-label": ["--pairs", "label", *policy, *settings.rm.split()]}
+    if cell.wants("ppo-rationale", "ppo-mixed"):
+        rms["rm-rationale"] = ["--pairs", "rationale", *policy, *settings.rationale_rm.split()]
+    cell.together(*(partial(cell.script, name, "train_rm.py", *words) for name, words in rms.items()))
     label, rationale = ["--label_rm", path / "rm-label"], ["--rationale_rm", path / "rm-rationale"]
     as_rllr = ["--reward", "gold", "--value_init", path / "rm-label"]  # so that only the reward differs
     rewards = {
@@ -162,25 +190,31 @@ def run_stages(cell):
     }
     if args.all_labelled:  # the labelled rows are the prompts already
         del rewards["ppo-gold-labelled"]
-    for name, reward in rewards.items():
-        cell.script(name, "train_ppo.py", *policy, *reward, *settings.ppo.split())
-    cell.script("sft-long", *sft, *longer_sft(epochs, cell))
+    ppo = ["train_ppo.py", *policy, *settings.ppo.split()]
     own = ["benchmarks/quality_stages.py", *policy, *label]
-    answers = read(path / "ppo-label" / "last" / "rllr.json")["step"] * option(settings.ppo, "rollout_prompts")
-    cell.script("best-of-rows", *own, "--make", "rows", "--answers", answers, "--best_of", BEST_OF)
-    config = read(path / "sft" / "rllr.json")["config"]
-    start = ["--model", path / "best-of-rows" / "policy", *data, "--train_file", path / "best-of-rows" / "rows.jsonl"]
-    start += ["--held_out", "0.001", "--rationales", "given"]  # held-out rows would only serve a reward model
-    start += ["--dropout", config["dropout"], "--learning_rate", config["learning_rate"]]
-    cell.script("sft-best-of", "train_sft.py", *start, *settings.best_of.split())
-    cell.script("choice", *own, "--make", "choice")
-    if util.find_spec("sklearn"):
-        cell.script("tfidf", *own, "--make", "tfidf")
+    scripts = [partial(cell.script, name, *ppo, *reward) for name, reward in rewards.items() if cell.wants(name)]
+    scripts += [partial(cell.script, "choice", *own, "--make", "choice")] * cell.wants("choice")
+    if cell.wants("tfidf") and util.find_spec("sklearn"):
+        scripts.append(partial(cell.script, "tfidf", *own, "--make", "tfidf"))
+    cell.together(*scripts)
+    if cell.wants("sft-long"):
+        cell.script("sft-long", *sft, *longer_sft(epochs, cell))
+    if cell.wants("sft-best-of"):
+        answers = read(path / "ppo-label" / "last" / "rllr.json")["step"] * option(settings.ppo, "rollout_prompts")
+        cell.script("best-of-rows", *own, "--make", "rows", "--answers", answers, "--best_of", BEST_OF)
+        config = read(path / "sft" / "rllr.json")["config"]
+        start = ["--model", path / "best-of-rows" / "policy", *data]
+        start += ["--train_file", path / "best-of-rows" / "rows.jsonl"]
+        start += ["--held_out", "0.001", "--rationales", "given"]  # held-out rows would only serve a reward model
+        start += ["--dropout", config["dropout"], "--learning_rate", config["learning_rate"]]
+        cell.script("sft-best-of", "train_sft.py", *start, *settings.best_of.split())
     evaluate = ["-m", "rllr.evaluate", "--part", "eval" if args.tune else "test", *EVERY_STAGE.split()[:2]]
+    evaluate += cell.precision
     models = [path / name for name in policies(cell)]
-    cell.stage(path / "evaluation", *evaluate, "--models", *models)
-    best_of = ["--best_of", BEST_OF, *label, "--seed", args.seed]
-    cell.stage(path / "best-of", *evaluate, "--models", path / "sft", *best_of)
+    answer = [partial(cell.stage, path / "evaluation", *evaluate, "--models", *models)]
+    best_of = ["--models", path / "sft", "--best_of", BEST_OF, *label, "--seed", args.seed]
+    answer += [partial(cell.stage, path / "best-of", *evaluate, *best_of)] * cell.wants("best-of")
+    cell.together(*answer)
 
 
 def option(flags, name):
@@ -252,13 +286,22 @@ def describe(cell):
         "gold": "".join(places[example.label] for example in examples),
         "texts": " ".join(map(text_key, examples)),
         "methods": methods,
-        "reward_models": {kind: reward_model(path / f"rm-{kind}") for kind in ("label", "rationale")},
+        "reward_models": {
+            kind: reward_model(path / f"rm-{kind}") for kind in ("label", "rationale") if f"rm-{kind}" in cell.stages
+        },
         "preview": read(path / "rm-label" / "rllr.json")["report"]["preview"],
         "ppo": {name: handed_back(path / name) for name in cell.stages if name.startswith("ppo-")},
         "stages": cell.stages,
         "commit": cell.commits(),
-        "machine": machine(),
+        "machine": machine() | card(),
     }
+
+
+def card():
+    """The GPU, if there is one."""
+    import torch
+
+    return {"card": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def load_rows(task, file):
@@ -280,8 +323,9 @@ def answer_files(cell):
     """{method: the file of its answers}."""
     path = cell.directory
     found = {name: path / "evaluation" / f"answers-{n}.jsonl" for n, name in enumerate(policies(cell))}
-    found |= {"best-of": path / "best-of" / "answers-1.jsonl"}  # the greedy answers are the first
     own = {name: path / name / "answers-0.jsonl" for name in ("choice", "tfidf") if name in cell.stages}
+    if "best-of" in cell.stages:
+        own["best-of"] = path / "best-of" / "answers-1.jsonl"  # the greedy answers are the first
     return {name: (found | own)[name] for name in METHODS if name in found | own}
 
 
@@ -327,6 +371,11 @@ def parse(argv=None):
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--seed", type=int, required=True, help=f"of every stage; from {FIRST_TUNING_SEED} on to tune")
     parser.add_argument("--model", default="tiny", help="tiny, or a model's directory")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="some of the methods alone, as their stages are called"
+    )
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="of every stage, as in the scripts")
+    parser.add_argument("--jobs", type=int, default=1, help="stages of the cell that run at once, where they may")
     parser.add_argument("--runs", default="runs/quality", help="directory of the models, logs and cells to tune by")
     parser.add_argument("--all_labelled", action="store_true", help="all rows are labelled, as without --labelled")
     parser.add_argument("--tune", action="store_true", help="figures of the choosing half, to choose settings by")
@@ -341,6 +390,12 @@ def parse(argv=None):
         parser.error(
             "--sft, --rm and --ppo change settings: give them with --tune, and write what is best into SETTINGS"
         )
+    known = tuple(dict.fromkeys(name.partition("/")[0] for name in METHODS))
+    args.methods = args.methods or (known if args.model == "tiny" else OF_LLM)
+    if unknown := set(args.methods) - set(known):
+        parser.error(f"--methods {' '.join(sorted(unknown))}: choose from {', '.join(known)}")
+    if missing := {"sft", "ppo-label"} - set(args.methods):
+        parser.error(f"--methods: {' and '.join(sorted(missing))} must be there, which every table compares")
     for name in ("train", "dev"):
         file = Path(args.data) / args.task / f"{name}.jsonl"
         if not file.is_file():

@@ -126,15 +126,16 @@ def promise(cell):
     """What the preview of a cell said, and what came.
 
     {"verdict", "predicted": best-of-8 minus greedy in points, "last", "best": what RLLR gained, "gold": what the gold
-    reward gained (handed back), "false": a gain was promised and RLLR handed back none, "missed": no gain was promised,
-    and the gold reward gained MISSED points or more}.
+    reward gained (handed back; None: not tried), "false": a gain was promised and RLLR handed back none, "missed": no
+    gain was promised, and the gold reward gained MISSED points or more}.
     """
     preview = cell["preview"]
     point = max((p for p in preview["curve"] if p["n"] <= 8), key=lambda p: p["n"])
     promised = preview["verdict"] == "gain"
-    last, best, gold = (gain(cell, name) for name in (f"{RLLR}/last", f"{RLLR}/best", f"{GOLD}/best"))
+    last, best = (gain(cell, name) for name in (f"{RLLR}/last", f"{RLLR}/best"))
+    gold = gain(cell, f"{GOLD}/best") if f"{GOLD}/best" in cell["methods"] else None
     found = {"verdict": preview["verdict"], "predicted": 100 * point["difference"], "last": last, "best": best}
-    missed = not promised and gold > MISSED - 1e-9
+    missed = not promised and gold is not None and gold > MISSED - 1e-9
     return found | {"gold": gold, "false": promised and best <= 0, "missed": missed}
 
 
@@ -160,7 +161,8 @@ def page(cells, commit):
 
 
 def intro(cells, commit):
-    processors = sorted({cell["machine"]["processor"] for cell in cells})
+    machines = [(cell["machine"]["processor"], cell["machine"].get("card")) for cell in cells]
+    processors = sorted({" and one ".join(filter(None, pair)) for pair in machines})
     versions = sorted({", ".join(f"{k} {v}" for k, v in cell["machine"]["versions"].items()) for cell in cells})
     parts = sorted({cell["part"] for cell in cells})
     return [
@@ -258,7 +260,8 @@ def promises(cells):
     found = [promise(cell) for cell in cells]
     for cell, row in zip(cells, found):
         note = "false promise" * row["false"] + "missed gain" * row["missed"]
-        points = [f"{row[name]:+.1f}" for name in ("predicted", "last", "best", "gold")]
+        points = [row[name] for name in ("predicted", "last", "best", "gold")]
+        points = ["" if value is None else f"{value:+.1f}" for value in points]
         lines.append(markdown_row([name_of(cell), row["verdict"], *points, note]))
     promised = sum(row["verdict"] == "gain" for row in found)
     predicted = [row["predicted"] for row in found]
@@ -281,7 +284,7 @@ def list_cells(cells, commit):
     for cell in cells:
         minutes = sum(done["cpu_seconds"] for name, done in cell["stages"].items() if name != "tiny") / 60
         labelled = "all" if cell["all_labelled"] else cell["labelled"]
-        pairs = [pair_facts(cell["reward_models"][kind]) for kind in ("label", "rationale")]
+        pairs = [pair_facts(cell["reward_models"].get(kind)) for kind in ("label", "rationale")]
         ppo = "; ".join(map(ppo_facts, cell["ppo"], cell["ppo"].values()))
         lines.append(markdown_row([name_of(cell, commit), labelled, len(cell["gold"]), f"{minutes:.0f}", *pairs, ppo]))
     return lines + [
@@ -292,7 +295,7 @@ def list_cells(cells, commit):
 
 
 def pair_facts(found):
-    return f"{found['pairs_seen']:,}, {100 * found['pairs']['all']['accuracy']:.1f} %"
+    return "" if found is None else f"{found['pairs_seen']:,}, {100 * found['pairs']['all']['accuracy']:.1f} %"
 
 
 def ppo_facts(name, facts):

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -38,11 +37,14 @@ class Stages:
             directory.parent.mkdir(parents=True, exist_ok=True)
             path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
             environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": path}
-            start, cpu = time.monotonic(), cpu_seconds()
+            start = time.monotonic()
             with open(log, "w") as file:
-                if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode:
-                    sys.exit(f"{directory}: failed, see {log}; finished stages will not run again")
-            took = {"seconds": time.monotonic() - start, "cpu_seconds": cpu_seconds() - cpu}
+                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+                _, status, used = os.wait4(process.pid, 0)
+            if status:
+                sys.exit(f"{directory}: failed, see {log}; finished stages will not run again")
+            # a busy machine stretches processor time less than the clock's
+            took = {"seconds": time.monotonic() - start, "cpu_seconds": used.ru_utime + used.ru_stime}
             took = {name: round(value, 1) for name, value in took.items()}
             mark.write_text(json.dumps({"command": typed, **took, "commit": self.commit}))
         done = json.loads(mark.read_text())
@@ -70,12 +72,6 @@ def longer_sft(epochs, stages, *, start=0.0):
     """
     factor = 1 + stages.cpu("rm-label", "ppo-label") / (stages.cpu("sft") - start)
     return ["--epochs", round(epochs * factor), "--eval_every", max(1, round(factor))]
-
-
-def cpu_seconds():
-    """Processor time of all finished child processes: a busy machine stretches it less than the clock's."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def read(path):

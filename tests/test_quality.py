@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,51 @@ def test_a_command_is_kept_without_this_machines_paths(data, tmp_path):
     words += ["--output_dir", str(cell.directory / "sft")]
     typed = "python train_sft.py --train_file data/sst2/train.jsonl --output_dir runs/sst2-quick/sst2-tiny-0/sft"
     assert cell.as_typed(words) == typed
+
+
+STAGES = {  # of some methods: which run, and that each follows what it reads
+    ("sft", "ppo-label"): ["sft", "rm-label", "ppo-label", "evaluation"],
+    ("sft", "ppo-label", "ppo-mixed", "best-of"): [
+        "sft", "rm-label", "rm-rationale", "ppo-label", "ppo-mixed", "evaluation", "best-of",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("methods", list(STAGES))
+def test_only_what_the_methods_need_runs(data, methods, monkeypatch):
+    ran = []
+
+    def stage(cell, directory, *words):
+        ran.append(directory.name)
+        cell.stages[directory.name] = {}
+        if directory.name == "evaluation":
+            assert [Path(word).name for word in words[words.index("--models") + 1 :] if "ppo" not in str(word)] == [
+                "sft"
+            ]
+
+    monkeypatch.setattr(quality.Cell, "stage", stage)
+    model = ["--model", "a_model", "--precision", "bf16"]
+    quality.run_stages(quality.Cell(quality.parse([*data, "--seed", "0", *model, "--methods", *methods])))
+    assert ran == STAGES[methods]
+
+
+def test_stages_that_need_nothing_of_each_other_run_at_once(data):
+    cell = quality.Cell(quality.parse([*data, "--seed", "0", "--jobs", "2"]))
+    both = threading.Barrier(2, timeout=30)  # neither call returns before the other has begun
+    cell.together(both.wait, both.wait)
+
+    def fails():
+        sys.exit("a stage failed")
+
+    with pytest.raises(SystemExit, match="a stage failed"):
+        cell.together(fails, both.abort)
+
+
+@pytest.mark.parametrize("methods, named", [(["sft"], "ppo-label"), (["sft", "ppo-label", "dpo"], "dpo")])
+def test_methods_that_no_table_can_show_are_refused(data, methods, named, capsys):
+    with pytest.raises(SystemExit):
+        quality.parse([*data, "--seed", "0", "--methods", *methods])
+    assert named in capsys.readouterr().err
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -165,6 +211,16 @@ def test_a_gain_of_the_gold_reward_below_the_bound_is_not_missed():
     for wrong, missed in ((98, False), (97, True)):  # +1.0 and +1.5 points of 200 rows
         found = promise(make_cell(gold=gold, sft=100, ppo_label_best=100, ppo_label_last=100, ppo_gold_best=wrong))
         assert found["missed"] is missed
+
+
+def test_a_cell_without_the_gold_reward_misses_no_gain_and_has_its_place_on_the_page():
+    cell = make_cell(sft=10, ppo_label_best=8, ppo_label_last=6)
+    del cell["reward_models"]["rationale"]
+    cell["machine"]["card"] = "a card"
+    assert promise(cell)["gold"] is None and promise(cell)["missed"] is False
+    text = page([cell], "aaaaaaa")
+    assert "| sst2 tiny 0 | unclear | +0.8 | +10.0 | +5.0 |  |  |" in text
+    assert "| 9,600, 70.0 % |  | label: the start" in text and "a processor and one a card; one thread" in text
 
 
 def test_the_page_counts_marks_and_tells_what_is_reached():
