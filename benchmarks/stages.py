@@ -33,7 +33,9 @@ class Stages:
         command = [sys.executable, *map(str, words), "--output_dir", str(directory), "--overwrite"]
         typed = self.as_typed(command[1:])
         if not mark.exists():
-            print(f"{time.strftime('%H:%M:%S')}  {directory.relative_to(self.runs)}", flush=True)
+            print(
+                f"{time.strftime('%H:%M:%S')}  {directory.relative_to(self.runs)}\n", end="", flush=True
+            )  # in one piece
             directory.parent.mkdir(parents=True, exist_ok=True)
             path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
             environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": path}
