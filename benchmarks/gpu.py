@@ -13,6 +13,7 @@ greedy    872 prompts x 48 tokens, this tree and the older one in turns
 scripts   steps of train_sft.py, train_rm.py and train_ppo.py, both trees in turns
 mixed7b   an RLLR-mixed iteration with adapters on a 7B shape: seconds and peak memory per phase
 profile   kernels and host operations of decoding steps and of one PPO step; as text beside --out
+trl       a PPO step against TRL 1.12.0's (pip install trl==1.12.0 datasets); see gpu_trl.py
 compiled  decode's opponent with a static cache and torch.compile (a minute of compiling per shape)
 
 Weights are random, shapes true. Every result is a line of --out as soon as it is there; a row that fails leaves its
@@ -60,6 +61,7 @@ REAL = SimpleNamespace(
     labelled=1024, unlabelled=640, eval_rows=64, sft_epochs=(3, 1), rm_pairs=1, statistics=512, ppo_steps=13,
     ppo_prompts=64, rounds=2, learning_rate=1e-3, greedy_prompts=872, greedy_tokens=48, greedy_batch=256,
     mixed_prompts=64, mixed_tokens=256, mixed_micro=8, profile_steps=20, profile_prompts=64, profile_tokens=13,
+    trl_steps=8,
 )  # fmt: skip
 TINY = SimpleNamespace(
     copy_bytes=2**24, product=256, turns=3, shapes=("135M", "7B"), rows=4, new_tokens=8,
@@ -67,9 +69,10 @@ TINY = SimpleNamespace(
     labelled=240, unlabelled=48, eval_rows=16, sft_epochs=(3, 1), rm_pairs=1, statistics=16, ppo_steps=5,
     ppo_prompts=8, rounds=2, learning_rate=1e-2, greedy_prompts=12, greedy_tokens=6, greedy_batch=8,
     mixed_prompts=4, mixed_tokens=6, mixed_micro=2, profile_steps=4, profile_prompts=4, profile_tokens=5,
+    trl_steps=2,
 )  # fmt: skip
 LIMITS_S = {"limits": 60, "decode": 120, "update": 40, "greedy": 60, "scripts": 270, "mixed7b": 90, "profile": 60,
-            "compiled": 240}  # seconds that a row may take, at most  # fmt: skip
+            "trl": 90, "compiled": 240}  # seconds that a row may take, at most  # fmt: skip
 FIRST_STEPS = 3  # of a stage, which record graphs, take memory and so on: left out of its medians
 
 
@@ -732,8 +735,15 @@ def profiled(bench, what, run):
     )  # fmt: skip
 
 
+def trl(bench):
+    """Whole PPO steps, ours and TRL's."""
+    from gpu_trl import against_trl
+
+    against_trl(bench, Iteration)
+
+
 ROWS = {"limits": limits, "decode": decode, "update": update, "greedy": greedy, "scripts": scripts, "mixed7b": mixed7b,
-        "profile": profile, "compiled": compiled}  # fmt: skip
+        "profile": profile, "trl": trl, "compiled": compiled}  # fmt: skip
 
 
 def main():
@@ -774,7 +784,6 @@ def main():
         bench.write("start", rows=wanted, old=old, cores=os.cpu_count(), threads=torch.get_num_threads())
         for row in wanted:
             run_row(bench, row)
-        bench.write("trl", result="not measured")
     finally:
         for worker in bench.workers.values():
             worker.close()
@@ -784,7 +793,7 @@ def main():
 
 
 def run_row(bench, row):
-    if row in ("mixed7b", "profile", "compiled"):
+    if row in ("mixed7b", "profile", "trl", "compiled"):
         for worker in bench.workers.values():  # their memory and their kernels are out of the way
             worker.close()
     allowed = min(bench.left(), LIMITS_S[row])
