@@ -73,9 +73,8 @@ def run_seed(args, seed, directory):
     warm_up = sum(float(found) for found in re.findall(r"nats per token +(\d+) s", log))  # of the tiny model
     took = stages.stages["sft"]
     start = took["cpu_seconds"] * warm_up / took["seconds"]
-    epochs = int(flags["train_sft.py"][flags["train_sft.py"].index("--epochs") + 1])
     others = {
-        "sft-long": longer_sft(epochs, stages, start=start),
+        "sft-long": longer_sft(flags["train_sft.py"], stages, start=start),
         "sft-label": ["--answer_format", "label", "--epochs", LABEL_EPOCHS],
     }
     others = {} if args.stages_alone else others

@@ -27,7 +27,7 @@ from functools import partial
 from importlib import util
 from pathlib import Path
 
-from stages import FIRST_TUNING_SEED, ROOT, Stages, longer_sft, machine, read
+from stages import FIRST_TUNING_SEED, ROOT, Stages, longer_sft, machine, number_of, read
 
 sys.path.insert(0, str(ROOT))
 CELLS = ROOT / "benchmarks" / "results" / "cells"
@@ -170,7 +170,6 @@ def run_stages(cell):
     args, settings, path = cell.args, cell.settings, cell.directory
     data, base = prepare(cell)
     sft_data = data + ([] if args.all_labelled else ["--labelled", cell.labelled])
-    epochs = int(settings.sft.split("--epochs ")[-1].split()[0])
     sft = ["train_sft.py", "--model", base, *sft_data, *settings.sft.split()]
     label_only = [partial(cell.script, "sft-label", *sft, "--answer_format", "label")] * cell.wants("sft-label")
     cell.together(partial(cell.script, "sft", *sft), *label_only)
@@ -198,9 +197,10 @@ def run_stages(cell):
         scripts.append(partial(cell.script, "tfidf", *own, "--make", "tfidf"))
     cell.together(*scripts)
     if cell.wants("sft-long"):
-        cell.script("sft-long", *sft, *longer_sft(epochs, cell))
+        cell.script("sft-long", *sft, *longer_sft(settings.sft.split(), cell))
     if cell.wants("sft-best-of"):
-        answers = read(path / "ppo-label" / "last" / "rllr.json")["step"] * option(settings.ppo, "rollout_prompts")
+        steps = read(path / "ppo-label" / "last" / "rllr.json")["step"]
+        answers = steps * number_of(settings.ppo.split(), "--rollout_prompts")
         cell.script("best-of-rows", *own, "--make", "rows", "--answers", answers, "--best_of", BEST_OF)
         config = read(path / "sft" / "rllr.json")["config"]
         start = ["--model", path / "best-of-rows" / "policy", *data]
@@ -215,11 +215,6 @@ def run_stages(cell):
     best_of = ["--models", path / "sft", "--best_of", BEST_OF, *label, "--seed", args.seed]
     answer += [partial(cell.stage, path / "best-of", *evaluate, *best_of)] * cell.wants("best-of")
     cell.together(*answer)
-
-
-def option(flags, name):
-    """The number behind the last --name in a string of flags."""
-    return int(flags.split(f"--{name} ")[-1].split()[0])
 
 
 def policies(cell):

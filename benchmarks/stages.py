@@ -67,13 +67,20 @@ class Stages:
         return " and ".join(sorted({done["commit"] for done in self.stages.values()}))
 
 
-def longer_sft(epochs, stages, *, start=0.0):
+def longer_sft(flags, stages, *, start=0.0):
     """Flags of an SFT that takes as much processor time as RLLR's three stages together, with as many looks at dev.
 
-    epochs: passes of the SFT stage. start: its processor seconds before the first pass.
+    flags: words of the SFT stage. start: its processor seconds before the first pass.
     """
     factor = 1 + stages.cpu("rm-label", "ppo-label") / (stages.cpu("sft") - start)
-    return ["--epochs", round(epochs * factor), "--eval_every", max(1, round(factor))]
+    longer = {name: max(1, round(factor * number_of(flags, name, 1))) for name in ("--epochs", "--eval_every")}
+    return [word for pair in longer.items() for word in pair]
+
+
+def number_of(flags, name, default=None):
+    """The whole number behind the last `name` among words."""
+    places = [place for place, word in enumerate(flags) if word == name]
+    return int(flags[places[-1] + 1]) if places else default
 
 
 def read(path):

@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import quality
 import quality_tables
+import stages
 from quality_tables import compare, grouped, page, promise, right, sharing
 
 # ---- halves, seeds, commands -----------------------------------------------------------------------------------------
@@ -112,6 +113,15 @@ def test_stages_that_need_nothing_of_each_other_run_at_once(data):
 
     with pytest.raises(SystemExit, match="a stage failed"):
         cell.together(fails, both.abort)
+
+
+def test_an_sft_as_long_as_all_stages_has_their_time_and_as_many_looks_at_dev(data):
+    cell = quality.Cell(quality.parse([*data, "--seed", "0"]))
+    cell.stages = {"sft": {"cpu_seconds": 50}, "rm-label": {"cpu_seconds": 60}, "ppo-label": {"cpu_seconds": 40}}
+    flags = ["--epochs", "2", "--eval_every", "4", "--epochs", "8"]  # the last one counts, as in the scripts
+    longer = stages.longer_sft(flags, cell, start=10)
+    assert longer == ["--epochs", 28, "--eval_every", 14]  # 3.5 times 40 seconds of passes; two looks as before
+    assert stages.longer_sft(["--epochs", "3"], cell) == ["--epochs", 9, "--eval_every", 3]
 
 
 @pytest.mark.parametrize("methods, named", [(["sft"], "ppo-label"), (["sft", "ppo-label", "dpo"], "dpo")])
