@@ -3,18 +3,17 @@
     python benchmarks/reward_hacking.py --sft runs/demo/sft     # trains, writes the figures' data, draws
     python benchmarks/reward_hacking.py --figure                # draws docs/reward-hacking.svg from the stored data
 
-For each kind of `--label_pairs` a reward model and a PPO run that looks at dev every 20 updates; all else is equal.
-Finished stages do not run again. Writes benchmarks/results/reward-hacking.json; the drawing needs matplotlib.
+For each kind of `--label_pairs` a reward model and a PPO run with the settings of `make demo`; it looks at dev every 10
+updates and is never stopped. All else is equal. Finished stages do not run again. Writes
+benchmarks/results/reward-hacking.json; the drawing needs matplotlib.
 """
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from common import ROOT, machine
+from demo import CODE, recipe
+from stages import ROOT, Stages, machine, read
 
 KINDS = {"paper": "paper's pairs", "drawn": "drawn rationales", "on_policy": "on-policy pairs"}
 RESULTS, FIGURE = ROOT / "benchmarks" / "results" / "reward-hacking.json", ROOT / "docs" / "reward-hacking.svg"
@@ -25,45 +24,31 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sft", default="runs/demo/sft")
     parser.add_argument("--runs", default="runs/reward-hacking")
-    parser.add_argument("--rm", default="--pairs_per_row 2 --epochs 6 --patience 9 --checks_per_epoch 1 --dropout 0.1")
-    parser.add_argument("--ppo", default="--steps 120 --eval_every 20 --eval_rows 1000 --learning_rate 3e-4 "
-                        "--value_learning_rate 1e-3 --ppo_epochs 2 --on_hacking ignore")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figure", action="store_true", help="draw from the stored figures alone")
     args = parser.parse_args()
     if not args.figure:
-        runs = {kind: measure(kind, args) for kind in KINDS}
-        result = {"kinds": runs, "sft": args.sft, "rm": args.rm, "ppo": args.ppo, "machine": machine()}
+        stages = Stages(Path(args.runs).resolve(), CODE)
+        runs = {kind: measure(kind, stages, args) for kind in KINDS}
+        result = {"kinds": runs, "stages": stages.stages, "commit": stages.commits(), "machine": machine()}
         RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    draw(json.loads(RESULTS.read_text(encoding="utf-8")))
+    draw(read(RESULTS))
 
 
-def measure(kind, args):
+def measure(kind, stages, args):
     """The reward model's report and PPO's dev accuracy by step, of one kind of pairs."""
-    rm, ppo = Path(args.runs) / f"rm-{kind}", Path(args.runs) / f"ppo-{kind}"
-    stage(rm, ["train_rm.py", "--policy", args.sft, "--label_pairs", kind, *args.rm.split()])
-    stage(ppo, ["train_ppo.py", "--policy", args.sft, "--label_rm", str(rm), *args.ppo.split()])
+    flags, rm, ppo = recipe(), stages.runs / f"rm-{kind}", stages.runs / f"ppo-{kind}"
+    common = ["--policy", args.sft, "--seed", args.seed]
+    stages.stage(rm, ROOT / "train_rm.py", *flags["train_rm.py"], *common, "--label_pairs", kind)
+    more = ["--label_rm", rm, "--eval_every", 10, "--on_hacking", "ignore"]
+    stages.stage(ppo, ROOT / "train_ppo.py", *flags["train_ppo.py"], *common, *more)
     lines = [json.loads(line) for line in (ppo / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     looks = [
         {"step": line["step"], "accuracy": line["eval/accuracy"], "grounded": line.get("eval/grounded")}
         for line in lines if "eval/accuracy" in line
     ]  # fmt: skip
     scores = [line["judge/score"] for line in lines if "judge/score" in line]
-    report = json.loads((rm / "rllr.json").read_text(encoding="utf-8"))["report"]
-    return {"report": report, "ppo": looks, "scores": scores}
-
-
-def stage(directory, command):
-    """Run a script into a directory unless it has finished there."""
-    done = directory.parent / f"{directory.name}.done"
-    if done.exists():
-        return
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    words = [sys.executable, str(ROOT / command[0]), *command[1:], "--output_dir", str(directory), "--overwrite"]
-    with open(directory.parent / f"{directory.name}.log", "w", encoding="utf-8") as log:
-        if subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode:
-            sys.exit(f"{directory}: failed, see {log.name}; finished stages will not run again")
-    done.touch()
+    return {"report": read(rm / "rllr.json")["report"], "ppo": looks, "scores": scores}
 
 
 def draw(result):
