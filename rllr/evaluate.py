@@ -21,7 +21,8 @@ from .common.errors import InputError, command
 from .common.files import write_json
 from .common.log import say
 from .data.encoding import Encoder
-from .data.splits import DataConfig, inherit, load_evaluation, met_rows
+from .data.met_rows import met_rows
+from .data.splits import DataConfig, inherit, load_evaluation
 from .metrics import _columns, _metrics, _Statistic, answer_metrics, bootstrap_interval, grounded_words, mcnemar
 from .model.loading import allow_remote_code, load_policy, load_tokenizer
 from .model.records import check_same_task, policy_directory, read_record, resolve_task, task_of_record

@@ -10,7 +10,8 @@ import math
 from .answers import Answer, write_answers
 from .common.errors import InputError, RunError
 from .common.log import say
-from .data.splits import FEW_ROWS, hashes_of, joined_hashes, recorded_hashes
+from .data.met_rows import hashes_of, joined_hashes, recorded_hashes
+from .data.split_report import FEW_ROWS
 from .evaluate import show_samples
 from .grounding import grounded
 from .guard import REMEDIES, beats, grounded_sentence, hacking_sentence, paired

@@ -12,7 +12,7 @@ from .common.errors import command
 from .common.files import RECORD, check_run_directory, open_run_directory, write_json
 from .common.log import say
 from .data.encoding import Encoder
-from .data.splits import recorded_hashes
+from .data.met_rows import recorded_hashes
 from .model.heads import RewardModel, reward_pad_token_id
 from .model.loading import allow_remote_code, fingerprint, load_merged, load_tokenizer
 from .model.peft_format import read_adapter_config

@@ -23,6 +23,7 @@ import pytest  # noqa: E402
 from _pytest.runner import runtestprotocol  # noqa: E402
 
 import rllr.best_of  # noqa: E402
+import rllr.data.met_rows  # noqa: E402
 import rllr.data.splits  # noqa: E402
 import rllr.guard  # noqa: E402
 import rllr.layout  # noqa: E402
@@ -232,7 +233,7 @@ MUTANTS = [
     ("data.splits._other_rows", "(trained | chose, ", "(trained, "),
     ("data.splits.Splits.prompts", 'self.labelled if kind == "labelled" else ', ""),
     ("data.splits.Splits.prompts", "self.unlabelled or self.labelled", "self.unlabelled"),
-    ("data.splits.met_rows", '("held_out", "eval")', '("eval",)'),
+    ("data.met_rows.met_rows", '("held_out", "eval")', '("eval",)'),
     ("pairs._whole", "and not answer.truncated", ""),
     ("pairs.grounded_pairs", "if label == gold", ""),
     ("pairs.grounded_pairs", "[text for text in right if shares", "[text for text in shares if shares"),

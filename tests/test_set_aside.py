@@ -10,7 +10,8 @@ from toy_runs import write_rows
 
 from rllr.common.errors import InputError
 from rllr.data import splits as splits_module
-from rllr.data.splits import DataConfig, Splits, inherit, joined_hashes, load_evaluation, load_splits, met_rows
+from rllr.data.met_rows import joined_hashes, met_rows
+from rllr.data.splits import DataConfig, Splits, inherit, load_evaluation, load_splits
 from rllr.run.resume import Resumed
 from rllr.tasks import TASKS, Example, Task
 

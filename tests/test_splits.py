@@ -16,8 +16,10 @@ from rllr import evaluate
 from rllr.common.errors import InputError
 from rllr.common.files import path_for_record, path_from_record
 from rllr.data.encoding import Encoder
+from rllr.data.met_rows import rows_digest
 from rllr.data.rows import load_examples
-from rllr.data.splits import DataConfig, Splits, load_splits, rows_digest, tell_splits
+from rllr.data.split_report import tell_splits
+from rllr.data.splits import DataConfig, Splits, load_splits
 from rllr.tasks import Example, Task
 
 TASK = Task("toy", ("good", "bad"), "{text}")

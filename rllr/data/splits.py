@@ -7,19 +7,18 @@ eval        dev rows: they choose epoch, step and recipe; PPO's preview and guar
 test        they train nothing and choose nothing: figures that are reported come from them
 """
 
-import hashlib
-import json
-from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from ..common.config import Settings, flag
-from ..common.errors import InputError, brief
-from ..common.files import RECORD, ROWS, path_from_record, read_json
+from ..common.errors import InputError
+from ..common.files import RECORD, path_from_record
 from ..model.records import PATHS, read_record, resolve_task
 from ..tasks import Task, load_task
+from .met_rows import hashes_of, recorded_hashes, rows_digest
 from .row_reader import parse_mapping_flag, text_hash
 from .rows import NoSuchSplit, Source, load_examples, select_labelled, split_holdout
+from .split_report import tell_splits
 
 EVAL_SHARE = 0.1  # of the labelled rows, where no evaluation data is given
 TEST_SHARE = 0.1  # the same for test
@@ -27,8 +26,6 @@ HELD_OUT_SHARE = 0.1  # of the labelled rows that are left
 LEFT_OUT = {"held_out": HELD_OUT_SHARE, "labelled": "all"}  # what these flags stand for where a run did without them
 FEWEST_TEST_ROWS = 50  # where that share makes fewer, none are set aside: they would tell little and cost labels
 FEWEST_ROWS = 10  # labelled, and with a rationale, below which there is nothing to train on
-FEW_ROWS = 400  # dev rows below which what they say is shaky: the standard error of an accuracy is above 2.5 points
-NAMED_CLASSES = 12  # labels, at most, whose rows a log line counts
 SOURCES = frozenset(
     "train_file eval_file test_file dataset dataset_config train_split eval_split test_split columns label_map "
     "delimiter encoding".split()
@@ -117,21 +114,6 @@ class Splits:
         """What `rows.json` keeps: which texts trained a policy (labelled), chose it (held_out, eval), and did neither
         (test)."""
         return {name: hashes_of(getattr(self, name)) for name in SPLITS if name != "unlabelled"}
-
-
-def rows_digest(rows):
-    """SHA-256 of rows, whatever their order and place."""
-    one = (
-        json.dumps([e.id, e.text, e.text_b, e.label, e.score, e.rationale, e.rationales], sort_keys=True) for e in rows
-    )
-    return hashlib.sha256(
-        "\n".join(sorted(hashlib.sha256(row.encode()).hexdigest() for row in one)).encode()
-    ).hexdigest()
-
-
-def hashes_of(rows):
-    """The rows as `rows.json` knows them."""
-    return [text_hash(row.text, row.text_b) for row in rows]
 
 
 def load_splits(config: DataConfig, task: Task, log=print, record=None, resumed=None) -> Splits:
@@ -236,69 +218,6 @@ def _set_aside(parts, test_share, seed, log):
     return [row for row in parts["train"] if row.id not in taken], evaluation, test
 
 
-# ---- what the log says of the rows -----------------------------------------------------------------------------------
-
-
-def tell_splits(splits, task, log):
-    """Rows per split and class, what each split does, and a warning for what makes figures mean less than they seem
-    to."""
-    unlabelled = "PPO's prompts" if splits.unlabelled else "PPO's prompts are the labelled ones"
-    named = {
-        "labelled to train on": (splits.labelled, "SFT and the reward models learn from them"),
-        "labelled held out": (splits.held_out, "they stop the reward model"),
-        "unlabelled": (splits.unlabelled, unlabelled),
-        "for evaluation (dev)": (splits.eval, "they choose epoch and step; preview, guard"),
-        "for test": (splits.test, "they choose nothing: report figures of these"),
-    }  # fmt: skip
-    lines = [f"{len(rows)} {name}{_by_label(rows, task)}: {does}" for name, (rows, does) in named.items()]
-    log("rows: " + "\n      ".join(lines))
-    if len(splits.eval) < FEW_ROWS:
-        log(
-            f"warning: dev has {len(splits.eval)} rows: preview, guard and the choice of epoch and step are shaky; "
-            f"{FEW_ROWS} or more would make them surer"
-        )
-    learnt = {_texts(row) for row in splits.labelled}
-    train = learnt | {_texts(row) for row in splits.held_out + splits.unlabelled}
-    seen = train | {_texts(row) for row in splits.eval}
-    for name, rows, others, where in (
-        ("test", splits.test, seen, "training and evaluation rows"),
-        ("evaluation", splits.eval, train, "training rows"), ("held-out", splits.held_out, learnt, "rows to train on"),
-    ):  # fmt: skip
-        shared = [row for row in rows if _texts(row) in others]
-        if shared:
-            log(
-                f"warning: {len(shared)} of {len(rows)} {name} texts are among the {where} as well "
-                f"({', '.join(r.name for r in shared[:3])}"
-                f"{', ...' if len(shared) > 3 else ''}): what is measured on them says little about new texts"
-            )
-    groups = {"rows to train on": splits.labelled, "evaluation rows": splits.eval, "test rows": splits.test}
-    for name, rows in groups.items():
-        present = {row.label for row in rows}
-        if len(present) == 1:
-            log(
-                f"warning: all {len(rows)} {name} are labelled {present.pop()!r}: "
-                "always the same answer is 100 % right there"
-            )
-    missing = [label for label in task.labels if label not in {row.label for row in splits.labelled}]
-    if missing:
-        log(
-            "warning: no row to train on is labelled "
-            f"{', '.join(map(brief, missing))}: the policy cannot learn to say so"
-        )
-
-
-def _by_label(rows, task):
-    counts = Counter(row.label for row in rows)
-    if not any(label in counts for label in task.labels) or len(task.labels) > NAMED_CLASSES:
-        return ""
-    return f" ({', '.join(f'{label} {counts[label]}' for label in task.labels)})"
-
-
-def _texts(row):
-    """A row's texts as they are compared: without case and white space."""
-    return tuple("".join((text or "").casefold().split()) for text in (row.text, row.text_b))
-
-
 # ---- rows of the policy's record, rows of another file ---------------------------------------------------------------
 
 
@@ -339,29 +258,6 @@ def _without(rows, hashes, did, config, name, log):
     if not kept:
         raise InputError(f"{_source(config, name)}: every row of it {did}; give other rows")
     return kept
-
-
-def recorded_hashes(policy):
-    """{split: hashes of its texts} that a policy's directory keeps; {} for one that keeps none."""
-    path = Path(policy or "") / ROWS
-    hashes = read_json(path) if policy and path.is_file() else {}
-    if not isinstance(hashes, dict) or not all(isinstance(names, list) for names in hashes.values()):
-        raise InputError(f"{path}: damaged; restore it, or train the policy again")
-    return hashes
-
-
-def joined_hashes(known, more):
-    """{split: hashes} of both, each once."""
-    return {name: list(dict.fromkeys([*known.get(name, ()), *more.get(name, ())])) for name in known | more}
-
-
-def met_rows(policy, rows) -> dict:
-    """How many of the rows a policy's directory says it has met, by their texts: {"rows_that_trained": as labelled rows
-    or as PPO's prompts, "rows_that_chose": as held-out or dev rows}. 0 where it says nothing."""
-    hashes, own = recorded_hashes(policy), hashes_of(rows)
-    parts = {"rows_that_trained": ("labelled", "prompts"), "rows_that_chose": ("held_out", "eval")}
-    known = {name: {h for split in splits for h in hashes.get(split, ())} for name, splits in parts.items()}
-    return {name: sum(h in met for h in own) for name, met in known.items()}
 
 
 def _source(config, name):

@@ -11,7 +11,7 @@ from ..answers import named_generator, read_answers, write_answers
 from ..common.errors import InputError
 from ..common.files import read_json, write_json
 from ..common.log import say
-from ..data.splits import FEW_ROWS
+from ..data.split_report import FEW_ROWS
 from ..judge import STATISTICS, ScoreStatistics, score_rows
 from ..layout import Packed, pack
 from ..metrics import accuracy, tell_parse_failures

@@ -1,0 +1,47 @@
+"""Which rows a policy has met: digests of what was read, and hashes of texts (`rows.json` beside a policy)."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from ..common.errors import InputError
+from ..common.files import ROWS, read_json
+from .row_reader import text_hash
+
+
+def rows_digest(rows):
+    """SHA-256 of rows, whatever their order and place."""
+    one = (
+        json.dumps([e.id, e.text, e.text_b, e.label, e.score, e.rationale, e.rationales], sort_keys=True) for e in rows
+    )
+    return hashlib.sha256(
+        "\n".join(sorted(hashlib.sha256(row.encode()).hexdigest() for row in one)).encode()
+    ).hexdigest()
+
+
+def hashes_of(rows):
+    """The rows as `rows.json` knows them."""
+    return [text_hash(row.text, row.text_b) for row in rows]
+
+
+def recorded_hashes(policy):
+    """{split: hashes of its texts} that a policy's directory keeps; {} for one that keeps none."""
+    path = Path(policy or "") / ROWS
+    hashes = read_json(path) if policy and path.is_file() else {}
+    if not isinstance(hashes, dict) or not all(isinstance(names, list) for names in hashes.values()):
+        raise InputError(f"{path}: damaged; restore it, or train the policy again")
+    return hashes
+
+
+def joined_hashes(known, more):
+    """{split: hashes} of both, each once."""
+    return {name: list(dict.fromkeys([*known.get(name, ()), *more.get(name, ())])) for name in known | more}
+
+
+def met_rows(policy, rows) -> dict:
+    """How many of the rows a policy's directory says it has met, by their texts: {"rows_that_trained": as labelled rows
+    or as PPO's prompts, "rows_that_chose": as held-out or dev rows}. 0 where it says nothing."""
+    hashes, own = recorded_hashes(policy), hashes_of(rows)
+    parts = {"rows_that_trained": ("labelled", "prompts"), "rows_that_chose": ("held_out", "eval")}
+    known = {name: {h for split in splits for h in hashes.get(split, ())} for name, splits in parts.items()}
+    return {name: sum(h in met for h in own) for name, met in known.items()}
