@@ -117,6 +117,7 @@ class PPOConfig(Settings):
 @dataclass
 class Config(RewardConfig, PPOConfig, TrainingConfig, PolicyConfig, LoRAConfig, DataConfig):
     GROUP = "run"
+    SECTION = "ppo"
     save_every: int = flag(20, "rollouts between checkpoints; 0: only when asked to stop", at_least=0)
     log_every: int = flag(5, "steps between printed lines; metrics.jsonl has every step", above=0)
     show_every: int = flag(20, "steps between printed samples", above=0)

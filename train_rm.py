@@ -58,6 +58,7 @@ from rllr.run.settings import PolicyConfig, SupervisedConfig
 @dataclass
 class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataConfig):
     GROUP = "reward model"
+    SECTION = "rm"
     pairs: str = flag("label", "label, rationale, or a JSONL file of pairs")
     label_pairs: str | None = flag(
         None,

@@ -42,6 +42,7 @@ from rllr.tiny import TEXTS, TinyConfig, build_tiny
 @dataclass
 class Config(SupervisedConfig, RationaleConfig, LoRAConfig, DataConfig):
     GROUP = "supervised fine-tuning"
+    SECTION = "sft"
     START = "model"  # the setting that names the model which the stage starts from
     model: str = flag("tiny", "hub name or directory of a causal LM; tiny: build one from scratch")
     tiny_epochs: int | None = flag(

@@ -1,10 +1,13 @@
 """Flags and settings files: values typed by their fields, flags over file, mistakes as InputErrors that name them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 import train_ppo
+import train_rm
+import train_sft
 from rllr.common.config import Settings, check_divisible, flag, parse_config
 from rllr.common.errors import InputError, RunError, command
 from rllr.tasks import load_task
@@ -278,3 +281,52 @@ def test_what_was_given_is_known(tmp_path):
     (tmp_path / "c.yaml").write_text("steps: 3\nname: y\n")
     config = parse_config(Config, ["--config", str(tmp_path / "c.yaml"), "--rate", "0.5", "--fast"])
     assert config.given == {"steps", "name", "rate", "fast"} and parse_config(Config, []).given == frozenset()
+
+
+# ---- files for several scripts ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class OfOneScript(Settings):
+    SECTION = "rm"
+    steps: int = flag(10)
+    rate: float = flag(0.5)
+
+
+def test_of_a_file_for_several_scripts_each_takes_its_own_part(file):
+    path = file("all: {steps: 3, rate: 0.1}\nrm: {rate: 0.2}\nppo: {unknown: 1}\nsft:\n")
+    assert parse_config(OfOneScript, ["--config", path]) == OfOneScript(3, 0.2)
+    assert parse_config(OfOneScript, ["--config", path, "--steps", "4"]) == OfOneScript(4, 0.2)
+    assert parse_config(OfOneScript, ["--config", file("sft: {steps: 3}")]) == OfOneScript()
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        ("rm: {steps: 3}\nrate: 1", "rate"),
+        ("rm: {steps: 3}\nppo: 4", "ppo"),
+        ("rm: {steps: 3}\ndpo: {steps: 4}", "dpo"),
+        ("all: {step: 3}", "unknown setting 'step'"),
+        ("rm: {steps: many}", "steps: must be a number of type int, got 'many'"),
+    ],
+)
+def test_what_is_wrong_in_a_file_for_several_scripts_is_named(file, content, named):
+    with pytest.raises(InputError) as caught:
+        parse_config(OfOneScript, ["--config", path := file(content)])
+    assert str(caught.value).startswith(path) and named in str(caught.value)
+
+
+RECIPES = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", [train_sft, train_rm, train_ppo], ids=lambda script: script.__name__)
+def test_the_recipes_are_settings_of_the_scripts(recipe, script):
+    needs = ["--policy", "runs/x"] if script is not train_sft else ["--model", "an_llm"] * (recipe.stem != "tiny")
+    config = parse_config(script.Config, ["--config", str(recipe), *needs])
+    config.validate()
+    assert config.given >= {"max_new_tokens"}
+
+
+def test_there_are_recipes():
+    assert {path.stem for path in RECIPES} == {"tiny", "small", "paper"}

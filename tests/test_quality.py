@@ -15,6 +15,11 @@ import quality_tables
 import stages
 from quality_tables import compare, grouped, page, promise, right, sharing
 
+import train_ppo
+import train_rm
+import train_sft
+from rllr.common.config import parse_config
+
 # ---- halves, seeds, commands -----------------------------------------------------------------------------------------
 
 
@@ -122,6 +127,16 @@ def test_an_sft_as_long_as_all_stages_has_their_time_and_as_many_looks_at_dev(da
     longer = stages.longer_sft(flags, cell, start=10)
     assert longer == ["--epochs", 28, "--eval_every", 14]  # 3.5 times 40 seconds of passes; two looks as before
     assert stages.longer_sft(["--epochs", "3"], cell) == ["--epochs", 9, "--eval_every", 3]
+
+
+@pytest.mark.parametrize("script, flags", [(train_sft, "sft"), (train_rm, "rm"), (train_ppo, "ppo")])
+def test_a_pretrained_models_cells_have_the_settings_of_the_recipe(script, flags):
+    recipe = parse_config(script.Config, ["--config", str(ROOT / "configs" / "small.yaml")])
+    cell = parse_config(script.Config, getattr(quality.LLM, flags).split())
+    every = {"precision", "max_new_tokens"}  # of every stage, given elsewhere
+    assert recipe.given - every <= cell.given
+    assert all(getattr(recipe, name) == getattr(cell, name) for name in recipe.given - every)
+    assert "--max_new_tokens 40" in quality.EVERY_STAGE and recipe.max_new_tokens == 40
 
 
 @pytest.mark.parametrize("methods, named", [(["sft"], "ppo-label"), (["sft", "ppo-label", "dpo"], "dpo")])

@@ -23,6 +23,8 @@ from pathlib import Path
 from .errors import InputError, brief
 from .texts import check_text, read_mapping
 
+SECTIONS = ("all", "sft", "rm", "ppo")  # the parts of a file for several commands: of each of them, of one script
+
 
 def flag(default=dataclasses.MISSING, help="", *, above=None, at_least=None, between=None, choices=None, bare=None):
     """A dataclass field that is a flag. help: what `--help` says of it.
@@ -40,6 +42,7 @@ class Settings:
     """Base class of a command's settings. Subclasses are dataclasses; each may name the heading of its own flags."""
 
     GROUP: typing.ClassVar[str] = "settings"
+    SECTION: typing.ClassVar[str | None] = None  # this command's part of a file for several commands
     given: frozenset = frozenset()  # names of the settings that a flag or a file has set
     inherited: dict = {}  # {name: the file that a setting was taken from, when nobody gave it}; replaced, never changed
     _frozen = False
@@ -75,6 +78,7 @@ class _Parser(argparse.ArgumentParser):
 def parse_config(cls, argv=None, description=None):
     """An instance of the dataclass `cls` from flags and, with --config, a YAML or JSON file under them.
 
+    Such a file holds settings, or parts of settings for several commands: `all`, and one part a script (SECTIONS).
     Flags cannot be abbreviated. Unknown flags, unknown keys of the file, values of the wrong type or out of their
     bounds are InputErrors that name them. A boolean field `x` has --x and --no-x. Fields without a default are
     required. The instance's `given` names the fields that a flag or the file has set.
@@ -84,7 +88,7 @@ def parse_config(cls, argv=None, description=None):
     values = {}
     config_file = flags.pop("config", None)
     if config_file:
-        for key, value in read_mapping(Path(config_file)).items():
+        for key, value in _read_settings(Path(config_file), getattr(cls, "SECTION", None)).items():
             if key not in fields:
                 raise InputError(f"{config_file}: unknown setting {brief(key)}; the settings are {', '.join(fields)}")
             values[key] = convert_setting(fields[key], value, f"{config_file}: {key}")
@@ -98,6 +102,20 @@ def parse_config(cls, argv=None, description=None):
     config = cls(**values)
     config.given = frozenset(values)
     return config
+
+
+def _read_settings(path, section):
+    """The settings that a file has for the command with this section."""
+    mapping = read_mapping(path)
+    if not set(SECTIONS) & set(mapping):
+        return mapping
+    for name, part in mapping.items():
+        if name not in SECTIONS or not isinstance(part, dict | types.NoneType):
+            raise InputError(
+                f"{path}: {brief(name)}: a file for several scripts has parts alone, each with settings of its own: "
+                f"{', '.join(SECTIONS)}"
+            )
+    return (mapping.get("all") or {}) | (mapping.get(section) or {})
 
 
 def _parser(cls, fields, description):
