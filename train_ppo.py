@@ -39,7 +39,11 @@ class RewardConfig(Settings):
     GROUP = "reward"
     reward: str = flag("label", "label, rationale, mixed, gold, or module:function")
     label_rm: str | None = flag(None, "label-sensitive reward model (runs/<task>/rm-label)")
-    rationale_rm: str | None = flag(None, "rationale-sensitive reward model (runs/<task>/rm-rationale)")
+    rationale_rm: str | None = flag(
+        None,
+        "rationale-sensitive reward model (runs/<task>/rm-rationale); grounded: the rule whether the words that a "
+        "rationale quotes stand in its text, 1 or 0",
+    )
     threshold: str | None = flag(None, "mixed: cap of the label reward, a number (1.0) or a quantile of it (q0.9)")
     score_norm: str = flag(
         "stored",

@@ -4,6 +4,8 @@ The two forms that quote are read back where they are written: `data.demo.quote_
 It is words that are looked up, not their order nor their meaning: a grounded rationale may still argue badly.
 """
 
+import torch
+
 from .data.demo import RATIONALE_LINK, RATIONALE_START, quote_of
 from .rationales.words import words_of
 from .rationales.writers import evidence_of
@@ -38,6 +40,21 @@ def grounded(task: Task, example: Example, answer: str) -> float | None:
         return float(quoted <= places["has"]) if quoted else None
     content = _words(rationale) - FUNCTION_WORDS - _words("\n".join(task.labels))
     return len(content & places["has"]) / len(content) if content else None
+
+
+class GroundedReward:
+    """reward_fn of a rule where a rationale reward model may stand: the share of a rationale that stands in its text.
+
+    0 as well for a rationale that names nothing, so that silence is no way out.
+    """
+
+    def __init__(self, task):
+        self.task = task
+
+    def __call__(self, samples):
+        answers = zip(samples.examples, samples.answers, strict=True)
+        shares = [grounded(self.task, example, answer) or 0.0 for example, answer in answers]
+        return torch.tensor(shares, dtype=torch.float32, device=samples.sequences.device)
 
 
 def known_means(groups: dict) -> dict[str, float]:

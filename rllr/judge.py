@@ -37,6 +37,7 @@ class Samples:
     response_mask: torch.Tensor  # [B, R] bool
     truncated: torch.Tensor  # [B] bool
     ids: list = field(default_factory=list)  # of the rows the prompts come from
+    examples: list = field(default_factory=list)  # these rows
 
     @property
     def packed(self) -> Packed:
@@ -62,6 +63,7 @@ def read_samples(rollout, examples, task, encoder, gold) -> Samples:
         response_mask=rollout.response_mask,
         truncated=rollout.truncated,
         ids=[example.id for example in examples],
+        examples=list(examples),
     )
 
 

@@ -11,6 +11,7 @@ from .common.errors import InputError, RunError
 from .common.files import RECORD
 from .common.log import say
 from .data.encoding import Encoder
+from .grounding import GroundedReward
 from .judge import STATISTICS, Judges, RewardModelScorer, gold_reward, load_function
 from .model.backbone import backbone_of
 from .model.heads import RewardModel, ValueModel
@@ -23,6 +24,8 @@ from .preview import sentence
 from .reports.reward_report import load_statistics
 from .run.optimizer import Optimizer
 from .run.rates import settle_rates
+
+RULE = "grounded"  # as --rationale_rm: no reward model, `judge.GroundedReward`
 
 
 @dataclass
@@ -55,6 +58,7 @@ class Models:
         """{"--flag": fingerprint} of the weights that the run reads."""
         found = {"--policy": self.fingerprint}
         found |= {f"--{part}_rm": fingerprint(scorer.model) for part, scorer in self.judges.scorers.items()}
+        found |= {"--rationale_rm": RULE} if is_rule(config, "rationale") else {}
         return found | ({"--value_init": fingerprint(self.value_model)} if config.value_init else {})
 
     def check_frozen(self):
@@ -73,6 +77,11 @@ class Models:
         }
 
 
+def is_rule(config, part):
+    """Whether a rule judges in place of a reward model."""
+    return part == "rationale" and config.rationale_rm == RULE
+
+
 def load_models(run) -> Models:
     """Every model of a PPO run, and the two optimisers. InputError, with the flag, for one that does not fit."""
     config, device = run.config, run.device
@@ -83,7 +92,7 @@ def load_models(run) -> Models:
     # already.
     cast = config.base_dtype != "fp32"
     frozen_fingerprint = fingerprint(base if base is not None else reference) if cast else policy_fingerprint
-    judges = load_judges(config, tokenizer, device, base, policy_fingerprint)
+    judges = load_judges(config, tokenizer, device, base, policy_fingerprint, run.task)
     value_model = load_value_model(config, device, base, policy_fingerprint, judges)
     for model in (policy, value_model) if config.gradient_checkpointing else ():
         checkpoint_layers(backbone_of(model))
@@ -122,7 +131,7 @@ def name_judges(config, task):
     InputError for a reward model that is not there, before any model is loaded.
     """
     for part in ("label", "rationale"):
-        if config.reward not in (part, "mixed"):
+        if config.reward not in (part, "mixed") or is_rule(config, part):
             continue
         directory = getattr(config, f"{part}_rm") or f"runs/{task.name}/rm-{part}"
         if not Path(directory).is_dir():
@@ -132,7 +141,7 @@ def name_judges(config, task):
         setattr(config, f"{part}_rm", str(directory))
 
 
-def load_judges(config, tokenizer, device, base=None, policy_fingerprint=None) -> Judges:
+def load_judges(config, tokenizer, device, base=None, policy_fingerprint=None, task=None) -> Judges:
     """What gives `label_sensitive_reward` its scores. `gold` and a user's function stand where the label reward stands.
 
     On a `base` a reward model that was saved as an adapter becomes a role; one trained in full is a model of its own.
@@ -144,7 +153,9 @@ def load_judges(config, tokenizer, device, base=None, policy_fingerprint=None) -
         return Judges("label", {"label": load_function(config.reward)}, penalties=penalties)
     by_part = {}
     for part in ("label", "rationale"):
-        if config.reward in (part, "mixed"):
+        if config.reward in (part, "mixed") and is_rule(config, part):
+            by_part[part] = GroundedReward(task)
+        elif config.reward in (part, "mixed"):
             directory = getattr(config, f"{part}_rm")  # `name_judges` saw to it
             where = f"--{part}_rm {directory}"
             if base is not None and is_adapter(directory):
@@ -187,8 +198,8 @@ def load_value_model(config, device, base=None, policy_fingerprint=None, judges=
     On a `base` it is an adapter: the reward model's, trained on; a new one on the frozen backbone of a reward model
     that was trained in full (the judge's own, where it is one); or a new one on the base.
     """
-    own_reward = config.reward == "gold" or ":" in config.reward
     of_reward = config.rationale_rm if config.reward == "rationale" else config.label_rm
+    own_reward = config.reward == "gold" or ":" in config.reward or of_reward == RULE  # nothing to start from
     source = config.value_init or (None if own_reward else of_reward)
     if source is None:
         say("value model: SFT backbone with a zero head")

@@ -5,13 +5,15 @@ import random
 from types import SimpleNamespace
 
 import pytest
+import torch
 from toy_runs import read_metrics, run
 
 from rllr import evaluate
 from rllr.answers import Answer
 from rllr.data.demo import demo_examples
 from rllr.evaluate import compare, table
-from rllr.grounding import grounded, known_means
+from rllr.grounding import GroundedReward, grounded, known_means
+from rllr.judge import Samples
 from rllr.metrics import answer_metrics, metric_line, rank
 from rllr.model.records import read_record
 from rllr.rationales.factory import make_writer
@@ -279,3 +281,20 @@ def test_the_figure_of_a_ppo_step_is_of_its_own_prompts(toy, tmp_path, monkeypat
     )
     toy.ppo(tmp_path / "ppo", "--reward", "gold", "--show_every", 1, steps=2)
     assert len(prompts) == 16 and seen.pairs == prompts
+
+
+# ---- as a reward -----------------------------------------------------------------------------------------------------
+
+
+def test_as_a_reward_it_pays_for_words_that_stand_in_their_own_rows_text():
+    texts = ["a dull mess", "a dull mess", "a fine film", "a fine film", "a fine film"]
+    rationales = [
+        "the word dull suggests negative", "the word fine suggests positive",  # the second is another row's word
+        "the word fine suggests positive",
+        "",  # names nothing
+        "a film about the sea",  # half of its content words
+    ]  # fmt: skip
+    answers = [SINGLE.render_answer("negative", rationale) for rationale in rationales]
+    rows = [Example(str(n), text) for n, text in enumerate(texts)]
+    samples = Samples(["p"] * 5, answers, [None] * 5, [None] * 5, *[torch.zeros(5, 1)] * 4, examples=rows)
+    assert GroundedReward(SINGLE)(samples).tolist() == [1, 0, 1, 0, 0.5]

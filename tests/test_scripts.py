@@ -288,6 +288,29 @@ def test_ppo_with_each_reward(toy, tmp_path, monkeypatch, reward):
         assert all(line["judge/score"] <= line["judge/rationale_score"] - 0.5 + 1e-5 for line in lines)
 
 
+@pytest.mark.parametrize("reward", ["mixed", "rationale"])
+def test_ppo_with_the_rule_in_place_of_a_rationale_reward_model(toy, tmp_path, reward, capsys):
+    flags = ["--reward", reward, "--rationale_rm", "grounded"]
+    flags += ["--label_rm", toy.label_rm, "--threshold", 0.25] if reward == "mixed" else []
+    printed = toy.ppo(tmp_path / "ppo", *flags)
+    for line in read_metrics(tmp_path / "ppo", "judge/score"):
+        assert 0 < line["judge/rationale_score"] <= line["act/grounded"] + 1e-6  # which leaves out what names nothing
+        assert "judge/rationale_clipped" not in line
+    began = f"from {toy.label_rm}" if reward == "mixed" else "SFT backbone with a zero head"
+    assert f"value model: {began}" in printed
+    assert read_record(tmp_path / "ppo" / "last")["config"]["rationale_rm"] == "grounded"  # a word, no path
+    toy.ppo(tmp_path / "ppo", *flags, "--resume")  # it is the same run
+    with pytest.raises(SystemExit):
+        toy.ppo(tmp_path / "ppo", *flags, "--rationale_rm", toy.rationale_rm, "--resume")
+    assert "this would be another run: --rationale_rm" in capsys.readouterr().err
+
+
+def test_the_rule_judges_rationales_alone(toy, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        toy.ppo(tmp_path / "ppo", "--label_rm", "grounded")
+    assert "--label_rm grounded: no such directory" in capsys.readouterr().err
+
+
 def test_ppo_with_several_answers_to_a_prompt(toy, tmp_path, monkeypatch):
     """Each answer stands beside its own prompt's row, all count, and a score counts relative to its prompt's others."""
     read, asked = train_ppo.read_samples, []

@@ -26,7 +26,7 @@ PATHS = frozenset(
     "task train_file eval_file test_file dataset model policy sampler label_rm rationale_rm value_init rationale_model "
     "pairs".split()
 )
-WORDS = {"tiny", "label", "rationale"}  # these words never name a path, whatever lies in the directory
+WORDS = {"tiny", "label", "rationale", "grounded"}  # these words never name a path, whatever lies in the directory
 TASK_FILES = (".yaml", ".yml", ".json")
 
 
