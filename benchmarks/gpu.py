@@ -13,7 +13,7 @@ greedy    872 prompts x 48 tokens, this tree and the older one in turns
 scripts   steps of train_sft.py, train_rm.py and train_ppo.py, both trees in turns
 mixed7b   an RLLR-mixed iteration with adapters on a 7B shape: seconds and peak memory per phase
 profile   kernels and host operations of decoding steps and of one PPO step; as text beside --out
-trl       a PPO step against TRL 1.12.0's (pip install trl==1.12.0 datasets); see gpu_trl.py
+trl       a PPO step against TRL 1.12.0's, in turns (pip install trl==1.12.0 datasets); see gpu_trl.py
 compiled  decode's opponent with a static cache and torch.compile (a minute of compiling per shape)
 
 Weights are random, shapes true. Every result is a line of --out as soon as it is there; a row that fails leaves its
@@ -61,7 +61,7 @@ REAL = SimpleNamespace(
     labelled=1024, unlabelled=640, eval_rows=64, sft_epochs=(3, 1), rm_pairs=1, statistics=512, ppo_steps=13,
     ppo_prompts=64, rounds=2, learning_rate=1e-3, greedy_prompts=872, greedy_tokens=48, greedy_batch=256,
     mixed_prompts=64, mixed_tokens=256, mixed_micro=8, profile_steps=20, profile_prompts=64, profile_tokens=13,
-    trl_steps=8,
+    trl_steps=6,
 )  # fmt: skip
 TINY = SimpleNamespace(
     copy_bytes=2**24, product=256, turns=3, shapes=("135M", "7B"), rows=4, new_tokens=8,
@@ -72,7 +72,7 @@ TINY = SimpleNamespace(
     trl_steps=2,
 )  # fmt: skip
 LIMITS_S = {"limits": 60, "decode": 120, "update": 40, "greedy": 60, "scripts": 270, "mixed7b": 90, "profile": 60,
-            "trl": 90, "compiled": 240}  # seconds that a row may take, at most  # fmt: skip
+            "trl": 75, "compiled": 240}  # seconds that a row may take, at most  # fmt: skip
 FIRST_STEPS = 3  # of a stage, which record graphs, take memory and so on: left out of its medians
 
 
@@ -178,6 +178,11 @@ class Bench:
         import torch
 
         return round(torch.cuda.max_memory_allocated() / 2**30, 2) if self.device == "cuda" else None
+
+    def held_gib(self):
+        import torch
+
+        return torch.cuda.memory_allocated() / 2**30 if self.device == "cuda" else 0.0
 
     def forget(self):
         """Free what a row held, and count peaks anew."""
