@@ -71,9 +71,12 @@ class Settings:
 
     tiny: str = "--hidden_size 128 --heads 4 --layers 2 --vocabulary 6000 --context 192 --epochs 1"
     sft: str = "--epochs 4 --show 0"
-    rm: str = "--epochs 1 --patience 3 --pairs_per_row 1 --samples_per_row 4"
+    rm: str = "--epochs 1 --patience 3 --pairs_per_row 1 --samples_per_row 4 --dropout 0"
     rationale_rm: str = "--epochs 2 --patience 5 --samples_per_row 4"  # it has about half as many pairs
-    ppo: str = "--steps 60 --rollout_prompts 64 --warmup 0.2 --eval_every 15 --show_every 1000"
+    ppo: str = (
+        "--steps 60 --rollout_prompts 128 --learning_rate 3e-4 --value_learning_rate 1e-3 --warmup 0.1 --kl_coef 0.05 "
+        "--eval_every 15 --show_every 1000"
+    )
     best_of: str = "--epochs 2 --show 0"  # SFT on the answers that best-of-n chose
 
     def with_more(self, **more):
@@ -86,9 +89,9 @@ LONGER = SHORT.with_more(  # of 18 to 30
     sft="--epochs 3 --eval_rows 500",
     rm="--samples_per_row 2",
     rationale_rm="--samples_per_row 2",
-    ppo="--eval_rows 500",
+    ppo="--steps 40 --eval_every 10 --eval_rows 500",
 )
-LONGEST = LONGER.with_more(ppo="--steps 50 --eval_every 10")  # of 30 to 40
+LONGEST = LONGER.with_more(ppo="--steps 30")  # of 30 to 40
 SETTINGS = dict.fromkeys(TASKS, LONGER) | {"sst2": SHORT, "mnli": LONGEST, "mrpc": LONGEST}
 SETTINGS["agnews"] = LONGEST.with_more(tiny="--context 96")  # as a news item's first 30 words say what it is about
 ALL_LABELLED = {  # instead of unlabelled prompts: five times the labels, so fewer passes over them
