@@ -151,7 +151,7 @@ def load_judges(config, tokenizer, device, base=None, policy_fingerprint=None, t
         return Judges("label", {"label": gold_reward}, penalties=penalties)
     if ":" in config.reward:
         return Judges("label", {"label": load_function(config.reward)}, penalties=penalties)
-    by_part = {}
+    by_part: dict[str, Any] = {}
     for part in ("label", "rationale"):
         if config.reward in (part, "mixed") and is_rule(config, part):
             by_part[part] = GroundedReward(task)

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .engine import decoder as decoding
+from .engine import kept
+from .engine.attention import can_pack
 from .engine.decoder import Decoder
 from .engine.limits import check_cache_support, text_config
 from .engine.linear import packed_linears
@@ -80,20 +83,35 @@ def generate(
         )
     device = model.device
     stop_ids = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), device=device)
-    length = max(map(len, prompts)) + max_new_tokens
+    length, records = max(map(len, prompts)) + max_new_tokens, decoding.records_steps(device)
     check_cache_support(model, length)
-    slots = min(batch_size, len(prompts) * answers_per_prompt, slots_within(cache_bytes, model, length))
+    columns = kept.rounded(length) if records else length
+    slots = min(batch_size, len(prompts) * answers_per_prompt, slots_within(cache_bytes, model, columns))
     sampler = Sampler(temperature, greedy, key=0 if greedy else draw_key(generator))
     was_training = model.training
     model.eval()
     try:
-        with autocast(device):
-            decoder = Decoder(
-                backbone_of(model), lambda hidden: lm_logits(model, hidden), sampler,
-                slots=slots, length=length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, device=device,
-            )  # fmt: skip
+        lives = records and not torch.is_autocast_enabled(device.type)  # a caller's own would keep cast weights
+        # A recorded step would go on reading weights as they were cast when it was recorded.
+        with autocast(device, cached=not lives):
+            decoder, spec = None, None
+            backbone, head = backbone_of(model), lambda hidden: lm_logits(model, hidden)
+            if lives:
+                settings = slots, max_new_tokens, tuple(stop_ids.tolist()), temperature, greedy
+                spec = kept.spec_of(model, *settings, can_pack(backbone, length))
+                decoder = kept.take(model, spec, columns)
+            if decoder:
+                decoder.begin(backbone, head, sampler, columns)
+            else:
+                decoder = Decoder(
+                    backbone, head, sampler, slots=slots, length=length, max_new_tokens=max_new_tokens,
+                    stop_ids=stop_ids, device=device, columns=columns,
+                )  # fmt: skip
             with packed_linears(model):
                 responses, logprobs = _write_all(decoder, prompts, answers_per_prompt)
+            decoder.end()
+            if lives:
+                kept.keep(model, spec, decoder)
     finally:
         model.train(was_training)
     prompts = [prompt for prompt in prompts for _ in range(answers_per_prompt)]

@@ -7,6 +7,7 @@ from families import tiny_model
 from test_graphs import MORE
 from test_rollout import naive_greedy
 
+import rllr.engine.kept
 import rllr.rollout
 from rllr.logprobs import token_logprobs
 from rllr.model.precision import set_precision
@@ -68,3 +69,40 @@ def test_autocast_rollouts_agree_with_their_own_scoring():
     assert (scored - plain).abs().max() > 1e-4  # it was really on
     gap = (rollout.rollout_logprobs - scored.float()).abs()[rollout.response_mask]
     assert gap.mean() < 0.05
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recorded_steps_that_live_on_see_weights_that_changed_in_place(decoders, precision):
+    """Four calls, an optimiser's changes between them, other prompts and seeds; beside each a decoder of its own."""
+    model, draw = tiny_model("llama").cuda(), torch.Generator("cuda").manual_seed(0)
+    set_precision(precision)
+    try:
+        for call in range(4):
+            prompts = MORE[call:] + MORE[:call]
+            kept = sample(model, prompts, call)
+            if call:
+                assert len(decoders) == 1 and decoders[0].graphs._graphs
+            living = dict(rllr.engine.kept._kept)
+            rllr.engine.kept._kept.clear()
+            own = sample(model, prompts, call)
+            del decoders[1:]
+            rllr.engine.kept._kept.update(living)
+            assert kept.responses() == own.responses()
+            torch.testing.assert_close(kept.rollout_logprobs, own.rollout_logprobs, rtol=0, atol=1e-4)
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.add_(0.05 * torch.randn(weight.shape, generator=draw, device="cuda"))
+    finally:
+        set_precision("fp32")
+        rllr.engine.kept._kept.clear()
+
+
+def test_a_kept_decoder_outlives_an_update_and_an_emptied_allocator(decoders):
+    model = tiny_model("llama").cuda()
+    first = sample(model)
+    sample(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    token_logprobs(model, *first.packed).sum().backward()
+    optimizer.step(), optimizer.zero_grad()
+    torch.cuda.empty_cache()
+    assert sample(model).responses() == first.responses() and len(decoders) == 1

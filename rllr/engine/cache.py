@@ -58,6 +58,17 @@ class SlotCache(Cache):
             self.layers.append(SlotLayer(self))
         return self.layers[layer_idx].update(key_states, value_states)
 
+    def clear(self):
+        """Zeros again, as at the first write: nothing of an earlier call is left, a NaN least of all."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys.zero_(), layer.values.zero_()
+
+    def nbytes(self):
+        """Memory of the keys and values so far."""
+        memory = [m for layer in self.layers if layer.is_initialized for m in (layer.keys, layer.values)]
+        return sum(m.numel() * m.element_size() for m in memory)
+
     def move(self, sources, targets, width):
         """Copy `width` columns of some slots over others. Index tensors or lists; no slot is both source and target."""
         for layer in self.layers:

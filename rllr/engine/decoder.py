@@ -18,17 +18,25 @@ from .linear import products_are_slow
 SPAN = 16  # slots whose keys and values are read in one piece: about as much as a core's cache holds
 
 
+def records_steps(device):
+    """Whether decoding steps on this device become CUDA graphs."""
+    return device.type == "cuda"
+
+
 class Decoder:
-    """Lets one model write answers in `slots` slots of `length` columns. Nothing here computes gradients.
+    """Lets one model write answers in `slots` slots. Nothing here computes gradients.
 
     head: hidden [n, H] -> logits [n, V]; sampler: (logits, places, counts) -> (token, log-probability). `admit` starts
     answers, `step` gives each live answer its next token, `harvest` returns the answers that have ended and frees
-    their slots. records: whether steps become CUDA graphs (by default, on a GPU).
+    their slots. length: of the longest answer with its prompt; columns: of each slot, at least as many (as many).
+    records: whether steps become CUDA graphs (by default, on a GPU).
     """
 
-    def __init__(self, backbone, head, sampler, *, slots, length, max_new_tokens, stop_ids, device, records=None):
-        self.backbone, self.head, self.sampler, self.device = backbone, head, sampler, device
-        self.cache = SlotCache(slots, length)
+    def __init__(
+        self, backbone, head, sampler, *, slots, length, max_new_tokens, stop_ids, device, columns=None, records=None
+    ):  # fmt: skip
+        columns, self.device = columns or length, device
+        self.cache = SlotCache(slots, columns)
         self.with_cache = {cache_argument(backbone): self.cache, "use_cache": True}
         self.stop_ids, self.max_new_tokens = stop_ids, max_new_tokens
         long = {"dtype": torch.long, "device": device}
@@ -39,20 +47,38 @@ class Decoder:
         self.answers = torch.zeros(slots, max_new_tokens, **long)
         self.logprobs = torch.zeros(slots, max_new_tokens, device=device)
         self.ended = torch.zeros(slots, dtype=torch.bool, device=device)
-        self.columns = torch.arange(length, device=device)
+        self.columns = torch.arange(columns, device=device)
         self.slot_ids = torch.arange(slots, device=device)
+        self.key = torch.zeros((), **long)  # of the sampler, where recorded steps read it
         self.owners = []  # of each live slot: the owner that `admit` got
         # The positions as Python numbers, so that no step must read them from the device. For an answer that has ended
         # they count on until `harvest`, which only makes the view a little wider.
         self.host_positions = []
-        records = device.type == "cuda" if records is None else records
-        self.graphs = StepGraphs() if records else None
+        self.graphs = StepGraphs() if (records_steps(device) if records is None else records) else None
         # A 4-D mask from here saves transformers from building one per step. Families that read the 2-D mask themselves
         # (alibi) must get the 2-D one.
         self.ready_mask = takes_our_attention(backbone)
         self.own_attention = can_pack(backbone, length)
         self.packs_prompts = self.own_attention and device.type == "cpu"
         self.in_pieces = self.own_attention and device.type == "cpu" and products_are_slow()
+        self.begin(backbone, head, sampler, columns)
+
+    def begin(self, backbone, head, sampler, widest):
+        """Get ready for a call, the first or, after `end`, a further one: nothing of an earlier call is left but memory
+        and recorded steps. widest: the columns that a step of this call may see, so that what it computes does not
+        depend on how many there are."""
+        self.backbone, self.head, self.sampler, self.widest = backbone, head, sampler, widest
+        if self.graphs:
+            self.key.fill_(sampler.key)
+            sampler.key = self.key
+        for state in self._per_slot():
+            state.zero_()
+        self.cache.clear()
+
+    def end(self):
+        """Let go of the model, which outlives the call with its weights as they will be then."""
+        self.backbone = self.head = self.sampler = None
+        self.owners, self.host_positions = [], []
 
     @property
     def live(self):
@@ -104,9 +130,9 @@ class Decoder:
     @torch.no_grad()
     def step(self):
         """Write the next token of every live answer."""
-        rows, width = self.live, min(max(self.host_positions) + 1, len(self.columns))
+        rows, width = self.live, min(max(self.host_positions) + 1, self.widest)
         if self.graphs:
-            self.graphs(self._step, *shape_for(rows, len(self.slot_ids), width, len(self.columns)))
+            self.graphs(self._step, *shape_for(rows, len(self.slot_ids), width, self.widest))
         else:
             self._step(rows, width, self._spans() if self.in_pieces else None)
         self.host_positions = [position + 1 for position in self.host_positions]

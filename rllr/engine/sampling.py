@@ -15,13 +15,14 @@ STEP, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 class Sampler:
     """(logits [B, V], places [B], counts [B]) -> (token [B] long, its log-probability [B] float32).
 
-    places: each answer's own number in the whole call; counts: the tokens that it has so far. key: 64 random bits as
-    an integer, of the whole call. `greedy` takes the most likely token; its log-probability is still the one at
-    `temperature`.
+    places: each answer's own number in the whole call; counts: the tokens that it has so far. key: 64 random bits of
+    the whole call, an integer, or a tensor [] long for a step that is recorded once for many calls. `greedy` takes the
+    most likely token; its log-probability is still the one at `temperature`.
     """
 
     def __init__(self, temperature, greedy=False, key=0):
-        self.temperature, self.greedy, self.key = temperature, greedy, signed(key)
+        self.temperature, self.greedy = temperature, greedy
+        self.key = key if isinstance(key, torch.Tensor) else signed(key)
 
     def __call__(self, logits, places, counts):
         scaled = logits if self.temperature == 1.0 else logits / self.temperature
