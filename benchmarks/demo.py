@@ -109,15 +109,16 @@ def tables():
     lines = [json.loads(line) for line in (RESULTS / "demo.jsonl").read_text().splitlines()]
     page = ["# `make demo` over seeds", ""]
     page += ["Accuracy in % on 2,000 test rows that chose nothing; grounded in brackets.", ""]
-    page += ["| seed | threads | " + " | ".join(NAMES.values()) + " | handed back − SFT | seconds |"]
-    page += ["|---" * (len(NAMES) + 4) + "|"]
+    page += ["| seed | threads | transformers | " + " | ".join(NAMES.values()) + " | handed back − SFT | seconds |"]
+    page += ["|---" * (len(NAMES) + 5) + "|"]
     for line in lines:
         cells = [cell(line["methods"].get(name)) for name in NAMES]
         gain = line["methods"]["ppo-label"]
         low, high = (100 * bound for bound in gain["difference_interval"])
         cells += [f"{100 * gain['difference']:+.1f} ({low:+.1f} .. {high:+.1f})"]
         stages = sum(line["seconds"][stage] for stage in STAGES)
-        page += [f"| {line['seed']} | {line['threads']} | " + " | ".join(cells) + f" | {stages:.0f} |"]
+        version = line["machine"]["versions"]["transformers"]
+        page += [f"| {line['seed']} | {line['threads']} | {version} | " + " | ".join(cells) + f" | {stages:.0f} |"]
     page += ["", "| gain over SFT | mean | worst | runs |", "|---|---|---|---|"]
     for name in list(NAMES)[1:]:
         gains = [100 * line["methods"][name]["difference"] for line in lines if name in line["methods"]]
