@@ -67,7 +67,8 @@ def draw(result):
         right.plot([p["step"] for p in looks], [100 * p["accuracy"] for p in looks], label=label, **style)
     greedy = 100 * result["kinds"]["on_policy"]["report"]["preview"]["greedy"]
     left.axhline(greedy, color="#666666", linewidth=0.9, linestyle="--")
-    left.annotate("greedy answer", (1, greedy), xytext=(0, 3), textcoords="offset points", fontsize=8, color="#666666")
+    near = {"xytext": (0, 3), "textcoords": "offset points", "ha": "right", "fontsize": 8, "color": "#666666"}
+    left.annotate("greedy answer", (curve[-1]["n"], greedy), **near)
     left.set_xscale("log", base=2, subs=[])
     ns = [p["n"] for p in curve]
     left.set_xticks(ns, [str(n) for n in ns])
