@@ -42,7 +42,7 @@ class RewardConfig(Settings):
     rationale_rm: str | None = flag(
         None,
         "rationale-sensitive reward model (runs/<task>/rm-rationale); grounded: the rule whether the words that a "
-        "rationale quotes stand in its text, 1 or 0",
+        "rationale quotes stand in its text (docs/reward-hacking.md)",
     )
     threshold: str | None = flag(None, "mixed: cap of the label reward, a number (1.0) or a quantile of it (q0.9)")
     score_norm: str = flag(

@@ -154,8 +154,12 @@ class Cell(Stages):
     def together(self, *calls):
         """Make calls that need nothing of each other, --jobs at once."""
         with ThreadPoolExecutor(self.args.jobs) as pool:
-            for call in [pool.submit(call) for call in calls]:
-                call.result()
+            try:
+                for call in [pool.submit(call) for call in calls]:
+                    call.result()
+            except BaseException:  # a stage that failed, or Ctrl-C: what has not begun does not begin
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def wants(self, *methods):
         return any(method in self.args.methods for method in methods)
@@ -411,6 +415,8 @@ def main(argv=None):
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"{cell.name}{'-quick' * args.quick}.json"
     found = describe(cell)
+    if file.exists() and (lost := read(file)["methods"].keys() - found["methods"].keys()):
+        sys.exit(f"{file} has methods that this run has not: {', '.join(sorted(lost))}; run with them, or remove it")
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, method in found["methods"].items():
         print(

@@ -33,16 +33,20 @@ class Stages:
         command = [sys.executable, *map(str, words), "--output_dir", str(directory), "--overwrite"]
         typed = self.as_typed(command[1:])
         if not mark.exists():
-            print(
-                f"{time.strftime('%H:%M:%S')}  {directory.relative_to(self.runs)}\n", end="", flush=True
-            )  # in one piece
+            begun = f"{time.strftime('%H:%M:%S')}  {directory.relative_to(self.runs)}\n"
+            print(begun, end="", flush=True)  # in one piece, as other stages print, too
             directory.parent.mkdir(parents=True, exist_ok=True)
             path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
             environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": path}
             start = time.monotonic()
             with open(log, "w") as file:
                 process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-                _, status, used = os.wait4(process.pid, 0)
+                try:
+                    _, status, used = os.wait4(process.pid, 0)
+                    process.returncode = os.waitstatus_to_exitcode(status)
+                except BaseException:
+                    process.kill()
+                    raise
             if status:
                 sys.exit(f"{directory}: failed, see {log}; finished stages will not run again")
             # a busy machine stretches processor time less than the clock's
@@ -51,7 +55,10 @@ class Stages:
             mark.write_text(json.dumps({"command": typed, **took, "commit": self.commit}))
         done = json.loads(mark.read_text())
         if done["command"] != typed:
-            sys.exit(f"{mark}: this stage has run with other flags; remove {directory.parent}, or give another --runs")
+            sys.exit(
+                f"{mark}: this stage has run with other flags; remove that file and {directory.name}, with what was "
+                "made of it, or give another --runs"
+            )
         self.stages[directory.name] = done
 
     def as_typed(self, words):

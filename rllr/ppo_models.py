@@ -25,7 +25,7 @@ from .reports.reward_report import load_statistics
 from .run.optimizer import Optimizer
 from .run.rates import settle_rates
 
-RULE = "grounded"  # as --rationale_rm: no reward model, `judge.GroundedReward`
+RULE = "grounded"  # as --rationale_rm: no reward model, `grounding.GroundedReward`
 
 
 @dataclass

@@ -15,7 +15,7 @@ from .engine import decoder as decoding
 from .engine import kept
 from .engine.attention import can_pack
 from .engine.decoder import Decoder
-from .engine.limits import check_cache_support, text_config
+from .engine.limits import check_cache_support, length_limit, text_config
 from .engine.linear import packed_linears
 from .engine.sampling import Sampler
 from .layout import Packed, pack_sequences
@@ -85,17 +85,17 @@ def generate(
     stop_ids = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), device=device)
     length, records = max(map(len, prompts)) + max_new_tokens, decoding.records_steps(device)
     check_cache_support(model, length)
-    columns = kept.rounded(length) if records else length
+    columns = kept.rounded(length, length_limit(model)[0]) if records else length
     slots = min(batch_size, len(prompts) * answers_per_prompt, slots_within(cache_bytes, model, columns))
+    backbone, head = backbone_of(model), lambda hidden: lm_logits(model, hidden)
+    lives = records and kept.may_live(model, backbone, slots * bytes_per_slot(model, columns))
     sampler = Sampler(temperature, greedy, key=0 if greedy else draw_key(generator))
     was_training = model.training
     model.eval()
     try:
-        lives = records and not torch.is_autocast_enabled(device.type)  # a caller's own would keep cast weights
-        # A recorded step would go on reading weights as they were cast when it was recorded.
+        # A recorded step that lives on would go on reading weights as they were cast when it was recorded.
         with autocast(device, cached=not lives):
             decoder, spec = None, None
-            backbone, head = backbone_of(model), lambda hidden: lm_logits(model, hidden)
             if lives:
                 settings = slots, max_new_tokens, tuple(stop_ids.tolist()), temperature, greedy
                 spec = kept.spec_of(model, *settings, can_pack(backbone, length))
@@ -175,9 +175,15 @@ def slots_within(cache_bytes, model, length):
         return sys.maxsize
     if cache_bytes is None:
         free, total = torch.cuda.mem_get_info(model.device)
+        free += kept.idle_bytes(model)
         cache_bytes = total // 4 if torch.are_deterministic_algorithms_enabled() else free // 2
+    return max(1, int(cache_bytes // bytes_per_slot(model, length)))
+
+
+def bytes_per_slot(model, length):
+    """Of keys and values, in the weights' dtype."""
     config = text_config(model.config)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     per_token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
-    return max(1, int(cache_bytes // (per_token * length * next(model.parameters()).element_size())))
+    return per_token * length * next(model.parameters()).element_size()

@@ -20,6 +20,7 @@ import rllr.engine.decoder
 import rllr.engine.kept
 import rllr.rollout
 from rllr.engine.graphs import StepGraphs
+from rllr.model.lora import add_adapter, use_adapter
 from rllr.model.precision import set_precision
 from rllr.rollout import generate
 
@@ -228,3 +229,34 @@ def test_on_a_cpu_every_call_has_a_decoder_of_its_own():
     model = tiny_model("llama")
     sample(model)
     assert len(rllr.engine.kept._kept) == 0
+
+
+def test_under_inference_mode_nothing_is_kept(taped):
+    """Its tensors cannot be changed in place later."""
+    model = tiny_model("llama")
+    with torch.inference_mode():
+        sample(model)
+    sample(model)
+    assert len(taped) == 2 and len(rllr.engine.kept._kept) == 1
+
+
+def test_where_adapters_are_switched_by_hand_nothing_is_kept(taped, monkeypatch):
+    model = tiny_model("llama")
+    for seed, name in enumerate("ab"):
+        adapter = add_adapter(model, name, 4, 64, seed=seed)
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(seed))
+    answers = []
+    for name in "ab":
+        with use_adapter(model, name):
+            answers.append(sample(model, greedy=True).responses())
+            assert answers[-1] == anew(model, greedy=True, monkeypatch=monkeypatch).responses()
+    assert answers[0] != answers[1] and len(rllr.engine.kept._kept) == 0
+
+
+def test_there_are_no_more_columns_than_the_model_has_positions(taped):
+    model = tiny_model("llama", max_position_embeddings=64)
+    sample(model)
+    ((_, decoder),) = rllr.engine.kept._kept.values()
+    assert len(decoder.columns) == 64
+    assert [rllr.engine.kept.rounded(length) for length in (1, 128, 129)] == [128, 128, 256]

@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,26 @@ def test_stages_that_need_nothing_of_each_other_run_at_once(data):
 
     with pytest.raises(SystemExit, match="a stage failed"):
         cell.together(fails, both.abort)
+
+
+def test_after_a_stage_that_failed_no_other_begins(data):
+    cell, begun = quality.Cell(quality.parse([*data, "--seed", "0"])), []
+    with pytest.raises(ZeroDivisionError):
+        cell.together(lambda: 1 / 0, *[lambda: (begun.append(1), time.sleep(0.2))] * 5)
+    assert len(begun) <= 1  # the next one may be on its way
+
+
+def test_a_stage_runs_once_and_its_own_processor_time_is_kept(tmp_path):
+    script = tmp_path / "work.py"
+    script.write_text("import sys, pathlib\npathlib.Path(sys.argv[2]).mkdir()\nsum(range(3_000_000))\n")
+    runs = stages.Stages(tmp_path, ["rllr"])
+    for _ in range(2):  # a second time it would fail: the directory is there
+        runs.stage(tmp_path / "made", script)
+    assert 0 < runs.cpu("made") < 30
+    with pytest.raises(SystemExit, match="made.*other flags"):
+        runs.stage(tmp_path / "made", script, "--more")
+    with pytest.raises(SystemExit, match="failed, see .*again.log"):
+        runs.stage(tmp_path / "again", tmp_path / "none.py")
 
 
 def test_an_sft_as_long_as_all_stages_has_their_time_and_as_many_looks_at_dev(data):
