@@ -153,21 +153,23 @@ def load_judges(config, tokenizer, device, base=None, policy_fingerprint=None, t
         return Judges("label", {"label": load_function(config.reward)}, penalties=penalties)
     by_part: dict[str, Any] = {}
     for part in ("label", "rationale"):
-        if config.reward in (part, "mixed") and is_rule(config, part):
+        if config.reward not in (part, "mixed"):
+            continue
+        if is_rule(config, part):
             by_part[part] = GroundedReward(task)
-        elif config.reward in (part, "mixed"):
-            directory = getattr(config, f"{part}_rm")  # `name_judges` saw to it
-            where = f"--{part}_rm {directory}"
-            if base is not None and is_adapter(directory):
-                model = load_scalar_role(RewardModel, base, directory, f"{part}_rm", policy_fingerprint, f"--{part}_rm")
-            else:
-                model = RewardModel.from_pretrained(directory, device=device)
-            check_same_tokenizer(load_tokenizer(directory), tokenizer, where)
-            scorer = by_part[part] = scorer_of(model, directory, config)
-            if scorer.statistics and scorer.statistics.policy_fingerprint != policy_fingerprint:
-                say(f"warning: the {part} reward model was measured on answers of another policy than {config.policy}")
-            elif promise := recorded_preview(directory):
-                say(f"preview of PPO, from train_rm.py: {promise}")
+            continue
+        directory = getattr(config, f"{part}_rm")  # `name_judges` saw to it
+        where = f"--{part}_rm {directory}"
+        if base is not None and is_adapter(directory):
+            model = load_scalar_role(RewardModel, base, directory, f"{part}_rm", policy_fingerprint, f"--{part}_rm")
+        else:
+            model = RewardModel.from_pretrained(directory, device=device)
+        check_same_tokenizer(load_tokenizer(directory), tokenizer, where)
+        scorer = by_part[part] = scorer_of(model, directory, config)
+        if scorer.statistics and scorer.statistics.policy_fingerprint != policy_fingerprint:
+            say(f"warning: the {part} reward model was measured on answers of another policy than {config.policy}")
+        elif promise := recorded_preview(directory):
+            say(f"preview of PPO, from train_rm.py: {promise}")
     return Judges(config.reward, by_part, config.threshold, penalties)
 
 

@@ -95,11 +95,11 @@ def generate(
     try:
         # A recorded step that lives on would go on reading weights as they were cast when it was recorded.
         with autocast(device, cached=not lives):
-            decoder, spec = None, None
+            spec = None
             if lives:
                 settings = slots, max_new_tokens, tuple(stop_ids.tolist()), temperature, greedy
                 spec = kept.spec_of(model, *settings, can_pack(backbone, length))
-                decoder = kept.take(model, spec, columns)
+            decoder = kept.take(model, spec, columns) if records else None
             if decoder:
                 decoder.begin(backbone, head, sampler, columns)
             else:

@@ -231,6 +231,16 @@ def test_on_a_cpu_every_call_has_a_decoder_of_its_own():
     assert len(rllr.engine.kept._kept) == 0
 
 
+def test_a_call_that_keeps_nothing_gives_up_what_was_kept(taped, monkeypatch):
+    """Its memory was counted as free for this call."""
+    model = tiny_model("llama")
+    sample(model)
+    assert rllr.engine.kept.idle_bytes(model) > 0
+    monkeypatch.setattr(rllr.engine.kept, "idle_limit", lambda device: 0)
+    sample(model)
+    assert len(taped) == 2 and rllr.engine.kept.idle_bytes(model) == 0
+
+
 def test_under_inference_mode_nothing_is_kept(taped):
     """Its tensors cannot be changed in place later."""
     model = tiny_model("llama")

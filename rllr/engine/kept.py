@@ -61,9 +61,13 @@ def spec_of(model, *settings):
 
 
 def take(model, spec, columns):
-    """The model's kept decoder, out of the keep while it is used; None where there is none for this call."""
+    """The model's kept decoder, out of the keep while it is used; None where there is none for this call.
+
+    One that does not fit is given up, and with it the memory that `idle_bytes` promised. spec None: none fits.
+    """
     found, decoder = _kept.pop(model, (None, None))
-    return decoder if found == spec and len(decoder.columns) >= columns else None
+    fits = spec is not None and found == spec and len(decoder.columns) >= columns
+    return decoder if fits else None
 
 
 def keep(model, spec, decoder):
