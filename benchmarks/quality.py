@@ -410,13 +410,14 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     cell = Cell(args)
-    run_stages(cell)
     directory = cell.runs.parent / "cells" if args.tune or args.quick else CELLS
-    directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"{cell.name}{'-quick' * args.quick}.json"
-    found = describe(cell)
-    if file.exists() and (lost := read(file)["methods"].keys() - found["methods"].keys()):
+    kept = {name.partition("/")[0] for name in read(file)["methods"]} if file.exists() else set()
+    if lost := kept - set(args.methods):
         sys.exit(f"{file} has methods that this run has not: {', '.join(sorted(lost))}; run with them, or remove it")
+    run_stages(cell)
+    directory.mkdir(parents=True, exist_ok=True)
+    found = describe(cell)
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, method in found["methods"].items():
         print(

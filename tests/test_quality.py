@@ -121,6 +121,15 @@ def test_stages_that_need_nothing_of_each_other_run_at_once(data):
         cell.together(fails, both.abort)
 
 
+def test_a_cell_that_would_lose_methods_is_refused_before_anything_runs(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "run_stages", lambda cell: pytest.fail("stages run"))
+    (tmp_path / "runs" / "cells").mkdir(parents=True)
+    file = tmp_path / "runs" / "cells" / "sst2-tiny-0-quick.json"
+    file.write_text(json.dumps({"methods": {"sft": {}, "ppo-label/best": {}, "ppo-gold/best": {}, "tfidf": {}}}))
+    with pytest.raises(SystemExit, match="this run has not: ppo-gold, tfidf; run with them"):
+        quality.main([*data, "--seed", "0", "--methods", "sft", "ppo-label"])
+
+
 def test_after_a_stage_that_failed_no_other_begins(data):
     cell, begun = quality.Cell(quality.parse([*data, "--seed", "0"])), []
     with pytest.raises(ZeroDivisionError):
