@@ -26,7 +26,8 @@ from rllr.model.roles import LoRAConfig, check_lora
 from rllr.model.trial import check_policy
 from rllr.ppo import AdaptiveKL, FixedKL, gae, masked_whiten
 from rllr.ppo_models import load_models, name_judges
-from rllr.reports.ppo_step import grounded_metrics, show_rollout, step_metrics, tell_step
+from rllr.report.ppo_step import grounded_metrics, show_rollout, step_metrics, tell_step
+from rllr.report.trail import AuditTrail, audited
 from rllr.rewards import MODES, incomplete_answer_rule, label_sensitive_reward, relative_scores, shape_rewards
 from rllr.rollout import generate
 from rllr.run.run import Run, digest, input_fingerprints, is_tiny
@@ -94,7 +95,7 @@ class PPOConfig(Settings):
     kl_target: float = flag(
         6.0, "adaptive: nats per sequence; too much for short answers (healthy tiny runs end near 1)", above=0
     )
-    kl_horizon: float = flag(10_000, "adaptive: sequences", above=0)
+    kl_horizon: float = flag(10_000.0, "adaptive: sequences", above=0)
     max_update_kl: float | None = flag(
         None, "skip the rest of a rollout's minibatches once new against old policy exceeds it", above=0
     )
@@ -127,11 +128,16 @@ class Config(RewardConfig, PPOConfig, TrainingConfig, PolicyConfig, LoRAConfig, 
     show_every: int = flag(20, "steps between printed samples", above=0)
     eval_every: int = flag(20, "steps between evaluations on dev", above=0)
     eval_rows: int = flag(0, "dev rows per evaluation; 0: all", at_least=0)
+    audit: str | None = flag(
+        None,
+        "write every number of every token's gradient (docs/audit.md): of the first N rollouts, of every:K-th, of all",
+    )
 
     def validate(self):
         super().validate()
         check_divisible(self, "rollout_prompts", "minibatches")
         check_lora(self)
+        audited(self.audit)
         if self.reward not in (*MODES, "gold") and ":" not in self.reward:
             raise InputError(
                 f"--reward {brief(self.reward)}: choose label, rationale, mixed, gold, or give module:function"
@@ -226,10 +232,10 @@ def main(argv=None):
     stream = PromptStream(prompts, config.rollout_prompts, config.seed, config.answers_per_prompt)
     sampling, clock = torch.Generator().manual_seed(config.seed), Clock()
     # step: rollouts done; best: the best policy's step, rank, scores; before: the start's dev scores; stopped: by guard
-    loop = SimpleNamespace(step=0, best=None, before=None, promise=None, skipped=0, stopped=False)
-    guard = Guard()
+    loop, guard = SimpleNamespace(step=0, best=None, before=None, promise=None, skipped=0, stopped=False), Guard()
     run.track(config.steps, loop, guard=guard, kl=kl, sampling=sampling, **stream.parts(), **models.parts())
     keeper = Keeper(run, models, dev, loop, guard=guard, kl=kl, splits=splits)
+    trail = AuditTrail(run, models, loop.step)
     with run:
         keeper.start()
         steps = range(loop.step + 1, config.steps + 1)
@@ -283,13 +289,13 @@ def main(argv=None):
                 if kl_within_bound(batch, config, loop):
                     with clock("update"):
                         line |= improve(models, batch, plan, config)
+                trail.write(step, batch, samples, judged, plan=plan, advantages=advantages, metrics=line)
             kl.update(line["analyse/kl_sequence"].item(), len(examples))
             if step % config.eval_every == 0 and step < config.steps:
                 with clock("eval"):
                     line |= keeper.evaluate(step)
             tell_step(run, step, line, clock.take())
-            if step % config.show_every == 0:
-                show_rollout(samples, judged, batch.scores)
+            show_rollout(run, step, samples, judged, batch.scores)
             loop.step = step
             run.checkpoint(step, last=step == config.steps, must=loop.stopped)
         keeper.finish()

@@ -37,7 +37,7 @@ from rllr.model.roles import LoRAConfig, RolePolicy, check_lora, load_base, load
 from rllr.model.trial import check_policy
 from rllr.pairs import LABEL_PAIRS, describe
 from rllr.rationales.factory import RationaleConfig
-from rllr.reports.reward_report import (
+from rllr.report.reward_report import (
     PREVIEW_ROWS,
     PREVIEW_SAMPLES,
     classifier_report,

@@ -29,7 +29,7 @@ from rllr.model.loading import load_policy, load_tokenizer
 from rllr.model.records import read_record, resolve_task
 from rllr.rationales.factory import make_writer
 from rllr.rationales.words import words_of
-from rllr.reports.reward_report import choose_labels
+from rllr.report.reward_report import choose_labels
 from rllr.run.machine import set_up
 from rllr.tasks import split_answer
 

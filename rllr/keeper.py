@@ -20,8 +20,8 @@ from .metrics import CORRELATIONS, answer_metrics, metric_line, rank, row_values
 from .model.records import BEST, save_policy
 from .ppo_models import recorded_preview
 from .preview import sentence
-from .reports.ppo_step import write_batch
-from .reports.reward_report import preview_report
+from .report.ppo_step import write_batch
+from .report.reward_report import preview_report
 from .rewards import incomplete_answer_rule, label_sensitive_reward
 from .run.run import require_finite_weights
 

@@ -21,7 +21,7 @@ from .model.recompute import checkpoint_layers
 from .model.records import check_same_task, read_record
 from .model.roles import RolePolicy, load_base, load_scalar_role, new_role
 from .preview import sentence
-from .reports.reward_report import load_statistics
+from .report.reward_report import load_statistics
 from .run.optimizer import Optimizer
 from .run.rates import settle_rates
 

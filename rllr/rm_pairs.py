@@ -23,7 +23,7 @@ from .pairs import (
     write_pairs,
 )
 from .rationales.factory import check_writer, default_label_pairs, default_writer, make_writer
-from .reports.reward_report import sample_rows
+from .report.reward_report import sample_rows
 
 PAIR_FILES = ("pairs.jsonl", "pairs_held_out.jsonl")  # in the run's directory
 LEARNT_BY_HEART = 0.5  # of wrong samples on held-out rows, below which those on labelled rows are too few

@@ -1,7 +1,7 @@
 """Acts 2 and 6 of the PPO loop on batches: scoring passes, minibatches, the two updates."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -74,7 +74,7 @@ class PromptStream:
 
 @dataclass
 class Batch:
-    """A rollout of B answers, scored: [B, R] per token, 0 outside the mask. Acts 3 to 5 fill in the last four."""
+    """A rollout of B answers, scored: [B, R] per token, 0 outside the mask. Acts 3 to 5 fill in what is None here."""
 
     rollout: Rollout
     names: list  # of the B prompts' rows, for messages
@@ -86,6 +86,8 @@ class Batch:
     rewards: torch.Tensor | None = None  # [B, R] (act 4)
     advantages: torch.Tensor | None = None  # [B, R] whitened (act 5)
     returns: torch.Tensor | None = None  # [B, R] the value targets (act 5)
+    # What act 6 saw, for an audit: of each micro-batch its rows, new log-probabilities and new values [b, r].
+    seen: list = field(default_factory=list)
 
     @property
     def packed(self) -> Packed:
@@ -116,14 +118,15 @@ def analyse(models, rollout, plan, config, names=()) -> Batch:
     miscounted = (mask.sum(1) != rollout.response_lens).nonzero().flatten().tolist()
     if miscounted:
         raise RunError(f"the response mask of rows {miscounted[:5]} does not count their tokens; this is a bug.")
-    empty = [torch.zeros(mask.shape, dtype=torch.float32, device=mask.device) for _ in range(4)]
-    batch = Batch(rollout, list(names), *empty)
+    empty = (torch.zeros(mask.shape, dtype=torch.float32, device=mask.device) for _ in range(4))
+    logprobs, ref_logprobs, values, entropy = empty
+    batch = Batch(rollout, list(names), logprobs, ref_logprobs, values, entropy)
     for minibatch in plan[0]:
         for rows in batch.micro_batches(minibatch, config):
             packed = batch.packed.rows(rows)
             width = packed.response_mask.shape[1]
-            logprobs, entropy = token_logprobs_and_entropy(models.policy, *packed, config.temperature)
-            batch.logprobs[rows, :width], batch.entropy[rows, :width] = logprobs, entropy
+            scored = token_logprobs_and_entropy(models.policy, *packed, config.temperature)
+            batch.logprobs[rows, :width], batch.entropy[rows, :width] = scored
             batch.ref_logprobs[rows, :width] = token_logprobs(models.reference, *packed, config.temperature)
             batch.values[rows, :width] = models.value_model(*packed)
     require_finite(rollout.rollout_logprobs, "a sampled token's log-probability", batch.names)
@@ -237,6 +240,7 @@ def _losses(models, batch: Batch, rows, token_count, config):
     critic_loss, critic_stats = value_loss(new_values, old_values, returns, mask, config.value_clip, reduce=share)
     require_finite(critic_loss, "the value loss", batch.names_of(rows))
     critic_loss.backward()
+    batch.seen.append((rows, new_logprobs.detach(), new_values.detach()))
     with torch.no_grad():
         error = ((new_logprobs - old_logprobs).masked_fill(~mask, 0.0).exp() - 1).abs()
     return {

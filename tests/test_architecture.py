@@ -16,7 +16,8 @@ FLOORS = [
     {"run"},
     {"rollout", "logprobs", "answers", "judge"},
     {"metrics", "grounding", "preview", "guard", "rationales", "update"},
-    {"tiny", "ppo_models", "rm_pairs", "cross_fit", "reports", "best_of", "evaluate", "predict", "merge", "keeper"},
+    {"tiny", "ppo_models", "rm_pairs", "cross_fit", "report", "best_of", "evaluate", "predict", "merge", "keeper"},
+    {"audit"},
 ]
 TORCH_ONLY = {"layout", "ppo"}  # and rewards, which stands on ppo
 PURE = {"rllr.update": {"checkpoint", "files"}, "rllr.judge": {"checkpoint", "files"}}  # core without machinery

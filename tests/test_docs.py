@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import rllr.audit
 import rllr.evaluate
 import rllr.merge
 import rllr.predict
@@ -80,6 +81,8 @@ def test_flags_exist(page):
     known |= {"dev_file", "seeds", "workers", "methods", "no_label_only", "jobs"}  # benchmarks/quality.py
     known |= {"data", "all_labelled", "tune"}  # what it is given today
     known |= {"tiny", "sft", "rm", "ppo", "hidden_size", "heads", "layers"}  # what it hands on, and to whom
+    commands = next(action for action in rllr.audit.make_parser()._actions if action.dest == "command").choices
+    known |= {action.dest for parser in commands.values() for action in parser._actions}
     for flag in re.findall(r"--(\w+)", PAGES[page]):
         assert flag in known, flag
 

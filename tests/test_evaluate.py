@@ -32,7 +32,7 @@ from rllr.metrics import (
 )
 from rllr.model.records import make_record, read_record, save_policy
 from rllr.pairs import Pair
-from rllr.reports.reward_report import pair_report, wilson_interval
+from rllr.report.reward_report import pair_report, wilson_interval
 from rllr.tasks import TASKS, Example, load_task
 
 SST2, STSB, AGNEWS, APPS = TASKS["sst2"], TASKS["stsb"], TASKS["agnews"], TASKS["app_reviews"]

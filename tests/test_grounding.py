@@ -18,7 +18,7 @@ from rllr.metrics import answer_metrics, metric_line, rank
 from rllr.model.records import read_record
 from rllr.rationales.factory import make_writer
 from rllr.rationales.writers import EvidenceWriter, evidence_of
-from rllr.reports.ppo_step import grounded_metrics
+from rllr.report.ppo_step import grounded_metrics
 from rllr.tasks import TASKS, Example, Task
 
 SINGLE = TASKS["sst2"]
@@ -274,11 +274,12 @@ def test_the_figure_of_a_ppo_step_is_of_its_own_prompts(toy, tmp_path, monkeypat
         return {}
 
     prompts = []
-    show = train_ppo.show_rollout
+
+    def show(run, step, samples, judged, scores):
+        prompts.extend(zip(samples.prompts, samples.answers))
+
     monkeypatch.setattr(train_ppo, "grounded_metrics", spy)
-    monkeypatch.setattr(
-        train_ppo, "show_rollout", lambda s, *rest: (prompts.extend(zip(s.prompts, s.answers)), show(s, *rest))
-    )
+    monkeypatch.setattr(train_ppo, "show_rollout", show)
     toy.ppo(tmp_path / "ppo", "--reward", "gold", "--show_every", 1, steps=2)
     assert len(prompts) == 16 and seen.pairs == prompts
 

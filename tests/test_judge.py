@@ -25,7 +25,7 @@ from rllr.judge import (
 from rllr.layout import pack_sequences
 from rllr.model.heads import RewardModel
 from rllr.ppo_models import check_same_tokenizer, load_judges
-from rllr.reports.reward_report import load_statistics, save_statistics
+from rllr.report.reward_report import load_statistics, save_statistics
 
 
 def samples(scores, labels=None, gold=None):

@@ -26,15 +26,16 @@ METRICS, RUN = "metrics.jsonl", "run.json"  # in a run's directory: a line per s
 
 def write_json(path, value):
     """Write a JSON file completely or not at all."""
-    path = Path(path)
-    content = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
-    with _replacing(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def write_lines(path, values):
     """Write a JSONL file, a value per line, completely or not at all."""
-    content = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+
+
+def write_text(path, content):
+    """Write a text file completely or not at all."""
     with _replacing(Path(path)) as temporary:
         temporary.write_text(content, encoding="utf-8")
 

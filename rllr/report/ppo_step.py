@@ -83,9 +83,11 @@ def tell_step(run, step, line, times):
     run.metrics.write(line, step_line(step, run.config.steps, line) if shown else None)
 
 
-def show_rollout(samples, judged, scores, count=2):
-    """The first answers of a step, each with its label and its scores."""
-    for i in range(min(count, len(samples.answers))):
+def show_rollout(run, step, samples, judged, scores):
+    """Every --show_every steps its first two answers, each with its label and its scores."""
+    if step % run.config.show_every:
+        return
+    for i in range(min(2, len(samples.answers))):
         label, gold = samples.labels[i] or "parse failure", samples.gold_labels[i] or "not known here"
         parts = "  ".join(f"{part} {part_scores[i].item():+.2f}" for part, part_scores in judged.scores.items())
         say(f"  prompt  {samples.prompts[i]!r}\n  answer  {samples.answers[i]!r}")

@@ -1,0 +1,360 @@
+"""Replay: every derived number of an audit trail, computed again from the trail alone.
+
+Plain Python in float64, loop by loop, by other code than the run's: nothing here imports `rllr.ppo`, `rllr.rewards` or
+torch. What the run computed in float32 must agree to rounding. Quantities are compared in the order in which they
+follow from each other, so a wrong number shows in the first quantity that is derived from it.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+TOLERANCE = 1e-5  # of a difference, absolute below 1 and relative above
+ROUNDINGS = 50  # of float32 that the tolerance is wide
+NEAR_BOUND = 1e-6  # a clip decision this near to its bound may fall on either side of it
+
+# In the order of derivation: {quantity: how it follows}.
+QUANTITIES = {
+    "copies": "a token's scores are its answer's; positions count from the prompt's length",
+    "label_score": "clip((label_raw - mean) / sqrt(variance), -clip, clip)",
+    "rationale_score": "clip((rationale_raw - mean) / sqrt(variance), -clip, clip)",
+    "branch": "label | rationale | mixed: at the threshold where label_score >= threshold",
+    "combined_score": "label_score | rationale_score | min(label_score, threshold) + rationale_score",
+    "rule": "missing eos where truncated; missing label where label is null and a cap is set",
+    "score": "combined_score; where a rule applies min(combined_score, cap) - the larger penalty",
+    "relative_score": "score - mean score of the prompt's other answers",
+    "kl": "k1: logprob - ref_logprob; k3: exp(x) - 1 - x, x = ref_logprob - logprob",
+    "reward": "-kl_coef * kl, plus relative_score on the last token",
+    "advantage": "A_t = delta_t + gamma * lam * A_t+1, delta_t = r_t + gamma * V_t+1 - V_t",
+    "return": "A_t + V_t",
+    "whitened_advantage": "(A_t - mean) / sqrt(variance + eps) over the rollout",
+    "minibatches": "every answer once per epoch; tokens counts theirs",
+    "ratio": "exp(new_logprob - logprob)",
+    "clipped": "-A * clip(ratio, 1 - clip, 1 + clip) > -A * ratio",
+    "policy_loss": "max(-A * ratio, -A * clip(ratio, 1 - clip, 1 + clip)) / tokens of the minibatch",
+    "value_clipped": "(clip(V, V_old - value_clip, V_old + value_clip) - R)^2 > (V - R)^2",
+    "value_loss": "max((V - R)^2, (clip(V) - R)^2) / 2 / tokens of the minibatch",
+    "metrics": "means over the rollout's answers and tokens, and over its minibatches",
+}
+
+
+@dataclass
+class Finding:
+    """A logged number that does not follow from the others."""
+
+    quantity: str
+    where: str  # step, sample, token, epoch
+    logged: object
+    computed: object
+
+    def __str__(self):
+        return (
+            f"{self.quantity} of {self.where}: the trail says {shown(self.logged)}, but "
+            f"{shown(self.computed)} follows ({QUANTITIES[self.quantity]})"
+        )
+
+
+@dataclass
+class Replay:
+    """What a replay has found. largest: {quantity: (difference, where)}; counts: {quantity: numbers compared}."""
+
+    tolerance: float = TOLERANCE
+    largest: dict = field(default_factory=dict)
+    counts: dict = field(default_factory=dict)
+    findings: list = field(default_factory=list)
+    problems: list = field(default_factory=list)  # of digests and of missing lines
+
+    def compare(self, quantity, where, logged, computed, *, unit=1.0, excused=False):
+        """Note the difference of two numbers, or whether two other values are equal.
+
+        unit: the size of a number that the tolerance is meant for. excused: it may be either way.
+        """
+        self.counts[quantity] = self.counts.get(quantity, 0) + 1
+        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (logged, computed))
+        if numbers:
+            difference = abs(logged - computed)
+            if difference > self.largest.get(quantity, (-1.0, ""))[0]:
+                self.largest[quantity] = difference, where
+            right = difference <= self.tolerance * max(unit, abs(computed))
+        else:
+            right = excused or logged == computed
+        if not right:
+            self.findings.append(Finding(quantity, where, logged, computed))
+
+    def first(self):
+        """The findings of the quantity that comes first in the order of derivation."""
+        order = list(QUANTITIES)
+        least = min((order.index(finding.quantity) for finding in self.findings), default=None)
+        return [finding for finding in self.findings if order.index(finding.quantity) == least]
+
+    @property
+    def holds(self):
+        return not self.findings and not self.problems
+
+
+def shown(value):
+    return f"{value:.9g}" if isinstance(value, float) else repr(value)
+
+
+def replay(trails, tolerance=TOLERANCE) -> Replay:
+    """Compute everything of some `trail_format.Trail`s again."""
+    found = Replay(tolerance)
+    for trail in trails:
+        found.problems += trail.problems
+        replay_scores(trail, found)
+        replay_rewards(trail, found)
+        replay_advantages(trail, found)
+        replay_updates(trail, found)
+        replay_metrics(trail, found)
+    return found
+
+
+def place(trail, sample, token=None, update=None):
+    """Where a number stands, for a message."""
+    words = f"step {trail.step['step']}, sample {sample}"
+    words += "" if token is None else f", token {token}"
+    return words + ("" if update is None else f", epoch {update['epoch']}, minibatch {update['minibatch']}")
+
+
+# ---- acts 3 to 5 -----------------------------------------------------------------------------------------------------
+
+
+def standardised(raw, scale):
+    """A raw score in the unit of its reward model's scores."""
+    if scale["norm"] == "none":
+        return raw
+    value = (raw - scale["mean"]) / math.sqrt(scale["variance"])
+    return min(max(value, -scale["clip"]), scale["clip"])
+
+
+def mixed_by(step, label, rationale):
+    """(branch, score) of the label-sensitive reward."""
+    if step["mode"] == "label":
+        return "label", label
+    if step["mode"] == "rationale":
+        return "rationale", rationale
+    if label >= step["threshold"]:
+        return "mixed: at the threshold", step["threshold"] + rationale
+    return "mixed: below the threshold", label + rationale
+
+
+def ruled(step, sample, score):
+    """(rule, score) after the rule for answers without an end or a label."""
+    no_end = sample["truncated"]
+    no_label = sample["label"] is None and step["cap"] is not None
+    if not no_end and not no_label:
+        return "none", score
+    rule = "missing eos and label" if no_end and no_label else "missing eos" if no_end else "missing label"
+    penalty = max(step["missing_eos_penalty"] if no_end else 0, step["missing_label_penalty"] if no_label else 0)
+    return rule, (score if step["cap"] is None else min(score, step["cap"])) - penalty
+
+
+def replay_scores(trail, found):
+    """Act 3: from raw scores to the relative ones."""
+    step, group = trail.step, trail.header["settings"]["answers_per_prompt"]
+    for number, sample in enumerate(trail.samples):
+        where = place(trail, number)
+        for part in ("label", "rationale"):
+            if sample[f"{part}_raw"] is not None and part in step["scales"]:
+                score = standardised(sample[f"{part}_raw"], step["scales"][part])
+                found.compare(f"{part}_score", where, sample[f"{part}_score"], score)
+        branch, score = mixed_by(step, sample["label_score"], sample["rationale_score"])
+        found.compare("branch", where, sample["branch"], branch)
+        found.compare("combined_score", where, sample["combined_score"], score)
+        rule, score = ruled(step, sample, sample["combined_score"])
+        found.compare("rule", where, sample["rule"], rule)
+        found.compare("score", where, sample["score"], score)
+        relative = sample["score"]
+        if group > 1:
+            first = number - number % group
+            others = [other["score"] for other in trail.samples[first : first + group] if other is not sample]
+            relative -= sum(others) / max(1, len(others))
+        found.compare("relative_score", where, sample["relative_score"], relative)
+        for token in trail.tokens[number]:
+            at = place(trail, number, token["token"])
+            for name in ("id", "label_score", "rationale_score", "branch", "combined_score", "rule", "score"):
+                found.compare("copies", f"{at} ({name})", token[name], sample[name])
+            found.compare(
+                "copies", f"{at} (position)", token["position"], len(sample["prompt_ids"]) - 1 + token["token"]
+            )
+            found.compare("copies", f"{at} (step)", token["step"], step["step"])
+
+
+def replay_rewards(trail, found):
+    """Act 4: the KL of each token, and its reward."""
+    kind, beta = trail.header["settings"]["kl_kind"], trail.step["kl_coef"]
+    for number, tokens in enumerate(trail.tokens):
+        for token in tokens:
+            where = place(trail, number, token["token"])
+            x = token["ref_logprob"] - token["logprob"]
+            found.compare("kl", where, token["kl"], -x if kind == "k1" else math.exp(x) - 1 - x)
+            last = token["token"] == len(tokens) - 1
+            score = trail.samples[number]["relative_score"] if last else 0.0
+            found.compare("reward", where, token["reward"], -beta * token["kl"] + score)
+
+
+def replay_advantages(trail, found):
+    """Act 5: generalised advantage estimation from the last token to the first, then whitening over the rollout."""
+    settings, whitening = trail.header["settings"], trail.header["whitening"]
+    for number, tokens in enumerate(trail.tokens):
+        next_value, next_advantage = 0.0, 0.0
+        for token in reversed(tokens):
+            where = place(trail, number, token["token"])
+            delta = token["reward"] + settings["gamma"] * next_value - token["value"]
+            advantage = delta + settings["gamma"] * settings["lam"] * next_advantage
+            found.compare("advantage", where, token["advantage"], advantage)
+            found.compare("return", where, token["return"], token["advantage"] + token["value"])
+            next_value, next_advantage = token["value"], token["advantage"]
+    advantages = [token["advantage"] for tokens in trail.tokens for token in tokens]
+    if len(advantages) > 1:
+        mean = sum(advantages) / len(advantages)
+        squares = sum((advantage - mean) ** 2 for advantage in advantages)
+        variance = squares / (len(advantages) - whitening["unbiased"])
+        scale = 1 / math.sqrt(variance + whitening["eps"])
+    else:
+        mean, scale = 0.0, 0.0  # the variance of one number is not defined
+    unit = max(1.0, scale * max(map(abs, advantages)) / ROUNDINGS)  # where all are nearly equal, rounding is magnified
+    for number, tokens in enumerate(trail.tokens):
+        for token in tokens:
+            whitened = (token["advantage"] - mean) * scale
+            where = place(trail, number, token["token"])
+            found.compare("whitened_advantage", where, token["whitened_advantage"], whitened, unit=unit)
+
+
+# ---- act 6 -----------------------------------------------------------------------------------------------------------
+
+
+def replay_updates(trail, found):
+    """The terms of both losses, per epoch and minibatch."""
+    minibatches = {(m["epoch"], m["minibatch"]): m for m in trail.step["minibatches"]}
+    check_minibatches(trail, found)
+    for number, tokens in enumerate(trail.tokens):
+        planned = sorted(place for place, minibatch in minibatches.items() if number in minibatch["rows"])
+        for token in tokens:
+            trained = [(update["epoch"], update["minibatch"]) for update in token["updates"]]
+            found.compare("minibatches", place(trail, number, token["token"]), trained, planned)
+            for update in token["updates"]:
+                if (update["epoch"], update["minibatch"]) in minibatches:
+                    count = minibatches[update["epoch"], update["minibatch"]]["tokens"]
+                    where = place(trail, number, token["token"], update)
+                    replay_update(trail.header["settings"], token, update, count, (where, found))
+
+
+def check_minibatches(trail, found):
+    """Each epoch's minibatches share out the answers, and count their tokens."""
+    step = trail.step
+    lengths = [len(tokens) for tokens in trail.tokens]
+    epochs: dict[int, list] = {}
+    for minibatch in step["minibatches"]:
+        where = f"step {step['step']}, epoch {minibatch['epoch']}, minibatch {minibatch['minibatch']}"
+        rows = epochs.setdefault(minibatch["epoch"], [])
+        rows += minibatch["rows"]
+        known = [row for row in minibatch["rows"] if row in range(len(lengths))]
+        found.compare("minibatches", where, minibatch["tokens"], sum(lengths[row] for row in known))
+    for epoch, rows in epochs.items():
+        whole = len(rows) < len(lengths) or sorted(rows) == list(range(len(lengths)))  # fewer: ended early
+        twice = len(set(rows)) == len(rows) <= len(lengths)
+        found.compare("minibatches", f"step {step['step']}, epoch {epoch}", whole and twice, True)
+
+
+def replay_update(settings, token, update, count, noted):
+    """One token in one minibatch. noted: (where, the `Replay`)."""
+    where, found = noted
+    clip, value_clip = settings["clip"], settings["value_clip"]
+    ratio = math.exp(update["new_logprob"] - token["logprob"])
+    found.compare("ratio", where, update["ratio"], ratio)
+    advantage = token["whitened_advantage"]
+    bounded = min(max(ratio, 1 - clip), 1 + clip)
+    unclipped, clipped = -advantage * ratio, -advantage * bounded
+    near = min(abs(ratio - (1 - clip)), abs(ratio - (1 + clip))) < NEAR_BOUND
+    found.compare("clipped", where, update["clipped"], clipped > unclipped, excused=near)
+    found.compare("policy_loss", where, update["policy_loss"], max(unclipped, clipped) / count, unit=1 / count)
+
+    old, new, target = token["value"], update["new_value"], token["return"]
+    bounded = min(max(new, old - value_clip), old + value_clip)
+    unclipped, clipped = (new - target) ** 2, (bounded - target) ** 2
+    beyond = abs(new - old) - value_clip
+    near = abs(beyond) < NEAR_BOUND or beyond > 0 and abs(clipped - unclipped) < NEAR_BOUND
+    found.compare("value_clipped", where, update["value_clipped"], clipped > unclipped, excused=near)
+    found.compare("value_loss", where, update["value_loss"], max(unclipped, clipped) / 2 / count, unit=1 / count)
+
+
+# ---- the step's metrics ----------------------------------------------------------------------------------------------
+
+
+def replay_metrics(trail, found):
+    """What metrics.jsonl says of the step, as far as it is made of these numbers."""
+    logged = trail.step["metrics"]
+    computed = rollout_metrics(trail) | update_metrics(trail)
+    for name, value in computed.items():
+        if logged.get(name) is not None:
+            found.compare("metrics", f"step {trail.step['step']} ({name})", logged[name], value)
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def variance(values):
+    values = list(values)
+    middle = mean(values)
+    return mean((value - middle) ** 2 for value in values)
+
+
+def rollout_metrics(trail):
+    """Metrics of acts 1 to 5."""
+    samples, tokens = trail.samples, [token for tokens in trail.tokens for token in tokens]
+    k1 = [[token["logprob"] - token["ref_logprob"] for token in own] for own in trail.tokens]
+    found = {
+        "act/response_len": mean(sample["tokens"] for sample in samples),
+        "act/truncated": mean(sample["truncated"] for sample in samples),
+        "act/parse_failures": mean(sample["label"] is None for sample in samples),
+        "analyse/kl_sequence": mean(sum(own) for own in k1),
+        "analyse/kl_token": mean(kl for own in k1 for kl in own),
+        "analyse/logprob_gap": mean(abs(token["logprob"] - token["rollout_logprob"]) for token in tokens),
+        "judge/score": mean(sample["score"] for sample in samples),
+        "shape/kl_coef": trail.step["kl_coef"],
+        "shape/reward": mean(sum(token["reward"] for token in own) for own in trail.tokens),
+        "credit/advantage_std": math.sqrt(variance(token["advantage"] for token in tokens)),
+    }
+    spread = variance(token["return"] for token in tokens)
+    if spread > NEAR_BOUND:
+        unexplained = variance(token["return"] - token["value"] for token in tokens)
+        found["credit/explained_variance"] = 1 - unexplained / spread
+    for part in ("label", "rationale"):
+        if samples[0][f"{part}_score"] is not None:
+            found[f"judge/{part}_score"] = mean(sample[f"{part}_score"] for sample in samples)
+    if trail.step["mode"] == "mixed":
+        found["judge/at_threshold"] = mean(s["label_score"] >= trail.step["threshold"] for s in samples)
+    if all(sample["gold"] is not None for sample in samples):
+        found["judge/accuracy"] = mean(sample["label"] == sample["gold"] for sample in samples)
+    return found
+
+
+def update_metrics(trail):
+    """Metrics of act 6: a minibatch's are sums of its tokens' shares; the step's their mean, or their maximum."""
+    sums: dict[tuple, dict] = {}
+    counts = {(m["epoch"], m["minibatch"]): m["tokens"] for m in trail.step["minibatches"]}
+    if not counts:
+        return {}
+    largest = 0.0
+    for token in (token for tokens in trail.tokens for token in tokens):
+        for update in token["updates"]:
+            at = update["epoch"], update["minibatch"]
+            if at not in counts:
+                continue
+            log_ratio = update["new_logprob"] - token["logprob"]
+            largest = max(largest, update["ratio"])
+            shares = {
+                "policy_loss": update["policy_loss"],
+                "value_loss": update["value_loss"],
+                "clipfrac": update["clipped"] / counts[at],
+                "value_clipfrac": update["value_clipped"] / counts[at],
+                "approx_kl": log_ratio**2 / 2 / counts[at],
+                "ratio_mean": update["ratio"] / counts[at],
+            }
+            own = sums.setdefault(at, dict.fromkeys(shares, 0.0))
+            for name, share in shares.items():
+                own[name] += share
+    means = {f"improve/{name}": mean(own[name] for own in sums.values()) for name in next(iter(sums.values()), {})}
+    return means | {"improve/ratio_max": largest}
