@@ -46,7 +46,7 @@ def compare(task, examples, answers_by_model, seed=0) -> list[dict]:
     right = [[g == p for g, p in zip(c[0], c[1])] for c in columns]
     everything = np.arange(size)
     for i, (name, answers) in enumerate(answers_by_model.items()):
-        row = {"model": name, "rows": size, **answer_metrics(task, examples, answers)}
+        row = {"model": name, "rows": size, "metric": task.metric, **answer_metrics(task, examples, answers)}
         row["truncated"] = sum(answer.truncated for answer in answers) / size
         row["interval"] = bootstrap_interval(_Statistic(lambda rows: metric(i, rows), size), seed)
         if i > 0:

@@ -20,6 +20,7 @@ from .metrics import CORRELATIONS, answer_metrics, metric_line, rank, row_values
 from .model.records import BEST, save_policy
 from .ppo_models import recorded_preview
 from .preview import sentence
+from .report.looks import write_look
 from .report.ppo_step import write_batch
 from .report.reward_report import preview_report
 from .rewards import incomplete_answer_rule, label_sensitive_reward
@@ -122,16 +123,19 @@ class Keeper:
             Answer(*given) for given in zip(samples.answers, samples.labels, samples.truncated.tolist(), strict=True)
         ]
         right = row_values(task, self.dev, self.answers)
-        judged = right if run.config.reward == "gold" else self.judge(samples, step)
+        paid, parts = (right, {}) if run.config.reward == "gold" else self.judge(samples, step)
         words = [grounded(task, row, answer.text) for row, answer in zip(self.dev, self.answers)]
-        scores = answer_metrics(task, self.dev, self.answers) | {"score": sum(judged) / len(judged)}
+        scores = answer_metrics(task, self.dev, self.answers) | {"score": sum(paid) / len(paid)}
         self.scores = scores
+        by_part = {f"{part}_score": parts.get(part) for part in ("label", "rationale")}
+        write_look(run.directory, step, samples, right=right, score=paid, **by_part, grounded=words)
         say(f"step {step}/{run.config.steps}  dev {metric_line(scores)}")
         tell_parse_failures(scores["parse_failures"], say)
-        return scores, {"right": right, "scores": judged, "grounded": words}
+        return scores, {"right": right, "scores": paid, "grounded": words}
 
     def judge(self, samples, step):
-        """What PPO pays for the answers, KL apart, on a scale that stays the same throughout the run: [N] floats."""
+        """(what PPO pays for the answers, KL apart, on a scale that stays the same throughout the run: [N] floats; the
+        same of each judge by itself, by part)."""
         try:
             judged = self.judges(samples)
             judged.require_finite([row.name for row in self.dev])
@@ -140,7 +144,7 @@ class Keeper:
         scores = label_sensitive_reward(judged.label_scores, judged.rationale_scores, judged.threshold, judged.mode)
         no_end, no_label = judged.penalties
         scores = incomplete_answer_rule(scores, samples.truncated, samples.unlabelled, no_end, no_label, judged.cap)
-        return scores.tolist()
+        return scores.tolist(), {part: own.tolist() for part, own in judged.scores.items()}
 
     def keep_best(self, step, scores, look):
         """Save the policy in <run>/best where it is the best so far: it beats the start, row by row, by more than one

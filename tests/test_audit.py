@@ -45,6 +45,7 @@ def gold(toy, tmp_path_factory):
     """A run whose updates end early, on the gold reward, of which every second rollout is audited."""
     directory = tmp_path_factory.mktemp("audit") / "gold"
     flags = ["--reward", "gold", "--audit", "every:2", "--max_update_kl", 1e-6, "--ppo_epochs", 2, "--minibatches", 4]
+    flags += ["--temperature", 1.6]  # some answers have no label, which this reward does not cap
     toy.ppo(directory, *flags, *RATES, steps=4)
     return directory
 
@@ -73,11 +74,13 @@ def test_every_line_has_its_fields_and_no_other(mixed, gold):
                     assert update.keys() == FIELDS["update"].keys()
 
 
-def test_the_run_has_all_cases(mixed):
+def test_the_runs_have_all_cases(mixed, gold):
     """So that what follows looks at each of them."""
     samples = [line for path in files_in(mixed) for line in lines_of(path) if line["kind"] == "sample"]
     assert {sample["branch"] for sample in samples} == {"mixed: below the threshold", "mixed: at the threshold"}
     assert {sample["rule"] for sample in samples} >= {"none", "missing label", "missing eos and label"}
+    answers = [line for path in files_in(gold) for line in lines_of(path) if line["kind"] == "sample"]
+    assert any(answer["label"] is None and answer["rule"] == "none" for answer in answers)
     updates = [u for path in files_in(mixed) for line in lines_of(path) for u in line.get("updates", ())]
     assert {update["clipped"] for update in updates} == {update["value_clipped"] for update in updates} == {True, False}
 
@@ -330,6 +333,34 @@ def test_an_altered_decision_is_found(second, tmp_path, name):
     update[name] = not update[name]
     found = replay([read_trail(write_trail(forged, tmp_path / "step-000002.jsonl"))])
     assert [finding.quantity for finding in found.first()] == [name]
+
+
+@pytest.mark.parametrize("name", ["policy_loss", "value_loss"])
+def test_a_share_of_a_loss_is_small_and_so_is_what_is_allowed(second, tmp_path, name):
+    """A share is divided by the minibatch's tokens: a twentieth of it more is found."""
+    forged = copy.deepcopy(second)
+    sample, token = chosen(forged)
+    update = max(forged.tokens[sample][token]["updates"], key=lambda update: abs(update[name]))
+    minibatch = next(
+        m for m in forged.step["minibatches"]
+        if (m["epoch"], m["minibatch"]) == (update["epoch"], update["minibatch"])
+    )  # fmt: skip
+    update[name] += 1e-4 / minibatch["tokens"]
+    found = replay([read_trail(write_trail(forged, tmp_path / "step-000002.jsonl"))])
+    assert [finding.quantity for finding in found.first()] == [name]
+
+
+def test_a_row_that_no_minibatch_has_is_found(second, tmp_path):
+    """Neither in the plan nor in its tokens: only the count of all rows tells."""
+    forged = copy.deepcopy(second)
+    for minibatch in forged.step["minibatches"]:
+        if 3 in minibatch["rows"]:
+            minibatch["rows"].remove(3)
+            minibatch["tokens"] -= len(forged.tokens[3])
+    for token in forged.tokens[3]:
+        token["updates"] = []
+    found = replay([read_trail(write_trail(forged, tmp_path / "step-000002.jsonl"))])
+    assert {finding.where for finding in found.first()} == {"step 2, epoch 0", "step 2, epoch 1"}
 
 
 @pytest.mark.parametrize("name", ["branch", "rule", "label", "truncated"])

@@ -12,6 +12,7 @@ import rllr.evaluate
 import rllr.merge
 import rllr.predict
 import rllr.rationales.__main__
+import rllr.report.__main__
 import train_ppo
 import train_rm
 import train_sft
@@ -82,7 +83,8 @@ def test_flags_exist(page):
     known |= {"data", "all_labelled", "tune"}  # what it is given today
     known |= {"tiny", "sft", "rm", "ppo", "hidden_size", "heads", "layers"}  # what it hands on, and to whom
     commands = next(action for action in rllr.audit.make_parser()._actions if action.dest == "command").choices
-    known |= {action.dest for parser in commands.values() for action in parser._actions}
+    parsers = [*commands.values(), rllr.report.__main__.make_parser()]
+    known |= {action.dest for parser in parsers for action in parser._actions}
     for flag in re.findall(r"--(\w+)", PAGES[page]):
         assert flag in known, flag
 
