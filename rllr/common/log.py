@@ -22,10 +22,13 @@ def say(line):
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a step. A resumed run goes on in it: no step twice, no torn line."""
+    """`metrics.jsonl`: one JSON object a step. A resumed run goes on in it: no step twice, no torn line.
+
+    trackers: None, or what else is told of every line (`run.trackers.Trackers`).
+    """
 
     def __init__(self, directory):
-        self.path, self.start = Path(directory) / METRICS, time.monotonic()
+        self.path, self.start, self.trackers = Path(directory) / METRICS, time.monotonic(), None
         self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, metrics, line=None):
@@ -34,6 +37,8 @@ class MetricsLog:
         with disk_faults(str(self.path)):
             self.file.write(json.dumps(metrics) + "\n")
             self.file.flush()
+        if self.trackers:
+            self.trackers.write(metrics)
         if line:
             say(line)
 
@@ -60,6 +65,8 @@ class MetricsLog:
             os.fsync(self.file.fileno())
 
     def close(self):
+        if self.trackers:
+            self.trackers.close()
         with suppress(OSError):  # of a full disk, which `write` has told of
             self.file.close()
 

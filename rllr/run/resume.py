@@ -18,7 +18,10 @@ from .checkpoint import FOLDER, list_checkpoints, problem_with, restore_names, r
 from .settings import NEWEST
 
 # On --resume these may differ from the run's own: they change what is printed or kept, or how long the run is;
-FREE = set("save_every keep_last steps epochs log_every show show_every max_ref_kl on_ref_kl on_hacking audit".split())
+FREE = set(
+    "save_every keep_last steps epochs log_every show show_every max_ref_kl on_ref_kl on_hacking audit tensorboard "
+    "wandb".split()
+)
 # these as well, with a warning: the numbers agree to rounding, no longer to the bit;
 ROUNDING = {"micro_batch_size", "tokens_per_batch", "gradient_checkpointing", "eval_batch_size"}
 # these are compared by what they hold, not by name (`input_fingerprints`).

@@ -47,6 +47,7 @@ from .checkpoint import (
 )
 from .machine import machine, set_up
 from .resume import RUN_FORMAT, find_run_to_resume
+from .trackers import Trackers, check_trackers, open_trackers
 
 
 def input_fingerprints(task, splits):
@@ -113,6 +114,7 @@ class Run:
         that is in use.
         """
         config = parse_config(Config, argv, description)
+        check_trackers(config)
         setattr(config, config.START, policy_directory(getattr(config, config.START), say))
         resumed = find_run_to_resume(stage, config, lambda: config.default_directory(find_start(config)[1]))
         config.validate()
@@ -199,6 +201,7 @@ class Run:
             say(f"no checkpoint yet in {self.directory}: the run starts from step 0 again")
         self.record["steps"] = steps
         self._write_record()
+        self.metrics.trackers = Trackers(open_trackers(self, loop.step))
 
     def _restore(self, steps, loop, path):
         state, recorded = read_checkpoint(path), self.resumed.recorded
