@@ -1,8 +1,10 @@
 """The README and the docs name files, flags, commands and functions that exist."""
 
 import re
+import shlex
 import tomllib
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,12 @@ import rllr.merge
 import rllr.predict
 import rllr.rationales.__main__
 import rllr.report.__main__
+import rllr.tiny
 import train_ppo
 import train_rm
 import train_sft
+from rllr.common.config import parse_config
+from rllr.common.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,14 +60,14 @@ def test_the_file_tree_is_the_package():
     named = set(re.findall(r"(\w+\.py)", tree_of("docs/files.md")))
     present = {path.name for path in (*ROOT.glob("rllr/**/*.py"), *ROOT.glob("benchmarks/*.py"))} - {"__init__.py"}
     assert present <= named, present - named
-    assert named <= present | SCRIPTS | {"mutate.py"}
+    assert named <= present | SCRIPTS | {"mutate.py", "mistakes.py"}
 
 
 def test_the_readmes_tree_has_every_folder_and_top_level_module():
     tree = tree_of("README.md")
     named, folders = set(re.findall(r"(\w+\.py)", tree)), set(re.findall(r"(?m)^ *(\w+)/", tree))
     modules = {path.name for path in ROOT.glob("rllr/*.py")} - {"__init__.py"}
-    assert named == modules | SCRIPTS | {"mutate.py"}
+    assert named == modules | SCRIPTS | {"mutate.py", "mistakes.py"}
     rooms = {path.parent.name for path in ROOT.glob("rllr/**/*.py")}
     assert folders == rooms | {"rllr", "configs", "tests", "benchmarks", "docs"}
 
@@ -104,6 +109,62 @@ def test_the_equation_map_names_functions_that_exist():
         assert name in (ROOT / "tests" / test).read_text(encoding="utf-8"), (name, test)
 
 
+@pytest.mark.slow
+def test_the_equation_map_names_metrics_that_exist(toy, tmp_path):
+    """In the metrics of a run of the stage that has them."""
+    from stopping import stage_of
+    from toy_runs import read_lines, run
+
+    names = set(re.findall(r"`(\w+/\w+|loss)`", README.split("| metric |")[1].split("\n\n")[0]))
+    assert len(names) > 12
+    for stage in ("ppo/mixed", "rm/full"):
+        main, flags = stage_of(toy, stage, tmp_path / stage.replace("/", "-"))
+        run(main, *flags, *["--missing_label_penalty", "1"] * (stage == "ppo/mixed"))
+        names -= {name for line in read_lines(tmp_path / stage.replace("/", "-") / "metrics.jsonl") for name in line}
+    assert not names
+
+
 def test_the_label_sensitive_reward_enters_train_ppo_in_one_line():
     source = (ROOT / "train_ppo.py").read_text(encoding="utf-8")
     assert source.count("label_sensitive_reward(") == 1
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+PARSERS = {  # command: what takes its arguments
+    **{f"{module.__name__}.py": partial(parse_config, module.Config) for module in (train_sft, train_rm, train_ppo)},
+    "rllr.evaluate": partial(parse_config, rllr.evaluate.Config),
+    "rllr.predict": partial(parse_config, rllr.predict.Config),
+    "rllr.merge": partial(parse_config, rllr.merge.Config),
+    "rllr.rationales": partial(parse_config, rllr.rationales.__main__.Config),
+    "rllr.tiny": partial(parse_config, rllr.tiny.Config),
+    "rllr.audit": rllr.audit.make_parser().parse_args,
+    "rllr.report": rllr.report.__main__.make_parser().parse_args,
+}
+
+
+def commands_of(page):
+    """(command, its arguments) of every line of a code block that calls one of ours."""
+    for block in re.findall(r"(?ms)^ *```(?:bash|sh)?\n(.*?)^ *```", PAGES[page]):
+        for name, value in re.findall(r"(?m)^(\w+)=\"?(.*?)\"?$", block):  # a variable of the shell
+            block = block.replace(f"${name}", value)
+        for line in block.replace("\\\n", " ").splitlines():
+            called = re.search(r"(?:^|[\s|])python (?:-m )?(train_\w+\.py|rllr\.\w+)((?: .*)?)$", line)
+            if called:
+                arguments = shlex.split(called.group(2), comments=True)
+                yield called.group(1), [a for a in arguments if a not in ("...", "…")]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(commands_of(page))])
+def test_commands_are_taken_by_their_parsers(page):
+    for command, arguments in commands_of(page):
+        assert command in PARSERS, command
+        try:
+            PARSERS[command](arguments)
+        except (InputError, SystemExit) as error:
+            raise AssertionError(f"{command} {' '.join(arguments)}: {error}") from error
+
+
+def test_most_pages_have_commands():
+    assert len([page for page in PAGES if any(commands_of(page))]) > 7
+    assert sum(1 for page in PAGES for _ in commands_of(page)) > 30
