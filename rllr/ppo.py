@@ -41,6 +41,10 @@ def masked_whiten(x, mask, shift_mean=True, unbiased=True, eps=1e-8):
     shift_mean=False adds the mean back, so only the scale changes. Use it for rewards: a shift would change the value
     of a longer answer. unbiased=True divides by n - 1 in the variance, as TRL and verl do; OpenAI's code divides by n.
     With 0 or 1 valid elements the variance is not defined, and the result is 0.
+
+    >>> mask = torch.tensor([[True, True, True, False]])
+    >>> masked_whiten(torch.tensor([[1.0, 2.0, 3.0, 99.0]]), mask).tolist()  # mean 2, variance (1 + 0 + 1) / 2
+    [[-1.0, 0.0, 1.0, 0.0]]
     """
     count = mask.sum()
     if count < 2:
@@ -61,6 +65,11 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95, bootstrap=None):
     value after the last token, None for 0. It is 0 for an answer that ended; we use 0 also for one that the length
     limit cut, as all public implementations except one do. Returns (advantages, returns), both [B, R], 0 outside the
     mask, not whitened.
+
+    >>> rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.5, 0.5]])
+    >>> advantages, returns = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), lam=0.5)
+    >>> advantages.tolist(), returns.tolist()  # delta is 0, 0, 0.5: the last one comes back halved at each step
+    ([[0.125, 0.25, 0.5]], [[0.625, 0.75, 1.0]])
     """
     rewards, values = _fill(rewards, mask), _fill(values, mask)
     advantages = torch.zeros_like(values)
@@ -84,6 +93,12 @@ def policy_loss(new_logprobs, logprobs, advantages, mask, clip=0.2, reduce=maske
     minibatch is split into micro-batches, these must share one divisor, and `reduce(x, mask)` replaces that mean.
     Returns (loss, stats), stats without gradient: clipfrac (share of tokens whose clipped branch is strictly larger),
     approx_kl (mean of half the squared log-ratio), ratio_mean, ratio_max.
+
+    >>> twice, once = torch.tensor([[2.0, 2.0]]).log(), torch.zeros(1, 2)  # both ratios are 2, beyond 1 + clip
+    >>> mask = torch.ones(1, 2, dtype=torch.bool)
+    >>> loss, stats = policy_loss(twice, once, torch.tensor([[1.0, -1.0]]), mask, clip=0.5)
+    >>> round(loss.item(), 4), stats["clipfrac"].item()  # (max(-2, -1.5) + max(2, 1.5)) / 2; only A > 0 is clipped
+    (0.25, 0.5)
     """
     log_ratio = _fill(new_logprobs - logprobs, mask)
     advantages = _fill(advantages, mask)
@@ -107,6 +122,11 @@ def value_loss(new_values, values, returns, mask, clip=0.2, reduce=masked_mean):
     new_values, values (computed once, after the rollout), returns, mask: [B, R]. This loss is in the authors' code of
     PPO, not in the paper. Returns (loss, stats), stats: clipfrac (share of tokens whose clipped branch is strictly
     larger).
+
+    >>> new, old, target = torch.tensor([[1.0]]), torch.tensor([[0.0]]), torch.tensor([[2.0]])
+    >>> loss, stats = value_loss(new, old, target, torch.tensor([[True]]), clip=0.5)
+    >>> loss.item(), stats["clipfrac"].item()  # max((1 - 2)^2, (0.5 - 2)^2) / 2
+    (1.125, 1.0)
     """
     new_values, values, returns = _fill(new_values, mask), _fill(values, mask), _fill(returns, mask)
     clipped_values = torch.clamp(new_values, values - clip, values + clip)
@@ -121,6 +141,10 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
     With x = ref_logprobs - logprobs:  k1 = -x (unbiased),  k2 = x^2 / 2 (low variance, biased),
     k3 = exp(x) - 1 - x (unbiased, never negative; expm1 avoids the cancellation near 0). Any shape.
+
+    >>> logprob, ref_logprob = torch.tensor(0.5).log(), torch.tensor(0.25).log()  # x = -log 2
+    >>> [round(kl_estimate(logprob, ref_logprob, kind).item(), 4) for kind in ("k1", "k2", "k3")]
+    [0.6931, 0.2402, 0.1931]
     """
     x = ref_logprobs - logprobs
     if kind == "k1":

@@ -2,10 +2,12 @@
 
 import re
 import shlex
+import shutil
 import tomllib
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -168,3 +170,32 @@ def test_commands_are_taken_by_their_parsers(page):
 def test_most_pages_have_commands():
     assert len([page for page in PAGES if any(commands_of(page))]) > 7
     assert sum(1 for page in PAGES for _ in commands_of(page)) > 30
+
+
+# ---- Python ----------------------------------------------------------------------------------------------------------
+
+
+def python_blocks(page):
+    """The code of every block of Python that is no doctest (those are run where the page's own tests are)."""
+    blocks = re.findall(r"(?ms)^ *```python\n(.*?)^ *```", PAGES[page])
+    return [block for block in blocks if not block.lstrip().startswith(">>>")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)])
+def test_python_in_the_docs_runs(toy, tmp_path, monkeypatch, capsys, page):
+    """In a folder with a policy where the pages say that one is."""
+    shutil.copytree(toy.sft, tmp_path / "runs" / "sst2" / "ppo-label" / "best")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in python_blocks(page):
+        exec(compile(block, page, "exec"), names)
+    if page == "docs/models.md":
+        assert capsys.readouterr().out.strip()
+    if page == "docs/your-data.md":
+        samples = SimpleNamespace(answers=["x" * 10, "y"], labels=["good", None])
+        assert names["short_and_right"](samples) == pytest.approx([0.9, -1.0])
+
+
+def test_both_pages_with_python_are_found():
+    assert {page for page in PAGES if python_blocks(page)} >= {"docs/models.md", "docs/your-data.md"}

@@ -124,7 +124,7 @@ def figure(traces, x, y=None, lines=()):
         barmode="overlay",
     )
     for place, name in lines:
-        drawn.add_vline(x=place, line={"dash": "dash", "width": 2, "color": COLOURS[3]}, annotation_text=name)
+        drawn.add_vline(x=place, line={"dash": "dash", "width": 2, "color": COLOURS[3]}, annotation_text=name, annotation_position="top left")
     return json.loads(drawn.to_json())
 
 
@@ -167,7 +167,7 @@ def preview_figure(run, title) -> list[Figure]:
     greedy = go.Scatter(
         x=ends, y=[run.preview["greedy"]] * 2, name="greedy", mode="lines", line={"color": COLOURS[2], "dash": "dash"}
     )
-    told = [f"Greedy {100 * run.preview['greedy']:.1f} %."]
+    told = [f"Best-of-n stands at the bound of its KL. Greedy {100 * run.preview['greedy']:.1f} %."]
     told += [f"Best of {point['n']} {100 * point['accuracy']:.1f} %." for point in curve[1:]]
     traces, walked = [best, greedy], way_of(run)
     if walked:
@@ -177,7 +177,7 @@ def preview_figure(run, title) -> list[Figure]:
                        mode="lines+markers", line={"color": COLOURS[1], "width": 2})
         )  # fmt: skip
         told.append(f"PPO went to {100 * accuracies[-1]:.1f} % at step {steps[-1]}, {kls[-1]:.2f} nats away.")
-    drawn = figure(traces, "KL to the SFT policy, nats (of best-of-n: its bound)", "accuracy")
+    drawn = figure(traces, "nats from the SFT policy", "accuracy")
     return [Figure("dev", f"{title}What the preview foretold, and where PPO went", " ".join(told), drawn)]
 
 
