@@ -71,7 +71,7 @@ def test_the_readmes_tree_has_every_folder_and_top_level_module():
     modules = {path.name for path in ROOT.glob("rllr/*.py")} - {"__init__.py"}
     assert named == modules | SCRIPTS | {"mutate.py", "mistakes.py"}
     rooms = {path.parent.name for path in ROOT.glob("rllr/**/*.py")}
-    assert folders == rooms | {"rllr", "configs", "tests", "benchmarks", "docs"}
+    assert folders == rooms | {"rllr", "configs", "examples", "tests", "benchmarks", "docs"}
 
 
 @every_page

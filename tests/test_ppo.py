@@ -4,6 +4,7 @@ Batch G is two responses of lengths 5 and 3; x marks garbage in padding. Its num
 OpenRLHF, verl and torchtune, and agree among them.
 """
 
+import doctest
 import math
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import rllr.ppo
 from rllr.ppo import (
     AdaptiveKL,
     FixedKL,
@@ -53,6 +55,12 @@ BIASED_G = tensor([[0.463873, 0.602657, 0.732282, 0.918122, 1.072582], [-1.26295
 
 def close(actual, expected, atol=1e-6):
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=atol)
+
+
+def test_doctests():
+    """The worked examples of the docstrings."""
+    result = doctest.testmod(rllr.ppo)
+    assert result.attempted >= 14 and result.failed == 0
 
 
 # ---- golden numbers --------------------------------------------------------------------------------------------------

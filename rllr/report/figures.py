@@ -124,7 +124,12 @@ def figure(traces, x, y=None, lines=()):
         barmode="overlay",
     )
     for place, name in lines:
-        drawn.add_vline(x=place, line={"dash": "dash", "width": 2, "color": COLOURS[3]}, annotation_text=name, annotation_position="top left")
+        drawn.add_vline(
+            x=place,
+            line={"dash": "dash", "width": 2, "color": COLOURS[3]},
+            annotation_text=name,
+            annotation_position="top left",
+        )
     return json.loads(drawn.to_json())
 
 
