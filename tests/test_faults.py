@@ -420,7 +420,7 @@ def test_the_disk_is_full_when_a_metrics_line_is_written(toy, tmp_path, capsys, 
             return stats
 
         with monkeypatch.context() as patch:
-            patch.setattr(train_ppo, "improve", poisoned(train_ppo.improve, 6, fill))
+            patch.setattr(train_ppo, "improve", poisoned(train_ppo.improve, 5, fill))
             patch.setattr(rllr.common.log, "json", SimpleNamespace(dumps=lambda line: json.dumps(line) + " " * 20_000))
             error = refused(capsys, "ppo", *flags, code=1)
         assert "metrics.jsonl cannot be written: No space left on device" in error
