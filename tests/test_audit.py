@@ -325,6 +325,15 @@ def test_an_altered_metric_is_found(second, gold, tmp_path, name):
     assert [finding.where for finding in found.first()] == [f"step 2 ({name})"]
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_agrees_with_nothing(second, value):
+    """Infinity is within every tolerance of infinity."""
+    forged = copy.deepcopy(second)
+    sample, token = chosen(forged)
+    forged.tokens[sample][token]["ref_logprob"] = value
+    assert "kl" in {finding.quantity for finding in replay([forged]).findings}
+
+
 @pytest.mark.parametrize("name", ["clipped", "value_clipped"])
 def test_an_altered_decision_is_found(second, tmp_path, name):
     forged = copy.deepcopy(second)

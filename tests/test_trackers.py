@@ -164,16 +164,18 @@ def test_a_tracker_that_fails_is_told_of_once_and_dropped(capsys):
     assert capsys.readouterr().out.count("warning: --bad: OSError: the disk is full; it gets no more") == 1
 
 
-def test_wandb_without_a_login_says_what_to_do(toy, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("refusal", [ValueError("No API key configured."), RuntimeError(""), TimeoutError("slow")])
+def test_wandb_that_cannot_be_opened_ends_no_run(toy, tmp_path, monkeypatch, refusal):
+    """Whatever it raises: by then --overwrite has made room for this run, which must not be lost as well."""
     wandb = pytest.importorskip("wandb", reason="no wandb")
 
     def refuse(**settings):
-        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
+        raise refusal
 
     monkeypatch.setattr(wandb, "init", refuse)
-    main_flags = ["--policy", toy.sft, "--reward", "gold", *toy.ppo_flags, "--output_dir", tmp_path / "run"]
-    error = refused(capsys, "ppo", *main_flags, "--wandb")
-    assert "--wandb rllr: No API key configured" in error and "WANDB_MODE=offline" in error
+    told = toy.ppo(tmp_path / "run", "--reward", "gold", "--wandb", steps=2)
+    assert f"warning: --wandb: {type(refusal).__name__}" in told and "WANDB_MODE=offline" in told
+    assert (tmp_path / "run" / "last").is_dir()
 
 
 def test_no_tracker_by_default(toy, tmp_path):

@@ -74,7 +74,7 @@ class Replay:
             difference = abs(logged - computed)
             if difference > self.largest.get(quantity, (-1.0, ""))[0]:
                 self.largest[quantity] = difference, where
-            right = difference <= self.tolerance * max(unit, abs(computed))
+            right = math.isfinite(difference) and difference <= self.tolerance * max(unit, abs(computed))
         else:
             right = excused or logged == computed
         if not right:

@@ -118,6 +118,7 @@ class Run:
         setattr(config, config.START, policy_directory(getattr(config, config.START), say))
         resumed = find_run_to_resume(stage, config, lambda: config.default_directory(find_start(config)[1]))
         config.validate()
+        check_trackers(config)  # again: a resumed run has settings of its own
         allow_remote_code(config.trust_remote_code)
         record, task = find_start(config)
         start = getattr(config, config.START)

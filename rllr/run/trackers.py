@@ -10,6 +10,7 @@ import json
 import secrets
 
 from ..common.errors import InputError
+from ..common.files import write_text
 from ..common.log import say
 
 FOLDER = "tensorboard"  # in a run's directory
@@ -27,24 +28,33 @@ def check_trackers(config):
 
 
 def open_trackers(run, done):
-    """The trackers that a run's settings ask for. done: steps that are done; what stands behind them goes."""
-    config, found = run.config, []
-    if config.tensorboard:
-        found.append(TensorBoard(run, done))
-    if config.wandb:
-        found.append(WandB(run))
+    """The trackers that a run's settings ask for. done: steps that are done; what stands behind them goes.
+
+    One that cannot be opened (no login, no network, a full disk) is told of, and the run goes on without it: by now an
+    older run may have made room for this one.
+    """
+    asked = [
+        (name, kind) for name, kind in (("tensorboard", TensorBoard), ("wandb", WandB)) if getattr(run.config, name)
+    ]
+    found = []
+    for name, kind in asked:
+        try:
+            found.append(kind(run, done))
+        except Exception as error:  # whatever a library raises
+            reason = f"{type(error).__name__}: {error}"
+            say(f"warning: --{name}: {reason}; this run goes on without it. {kind.remedy}".rstrip())
     return found
 
 
 class TensorBoard:
     """Event files in <run>/tensorboard. A resumed run hides the events of steps that it takes again."""
 
-    name = "tensorboard"
+    name, remedy = "tensorboard", ""
 
     def __init__(self, run, done):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(run.directory / FOLDER, purge_step=done + 1 if done else None)
+        self.writer = SummaryWriter(run.directory / FOLDER, purge_step=done + 1 if done else 0)
         if not done:
             self.writer.add_text("settings", f"```\n{json.dumps(run.record['config'], indent=2)}\n```", 0)
 
@@ -61,24 +71,19 @@ class WandB:
     """A run of Weights & Biases. Without a network: WANDB_MODE=offline, and `wandb sync` later."""
 
     name = "wandb"
+    remedy = "Log in (wandb login), or set WANDB_MODE=offline."
 
-    def __init__(self, run):
+    def __init__(self, run, done):
         import wandb
 
         kept = run.directory / WANDB_ID
-        if not kept.exists():
-            kept.write_text(secrets.token_hex(6), encoding="utf-8")
-        try:
-            self.run = wandb.init(
-                project=run.config.wandb, name=f"{run.task.name}/{run.directory.name}", dir=str(run.directory),
-                id=kept.read_text(encoding="utf-8").strip(), resume="allow", config=run.record["config"],
-                settings=wandb.Settings(console="off"),
-            )  # fmt: skip
-        except wandb.errors.Error as error:
-            raise InputError(
-                f"--wandb {run.config.wandb}: {str(error).splitlines()[0]}; log in (wandb login), or set "
-                "WANDB_MODE=offline"
-            ) from None
+        if not kept.exists() or not kept.read_text(encoding="utf-8").strip():
+            write_text(kept, secrets.token_hex(6))
+        self.run = wandb.init(
+            project=run.config.wandb, name=f"{run.task.name}/{run.directory.name}", dir=str(run.directory),
+            id=kept.read_text(encoding="utf-8").strip(), resume="allow", config=run.record["config"],
+            settings=wandb.Settings(console="off"),
+        )  # fmt: skip
         # Our own step is the axis: a resumed run takes steps again, and W&B's own counter only goes up.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
