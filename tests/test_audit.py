@@ -260,7 +260,10 @@ METRICS = [
 def chosen(trail):
     """(sample, token) to alter: of an answer with several tokens that no rule and no clip touches."""
     for number, sample in enumerate(trail.samples):
-        if sample["rule"] == "none" and abs(sample["label_score"]) < 3 and sample["tokens"] > 3:
+        inside = all(
+            abs(sample[f"{part}_score"]) < 0.99 * scale["clip"] for part, scale in trail.step["scales"].items()
+        )
+        if sample["rule"] == "none" and inside and sample["tokens"] > 3:
             for token in trail.tokens[number][1:-1]:
                 if not any(update["clipped"] or update["value_clipped"] for update in token["updates"]):
                     return number, token["token"]
@@ -300,7 +303,7 @@ def test_an_altered_number_is_found(second, tmp_path, kind, name):
     sample, token = chosen(forged)
     held = part_of(forged, kind, sample, token)
     whole = isinstance(held[name], int) and not isinstance(held[name], bool)
-    held[name] += 1 if whole else 0.37
+    held[name] += -100.0 if name == "cap" else 1 if whole else 0.37  # a cap binds where it is below the score
     found = replay([read_trail(write_trail(forged, tmp_path / "step-000002.jsonl"))])
     expected = FIRST[kind][name]
     if expected is DIGEST:
@@ -421,6 +424,11 @@ def test_missing_and_moved_lines_are_found(mixed, tmp_path):
         assert read_trail(path).problems
 
 
+def changed(line, name, value=None):
+    """A line with another value in a field."""
+    return json.dumps(json.loads(line) | {name: value}) + "\n"
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
@@ -432,6 +440,13 @@ def test_missing_and_moved_lines_are_found(mixed, tmp_path):
         (lambda lines: [lines[0].replace('"format": 1', '"format": 99'), *lines[1:]], "has audit format 99; this"),
         (lambda lines: [lines[0], lines[1].replace('"kl_coef"', '"beta"', 1), *lines[2:]], "the step has no kl_coef"),
         (lambda lines: [], r"has 0 lines of kind 'header'"),
+        (lambda lines: ['{"kind": []}\n'], r"is no line of an audit trail"),
+        (lambda lines: [changed(lines[0], "settings"), *lines[1:]], "the header has settings None, which cannot be"),
+        (lambda lines: [lines[0], changed(lines[1], "kl_coef", "x"), *lines[2:]], "kl_coef 'x', which is no finite"),
+        (lambda lines: [lines[0], changed(lines[1], "answers", 10**12), *lines[2:]], "its samples are not numbered"),
+        (lambda lines: [lines[0], changed(lines[1], "minibatches", [{}]), *lines[2:]], "minibatches has no epoch"),
+        (lambda lines: [*lines[:3], changed(lines[3], "value", math.nan), *lines[4:]], "NaN is no number"),
+        (lambda lines: [*lines[:3], changed(lines[3], "updates", [1]), *lines[4:]], "updates is no object"),
     ],
 )  # fmt: skip
 def test_what_is_no_trail(mixed, tmp_path, harm, message):

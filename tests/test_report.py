@@ -176,7 +176,8 @@ def test_an_evaluation_is_found_beside_the_run(home, tmp_path):
 
 def test_a_confusion_matrix_by_hand():
     pairs = [("a", "a"), ("a", "b"), ("a", None), ("b", "b"), ("b", "b"), (None, "a")]
-    assert confusion(pairs) == (["a", "b"], ["a", "b", "none"], [[1, 1, 1], [0, 2, 0]])
+    assert confusion(pairs) == (["a", "b"], ["a", "b", "(no readable label)"], [[1, 1, 1], [0, 2, 0]])
+    assert confusion([("none", "none"), ("none", None)]) == (["none"], ["none", "(no readable label)"], [[1, 1]])
     assert confusion([("a", "a"), ("a", "z")]) == (["a"], ["a", "z"], [[1, 1]])  # a label that no row has
 
 

@@ -68,7 +68,8 @@ def run(target, tmp_path):
 
 def test_the_wheel_holds_the_whole_package_and_the_three_scripts(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    ours = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rllr").rglob("*.py")}
+    kinds = {".py", ".html", ".css", ".js"}  # of the package; the others are the report's page
+    ours = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rllr").rglob("*") if path.suffix in kinds}
     ours |= {"train_sft.py", "train_rm.py", "train_ppo.py"}
     assert {name for name in names if ".dist-info/" not in name} == ours
 

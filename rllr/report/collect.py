@@ -74,7 +74,7 @@ def read_run(directory) -> FoundRun:
         last = max((line["step"] for line in run.metrics), default=0)
         looks = {step_of(path): path for path in (directory / LOOKS).glob("step-*.jsonl")}
         run.looks = {step: read_lines(path) for step, path in sorted(looks.items()) if step <= last}
-        run.trails = files_in(directory) if (directory / AUDIT).is_dir() else []
+        run.trails = files_in(directory) if any((directory / AUDIT).glob("step-*.jsonl")) else []
     run.preview = preview_of(run)
     return run
 
@@ -167,7 +167,7 @@ def short_names(paths):
 
 def outcome_on_dev(run) -> Outcome | None:
     """The start, what PPO hands back and its last policy on dev, from its looks; None without them."""
-    if not run.looks:
+    if 0 not in run.looks:
         return None
     best, last = run.handed_back, max(run.looks)
     steps = {"SFT, the start, which is handed back" if best == 0 else "SFT, the start": 0}

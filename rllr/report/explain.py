@@ -78,10 +78,11 @@ def told_scores(trail, sample):
         lines.append(f"{sample['branch']}: min(label, threshold) + rationale")
         lines.append(f"    = min({parts[0]}, {parts[1]}) + {parts[2]} = {combined}")
     else:
-        lines.append(f"--reward {step['mode']}: the score is the {step['mode']} score, {combined}")
+        reward = trail.header["settings"].get("reward", step["mode"])
+        lines.append(f"--reward {reward}: the score is the {step['mode']} score, {combined}")
     if sample["rule"] != "none":
-        penalties = [step["missing_eos_penalty"]] * sample["truncated"]
-        penalties += [step["missing_label_penalty"]] * (sample["label"] is None)
+        penalties = [step["missing_eos_penalty"]] * ("eos" in sample["rule"])
+        penalties += [step["missing_label_penalty"]] * ("label" in sample["rule"])
         capped = combined if step["cap"] is None else f"min({combined}, cap {n(step['cap'])})"
         lines.append(f"{sample['rule']}: score = {capped} - penalty {n(max(penalties))} = {n(sample['score'])}")
     group = trail.header["settings"]["answers_per_prompt"]

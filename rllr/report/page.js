@@ -103,7 +103,7 @@ function showSample() {
   chosen = 0;
   const sample = currentSample();
   const shown = data.sample_facts.map((name, i) => [name, sample.facts[i]])
-    .filter(([, value]) => value !== null && value !== "none");
+    .filter(([name, value]) => value !== null && !(name === "rule" && value === "none"));
   byId("token-facts").replaceChildren(...pairs(shown));
   showTokens();
 }

@@ -19,6 +19,7 @@ from .collect import outcome_on_dev, read_trails
 from .figures import curves, preview_figure, score_figures
 
 MARK = '<meta name="generator" content="rllr report">'  # by which a page of ours is known
+NO_LABEL = "(no readable label)"
 MOST_ANSWERS = 20_000  # rows of the table, the newest looks first
 # What the token view gets of each token, after its text, in this order.
 TOKEN_NUMBERS = (
@@ -157,15 +158,16 @@ def spelled(value, percent, sign=""):
 
 
 def confusion(pairs):
-    """(labels, labels given, [gold][given] counts): the last one given is "none" where an answer had no label."""
+    """(labels, labels given, [gold][given] counts): the last one given is NO_LABEL where an answer had none."""
     gold = sorted({gold for gold, _ in pairs if gold is not None})
     given = gold + sorted({label for _, label in pairs if label is not None} - set(gold))
-    columns = given + ["none"] * any(label is None for _, label in pairs)
-    counts = {(g, c): 0 for g in gold for c in columns}
+    keys = given + [None] * any(label is None for _, label in pairs)  # None is no label that a task could have
+    counts = {(g, key): 0 for g in gold for key in keys}
     for g, label in pairs:
         if g is not None:
-            counts[g, "none" if label is None else label] += 1
-    return gold, columns, [[counts[g, c] for c in columns] for g in gold]
+            counts[g, label] += 1
+    columns = [NO_LABEL if key is None else key for key in keys]
+    return gold, columns, [[counts[g, key] for key in keys] for g in gold]
 
 
 def answer_rows(runs):

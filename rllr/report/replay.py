@@ -95,6 +95,11 @@ def shown(value):
     return f"{value:.9g}" if isinstance(value, float) else repr(value)
 
 
+def exp(x):
+    """e to the x; infinite, which agrees with nothing, where float64 ends."""
+    return math.exp(x) if x < 709 else math.inf
+
+
 def replay(trails, tolerance=TOLERANCE) -> Replay:
     """Compute everything of some `trail_format.Trail`s again."""
     found = Replay(tolerance)
@@ -186,7 +191,7 @@ def replay_rewards(trail, found):
         for token in tokens:
             where = place(trail, number, token["token"])
             x = token["ref_logprob"] - token["logprob"]
-            found.compare("kl", where, token["kl"], -x if kind == "k1" else math.exp(x) - 1 - x)
+            found.compare("kl", where, token["kl"], -x if kind == "k1" else exp(x) - 1 - x)
             last = token["token"] == len(tokens) - 1
             score = trail.samples[number]["relative_score"] if last else 0.0
             found.compare("reward", where, token["reward"], -beta * token["kl"] + score)
@@ -260,7 +265,7 @@ def replay_update(settings, token, update, count, noted):
     """One token in one minibatch. noted: (where, the `Replay`)."""
     where, found = noted
     clip, value_clip = settings["clip"], settings["value_clip"]
-    ratio = math.exp(update["new_logprob"] - token["logprob"])
+    ratio = exp(update["new_logprob"] - token["logprob"])
     found.compare("ratio", where, update["ratio"], ratio)
     advantage = token["whitened_advantage"]
     bounded = min(max(ratio, 1 - clip), 1 + clip)

@@ -13,6 +13,7 @@ the line itself. So a changed, missing or moved line is found. Reading needs nei
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,18 +180,64 @@ def read_trail(path) -> Trail:
 def _object(line, where):
     """A line as the object that its kind asks for. InputError, with the field, where it is none."""
     try:
-        value = json.loads(line)
+        value = json.loads(line, parse_constant=_not_finite)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON: {error}") from None
     kind = value.get("kind") if isinstance(value, dict) else None
-    if kind not in FIELDS or kind == "update":
+    if not isinstance(kind, str) or kind not in FIELDS or kind == "update":
         raise InputError(f"{where}: is no line of an audit trail; a line has kind header, step, sample, token or end")
-    wanted = [(value, FIELDS[kind])] + [(update, FIELDS["update"]) for update in value.get("updates", ())]
-    for held, fields in wanted:
-        missing = [name for name in fields if name not in held]
-        if missing:
-            raise InputError(f"{where}: the {kind} has no {', '.join(missing)}")
+    _check(value, {name: _TYPES.get(unit, NUMBER) for name, (unit, _) in FIELDS[kind].items()}, f"{where}: the {kind}")
+    for name, inner in _INSIDE.get(kind, {}).items():
+        held = value[name]
+        parts = held.values() if name == "scales" else held if isinstance(held, list) else [held]
+        for part in parts:
+            _check(part, inner, f"{where}: the {kind}'s {name}")
     return value
+
+
+def _not_finite(word):
+    raise ValueError(f"{word} is no number")
+
+
+TEXT, YES_OR_NO, OBJECT, LIST, NUMBER = str, bool, dict, list, float  # what a field holds
+_TYPES = {
+    "text": TEXT, "label, rationale, mixed": TEXT, "true or false": YES_OR_NO, "text by name": OBJECT, "object": OBJECT,
+    "object by part": OBJECT, "list": LIST, "token ids": LIST,
+}  # fmt: skip
+_MAY_BE_NULL = {"threshold", "cap", "label", "gold", "label_raw", "label_score", "rationale_raw", "rationale_score"}
+_INSIDE: dict[str, dict[str, dict]] = {  # {kind: {field: what the objects in it hold, as far as a replay reads it}}
+    "header": {
+        "settings": {"gamma": NUMBER, "lam": NUMBER, "clip": NUMBER, "value_clip": NUMBER, "kl_kind": TEXT,
+                     "answers_per_prompt": NUMBER},
+        "whitening": {"unbiased": YES_OR_NO, "eps": NUMBER},
+    },
+    "step": {
+        "scales": {"norm": TEXT, "mean": NUMBER, "variance": NUMBER, "clip": NUMBER},
+        "minibatches": {"epoch": NUMBER, "minibatch": NUMBER, "rows": LIST, "tokens": NUMBER, "applied": YES_OR_NO},
+    },
+    "token": {"updates": {name: YES_OR_NO if unit == "true or false" else NUMBER
+                          for name, (unit, _) in FIELDS["update"].items()}},
+}  # fmt: skip
+_ABOVE_0 = {"variance", "tokens", "answers_per_prompt"}
+_WHOLE = {"answers", "step", "sample", "token", "tokens", "epoch", "minibatch", "answers_per_prompt", "lines"}
+
+
+def _check(held, fields, what):
+    """InputError where an object lacks one of the fields, or holds something else in it."""
+    if not isinstance(held, dict):
+        raise InputError(f"{what} is no object")
+    missing = [name for name in fields if name not in held]
+    if missing:
+        raise InputError(f"{what} has no {', '.join(missing)}")
+    for name, kind in fields.items():
+        value = held[name]
+        if value is None and name in _MAY_BE_NULL:
+            continue
+        right = isinstance(value, (int, float)) if kind is NUMBER else isinstance(value, kind)
+        if kind is NUMBER and (isinstance(value, bool) or not right or not math.isfinite(value)):
+            raise InputError(f"{what} has {name} {value!r:.40}, which is no finite number")
+        if not right or name in _WHOLE and value != int(value) or name in _ABOVE_0 and not value > 0:
+            raise InputError(f"{what} has {name} {value!r:.40}, which cannot be")
 
 
 def _place(value):
@@ -202,7 +249,8 @@ def _place(value):
 def _in_order(path, step, found):
     """(samples, tokens per sample), in the order of the rollout. InputError where one is missing."""
     samples = sorted(found["sample"], key=lambda sample: sample["sample"])
-    if [sample["sample"] for sample in samples] != list(range(step["answers"])):
+    numbers = [sample["sample"] for sample in samples]
+    if len(numbers) != step["answers"] or numbers != list(range(len(numbers))):
         raise InputError(f"{path}: its samples are not numbered from 0 to {step['answers'] - 1}")
     tokens: list[list] = [[] for _ in samples]
     for token in found["token"]:
@@ -211,7 +259,7 @@ def _in_order(path, step, found):
         tokens[token["sample"]].append(token)
     for sample, own in zip(samples, tokens):
         own.sort(key=lambda token: token["token"])
-        if [token["token"] for token in own] != list(range(sample["tokens"])):
+        if len(own) != sample["tokens"] or [token["token"] for token in own] != list(range(len(own))):
             raise InputError(f"{path}: sample {sample['sample']} does not have tokens 0 to {sample['tokens'] - 1}")
     return samples, tokens
 
