@@ -27,7 +27,8 @@ from rllr.model.trial import check_policy
 from rllr.ppo import AdaptiveKL, FixedKL, gae, masked_whiten
 from rllr.ppo_models import load_models, name_judges
 from rllr.report.ppo_step import grounded_metrics, show_rollout, step_metrics, tell_step
-from rllr.report.trail import AuditTrail, audited
+from rllr.report.trail import AuditTrail
+from rllr.report.trail_format import audited
 from rllr.rewards import MODES, incomplete_answer_rule, label_sensitive_reward, relative_scores, shape_rewards
 from rllr.rollout import generate
 from rllr.run.run import Run, digest, input_fingerprints, is_tiny

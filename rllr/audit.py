@@ -10,11 +10,14 @@ as it was written. docs/audit.md says what the trail holds.
 
 import argparse
 import sys
+from pathlib import Path
 
-from .common.errors import InputError, command
+from .common.errors import InputError, brief_list, command
+from .common.files import METRICS
 from .report.explain import explain
+from .report.fields import COUNT, read_lines
 from .report.replay import QUANTITIES, TOLERANCE, replay
-from .report.trail_format import files_in, read_trail, step_of
+from .report.trail_format import audited, files_in, read_trail, step_of
 
 SHOWN = 10  # findings and problems that are printed
 
@@ -36,7 +39,7 @@ def make_parser():
     return parser
 
 
-def tell_replay(found, files):
+def tell_replay(found):
     """What a replay has found, for people."""
     print(f"{'quantity':20}{'compared':>10}   {'largest difference':20}where")
     for quantity in QUANTITIES:
@@ -44,7 +47,9 @@ def tell_replay(found, files):
             difference, where = found.largest.get(quantity, (None, ""))
             told = "equal" if not difference else f"{difference:.1e}"
             print(f"{quantity:20}{found.counts[quantity]:10,}   {told:20}{where if difference else ''}".rstrip())
-    compared = f"{sum(found.counts.values()):,} numbers of {len(files)} rollout{'s' * (len(files) != 1)}"
+    steps = list(found.rollouts)
+    named = f"rollouts, steps {brief_list(steps)}" if len(steps) > 1 else f"rollout, step {steps[0]}"
+    compared = f"{sum(found.counts.values()):,} numbers of {len(steps)} {named}"
     if found.holds:
         print(f"{compared}: each follows from the others")
         return
@@ -56,10 +61,42 @@ def tell_replay(found, files):
     rest = len(found.findings) + len(found.problems) - len(first[:SHOWN]) - len(found.problems[:SHOWN])
     more = f"; {rest} more, which may follow from these" if rest else ""
     print(
-        f"{compared}: {len(found.findings)} do not follow from the others, {len(found.problems)} lines are not as "
-        f"they were written{more}",
+        f"{compared}: {len(found.findings)} do not follow from the others, {len(found.problems)} other faults{more}",
         file=sys.stderr,
     )
+
+
+def missing_rollouts(rollouts, last):
+    """Sentences on rollouts, {step: the --audit of its run}, that a trail should hold from its first one to the step
+    `last` of the run, and does not. A resumed run may have another --audit: then those that each of them asks for."""
+    asked = [audited(spec) for spec in set(rollouts.values()) if isinstance(spec, str)]
+    end = max(last, max(rollouts))
+    steps = [step for step in range(min(rollouts), end + 1) if all(wanted(step) for wanted in asked)]
+    missing = [step for step in steps if step not in rollouts] if asked else []
+    named = f"step{'s' * (len(missing) > 1)} {brief_list(missing)}"
+    return [f"{named}: --audit asked for it, but its file is not here"] if missing else []
+
+
+def last_step(path):
+    """The last step in the metrics of a run, from its directory or its audit folder; 0 where there are none."""
+    homes = [Path(path), Path(path).parent] if Path(path).is_dir() else []
+    home = next((home for home in homes if (home / METRICS).is_file()), None)
+    return max((line["step"] for line in read_lines(home / METRICS, {"step": COUNT})), default=0) if home else 0
+
+
+def chosen_rollout(files, step):
+    """The rollout of --step; the only one without it."""
+    if len(files) == 1:
+        trail = read_trail(files[0])
+        if step not in (None, trail.step["step"]):
+            raise InputError(f"--step {step}: this trail has step {trail.step['step']} alone")
+        return trail
+    by_step = {step_of(path): path for path in files}
+    if step not in by_step:
+        raise InputError(
+            f"{f'--step {step}' if step else '--step'}: give one of this trail's steps, {brief_list(by_step)}"
+        )
+    return read_trail(by_step[step])
 
 
 @command
@@ -68,14 +105,10 @@ def main(argv=None):
     files = files_in(args.path)
     if args.command == "replay":
         found = replay(map(read_trail, files), args.tolerance)
-        tell_replay(found, files)
+        found.problems += missing_rollouts(found.rollouts, last_step(args.path))
+        tell_replay(found)
         sys.exit(0 if found.holds else 1)
-    by_step = {step_of(path): path for path in files}
-    step = next(iter(by_step)) if args.step is None and len(files) == 1 else args.step
-    if step not in by_step:
-        known = ", ".join(map(str, list(by_step)[:20])) + ", ..." * (len(by_step) > 20)
-        raise InputError(f"--step {step}: not in this trail, which has steps {known}")
-    print(explain(read_trail(by_step[step]), args.sample, args.token))
+    print(explain(chosen_rollout(files, args.step), args.sample, args.token))
 
 
 if __name__ == "__main__":

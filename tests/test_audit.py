@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ import rllr.update
 import train_ppo
 from rllr import audit
 from rllr.common.errors import InputError
+from rllr.ppo import gae, value_loss
 from rllr.report.explain import explain
 from rllr.report.replay import QUANTITIES, replay
-from rllr.report.trail import audited, pieces_of
-from rllr.report.trail_format import FIELDS, file_of, files_in, read_trail, seal
+from rllr.report.trail import pieces_of
+from rllr.report.trail_format import FIELDS, audited, file_of, files_in, read_trail, seal
 
 RATES = ["--learning_rate", 5e-3, "--value_learning_rate", 5e-3]
 
@@ -192,11 +194,11 @@ def test_a_character_of_several_tokens_is_its_last_one():
 
 
 def test_replay_agrees(mixed, gold, capsys):
-    for directory, rollouts in ((mixed, 2), (gold, 2)):
+    for directory, steps in ((mixed, "1, 2"), (gold, "2, 4")):
         with pytest.raises(SystemExit) as ended:
             audit.main(["replay", str(directory)])
         output = capsys.readouterr().out
-        assert ended.value.code == 0 and f"numbers of {rollouts} rollouts: each follows from the others" in output
+        assert ended.value.code == 0 and f"numbers of 2 rollouts, steps {steps}: each follows" in output
     found = replay([read_trail(path) for path in files_in(mixed)])
     assert set(found.counts) == set(QUANTITIES) and max(difference for difference, _ in found.largest.values()) < 2e-6
     assert found.counts["kl"] > 100 and found.counts["policy_loss"] == 2 * found.counts["kl"]
@@ -216,7 +218,8 @@ def test_replay_is_other_code():
         seen.add(name)
         left += [other for other in GRAPH[name] if other not in seen]
     assert seen == {"rllr.report.replay"}
-    assert not GRAPH["rllr.report.trail_format"] - {"rllr.common.errors"}
+    assert GRAPH["rllr.report.trail_format"] == {"rllr.common.errors", "rllr.report.fields"}
+    assert GRAPH["rllr.report.fields"] == {"rllr.common.errors"}
 
 
 # {kind: {field: where an altered number is first seen}}; DIGEST: nothing is derived from it, only its digest tells.
@@ -398,6 +401,163 @@ def test_a_difference_within_rounding_of_a_bound_is_no_finding(second):
         assert "clipped" not in {finding.quantity for finding in replay([trail]).findings}
 
 
+# ---- forgeries with right digests, and what is no forgery ------------------------------------------------------------
+
+
+def no_second_epoch(trail):
+    trail.step["minibatches"] = [m for m in trail.step["minibatches"] if m["epoch"] == 0]
+    for token in (token for tokens in trail.tokens for token in tokens):
+        token["updates"] = [update for update in token["updates"] if update["epoch"] == 0]
+
+
+def no_updates(trail):
+    trail.step["minibatches"] = []
+    for token in (token for tokens in trail.tokens for token in tokens):
+        token["updates"] = []
+
+
+def no_raw_scores(trail):
+    for sample in trail.samples:
+        sample["label_raw"] = None
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (no_second_epoch, "minibatches of step 2 (epochs)"),
+        (no_updates, "minibatches of step 2 (any)"),
+        (no_raw_scores, "a reward model gave its label_score, but label_raw is null"),
+        (lambda trail: trail.step["minibatches"][-1].update(applied=False), "epoch 1, minibatch 1 (applied)"),
+        (lambda trail: trail.step["minibatches"][0].update(applied=False), "minibatch 0 (the last)"),
+        (lambda trail: trail.step["minibatches"].reverse(), "(its place)"),
+        (lambda trail: trail.step["metrics"].pop("judge/score"), "step 2: its metrics have no judge/score"),
+        (lambda trail: trail.header["settings"].update(reward="label"), "its mode is mixed, its run's --reward is lab"),
+    ],
+)  # fmt: skip
+def test_what_a_forger_leaves_out_is_found(second, tmp_path, capsys, harm, told):
+    forged = copy.deepcopy(second)
+    harm(forged)
+    path = write_trail(forged, tmp_path / "step-000002.jsonl")
+    with pytest.raises(SystemExit) as ended:
+        audit.main(["replay", str(path)])
+    assert ended.value.code == 1 and told in capsys.readouterr().err
+
+
+def test_where_the_updates_ended_follows_from_the_tokens(gold):
+    """The run stops its updates beyond --max_update_kl 1e-6."""
+    forged = copy.deepcopy(read_trail(file_of(gold, 4)))
+    forged.step["minibatches"][-1]["applied"] = True
+    assert {finding.where.rpartition(" ")[2] for finding in replay([forged]).first()} >= {"(applied)", "(epochs)"}
+
+
+def test_a_missing_rollout_is_found(mixed, gold, tmp_path, capsys):
+    """As far as the trail and the run's metrics say that there was one."""
+    for source, gone, steps in ((mixed, 2, "step 2"), (gold, 4, "step 4")):
+        copied = tmp_path / source.name
+        shutil.copytree(source, copied)
+        file_of(copied, gone).unlink()
+        with pytest.raises(SystemExit) as ended:
+            audit.main(["replay", str(copied)])
+        error = capsys.readouterr().err
+        assert ended.value.code == 1 and f"{steps}: --audit asked for it, but its file is not here" in error
+        (copied / "metrics.jsonl").unlink()  # then nobody knows that the run went so far
+        with pytest.raises(SystemExit) as ended:
+            audit.main(["replay", str(copied / "audit")])
+        assert ended.value.code == 0
+        capsys.readouterr()
+
+
+def test_which_rollouts_are_missing():
+    assert audit.missing_rollouts({1: "all", 3: "all"}, 0) == ["step 2: --audit asked for it, but its file is not here"]
+    assert not audit.missing_rollouts({1: "2", 2: "2"}, 9)
+    assert not audit.missing_rollouts({10: "every:5", 1: "2", 2: "2", 15: "every:5"}, 16)  # resumed with another flag
+    assert not audit.missing_rollouts({4: "all"}, 0)  # resumed from step 3 with --audit
+
+
+def test_one_file_by_any_name(mixed, tmp_path, capsys):
+    shutil.copy(file_of(mixed, 2), tmp_path / "mine.jsonl")
+    (tmp_path / "step-last.jsonl").write_text("notes")
+    with pytest.raises(SystemExit) as ended:
+        audit.main(["replay", str(tmp_path / "mine.jsonl")])
+    assert ended.value.code == 0
+    audit.main(["explain", str(tmp_path / "mine.jsonl"), "--sample", "0", "--token", "0"])
+    assert "step 2, sample 0" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        audit.main(["explain", str(tmp_path / "mine.jsonl"), "--step", "1", "--sample", "0", "--token", "0"])
+    assert "--step 1: this trail has step 2 alone" in capsys.readouterr().err
+    with pytest.raises(InputError, match="holds no audit trail"):
+        files_in(tmp_path)
+
+
+@pytest.mark.parametrize("scale", [0.01, 30.0, 1e4])
+def test_large_rewards_make_no_false_alarm(toy, tmp_path, monkeypatch, scale):
+    """Rounding grows with the numbers; and in a run of large ones, an error of theirs is still found."""
+    reward = f"def paid(samples):\n    return [{scale} * (3 + len(answer) % 5) for answer in samples.answers]\n"
+    (tmp_path / "large_reward.py").write_text(reward)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "large_reward", raising=False)
+    flags = ["--reward", "large_reward:paid", "--audit", "all", "--answers_per_prompt", 2, "--ppo_epochs", 2]
+    toy.ppo(tmp_path / "run", *flags, *RATES, steps=3)
+    trails = [read_trail(path) for path in files_in(tmp_path / "run")]
+    found = replay(trails)
+    assert not found.findings and not found.problems
+    trails[-1].tokens[0][0]["advantage"] += 1e-3 * scale
+    assert replay(trails).findings
+
+
+def test_large_numbers_that_cancel_make_no_false_alarm(second):
+    """Values of 10,000 whose differences are small keep the rounding of 10,000: in float32 0.001."""
+    trail = copy.deepcopy(second)
+    trail.header["settings"]["gamma"] = 1.0
+    noise = torch.Generator().manual_seed(0)
+    for own in trail.tokens:
+        rewards, values = torch.randn(2, 1, len(own), generator=noise)
+        values = values * 3 + 1e4
+        rewards[0, -1] += 1e4
+        mask = torch.ones_like(values).bool()
+        advantages, returns = gae(rewards, values, mask, **{k: trail.header["settings"][k] for k in ("gamma", "lam")})
+        columns = {"reward": rewards, "value": values, "advantage": advantages, "return": returns}
+        for name, column in columns.items():
+            for token, value in zip(own, column[0].tolist()):
+                token[name] = value
+        for epoch in range(2):
+            new = values + torch.randn(values.shape, generator=noise) * 0.3
+            for t, token in enumerate(own):
+                update, at = token["updates"][epoch], (slice(None), slice(t, t + 1))
+                old = values[at], returns[at], mask[at]
+                loss, stats = value_loss(new[at], *old, trail.header["settings"]["value_clip"])
+                sizes = [m["tokens"] for m in trail.step["minibatches"]
+                         if (m["epoch"], m["minibatch"]) == (update["epoch"], update["minibatch"])]  # fmt: skip
+                update["new_value"], update["value_loss"] = new[at].item(), float(loss) / sizes[0]
+                update["value_clipped"] = bool(stats["clipfrac"])
+    of_values = {"advantage", "return", "value_loss", "value_clipped"}
+    assert not [finding for finding in replay([trail]).findings if finding.quantity in of_values]
+
+
+def test_a_score_on_the_threshold_may_be_on_either_side(second):
+    """The run compares in float32: 0.7 is 0.699999988 there."""
+    trail = copy.deepcopy(second)
+    sample, _ = chosen(trail)
+    own = trail.samples[sample]
+    own["label_score"], trail.step["threshold"] = 0.699999988, 0.7
+    for branch in ("mixed: at the threshold", "mixed: below the threshold", "label"):
+        own["branch"] = branch
+        wrong = [finding for finding in replay([trail]).findings if finding.where == f"step 2, sample {sample}"]
+        assert ("branch" in {finding.quantity for finding in wrong}) == (branch == "label")
+
+
+def test_numbers_beyond_all_bounds_are_findings(second):
+    """And no error from the depths."""
+    for kind, names in FIRST.items():
+        for name in names:
+            forged = copy.deepcopy(second)
+            held = part_of(forged, kind, *chosen(forged))
+            for value in (1e300, -1e300, 800.0) if isinstance(held[name], float) else ():
+                held[name] = value
+                if value > 0 or name not in ("variance", "eps"):  # which the reader refuses
+                    replay([forged])
+
+
 # ---- digests ---------------------------------------------------------------------------------------------------------
 
 
@@ -441,12 +601,17 @@ def changed(line, name, value=None):
         (lambda lines: [lines[0], lines[1].replace('"kl_coef"', '"beta"', 1), *lines[2:]], "the step has no kl_coef"),
         (lambda lines: [], r"has 0 lines of kind 'header'"),
         (lambda lines: ['{"kind": []}\n'], r"is no line of an audit trail"),
-        (lambda lines: [changed(lines[0], "settings"), *lines[1:]], "the header has settings None, which cannot be"),
-        (lambda lines: [lines[0], changed(lines[1], "kl_coef", "x"), *lines[2:]], "kl_coef 'x', which is no finite"),
+        (lambda lines: [changed(lines[0], "settings"), *lines[1:]], "header has settings None, which is not an obj"),
+        (lambda lines: [lines[0], changed(lines[1], "kl_coef", "x"), *lines[2:]], "kl_coef 'x', which is not a finite"),
         (lambda lines: [lines[0], changed(lines[1], "answers", 10**12), *lines[2:]], "its samples are not numbered"),
         (lambda lines: [lines[0], changed(lines[1], "minibatches", [{}]), *lines[2:]], "minibatches has no epoch"),
         (lambda lines: [*lines[:3], changed(lines[3], "value", math.nan), *lines[4:]], "NaN is no number"),
         (lambda lines: [*lines[:3], changed(lines[3], "updates", [1]), *lines[4:]], "updates is no object"),
+        (lambda lines: [lines[0], changed(lines[1], "mode", "best"), *lines[2:]], "mode 'best', which is not one of"),
+        (lambda lines: [lines[0], changed(lines[1], "threshold"), *lines[2:]], "mode mixed and no threshold"),
+        (lambda lines: [*lines[:2], changed(lines[2], "label_score"), *lines[3:]], "no label_score, which mode mixed"),
+        (lambda lines: [lines[0], changed(lines[1], "kl_coef", 10**400), *lines[2:]], "which is not a finite number"),
+        (lambda lines: ["[" * 100_000 + "\n"], "not valid JSON"),
     ],
 )  # fmt: skip
 def test_what_is_no_trail(mixed, tmp_path, harm, message):
@@ -503,10 +668,10 @@ def test_explain_names_what_it_is_about(mixed, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--step", "9", "--sample", "0", "--token", "0"], "--step 9: not in this trail, which has steps 1, 2"),
+        (["--step", "9", "--sample", "0", "--token", "0"], "--step 9: give one of this trail's steps, 1, 2"),
         (["--step", "1", "--sample", "16", "--token", "0"], "--sample 16: step 1 has samples 0 to 15"),
         (["--step", "1", "--sample", "0", "--token", "99"], "--token 99: sample 0 has tokens 0 to "),
-        (["--sample", "0", "--token", "0"], "--step None: not in this trail, which has steps 1, 2"),
+        (["--sample", "0", "--token", "0"], "--step: give one of this trail's steps, 1, 2"),
     ],
 )
 def test_explain_of_what_is_not_there(mixed, capsys, flags, message):

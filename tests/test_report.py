@@ -1,5 +1,6 @@
 """The report page: what it shows is what the runs left, and no text of theirs becomes code."""
 
+import dataclasses
 import json
 import shutil
 from html.parser import HTMLParser
@@ -128,7 +129,21 @@ def test_curves_have_the_numbers_of_the_metrics(home):
 def test_a_long_curve_is_thinned(home):
     found = find_runs([home / "ppo-label"])
     found[0].metrics = [{"step": step, "analyse/entropy": 1.0} for step in range(5 * MOST_POINTS)]
-    assert [len(figure.json["data"][0]["x"]) for figure in curves(found)] == [MOST_POINTS]
+    (figure,) = curves(found)
+    steps = figure.json["data"][0]["x"]
+    assert steps[:2] == [0, 5] and steps[-2:] == [5 * MOST_POINTS - 5, 5 * MOST_POINTS - 1]  # the last point is there
+    found[0].metrics = found[0].metrics[: 4 * MOST_POINTS + 1]
+    (figure,) = curves(found)
+    assert figure.json["data"][0]["x"][-2:] == [4 * MOST_POINTS - 5, 4 * MOST_POINTS]  # and once
+
+
+def test_a_name_is_no_markup_and_no_two_of_many_runs_look_alike(home):
+    """plotly reads a few tags in names."""
+    (run,) = find_runs([home / "ppo-label"])
+    many = [dataclasses.replace(run, name=f"<b>{number}</b>") for number in range(12)]
+    data = next(figure.json["data"] for figure in curves(many) if figure.title == "Entropy")
+    assert data[0]["name"] == "&lt;b&gt;0&lt;/b&gt;: entropy"
+    assert len({(trace["line"]["color"], trace["line"]["dash"]) for trace in data}) == 12
 
 
 def test_scores_of_right_and_wrong_answers(home):
@@ -164,9 +179,43 @@ def test_the_outcome_on_dev_is_that_of_the_looks(home):
     assert all(len(pairs) == 8 for pairs in outcome.answers.values())
 
 
+def test_a_correlation_is_told_as_closeness(home):
+    """No single row has a correlation, and half right is neither right nor wrong."""
+    (run,) = find_runs([home / "ppo-label"])
+    run.record["task"] = run.record["task"] | {"metric": "pearson"}
+    row = run.looks[0][0]
+    run.looks = {
+        0: [row | {"id": str(n), "right": right, "gold": "10"} for n, right in enumerate((0.5, 0.5, 1.0))],
+        3: [row | {"id": str(n), "right": right, "gold": "9"} for n, right in enumerate((0.75, 0.25, 1.0))],
+    }
+    assert outcome_on_dev(run).metric == "closeness to the gold label"
+    assert [own["what"] for own in answer_rows([run])[0]] == ["closer", "farther", "as close"]
+    assert not score_figures(run, "")
+    assert confusion([("10", "9"), ("9", "9"), ("9", "x")])[:2] == (["9", "10"], ["9", "10", "x"])  # as numbers
+    assert "closeness to the gold label" in build([run])
+
+
+def test_a_look_without_rows_is_no_outcome(home):
+    (run,) = find_runs([home / "ppo-label"])
+    run.looks = {0: [], 3: []}
+    assert outcome_on_dev(run) is None and build([run])
+
+
+def test_texts_of_answers_stand_in_the_page_once(home, tmp_path):
+    run(report.main, home / "ppo-label", "--output", tmp_path / "page.html")
+    _, data = read_page(tmp_path / "page.html")
+    prompts = {row["prompt"] for row in data["answers"]}
+    assert len(data["answers"]) == 24 and len(prompts) == 8 and len(set(data["texts"])) == len(data["texts"])
+    looked = [json.loads(line) for line in look_file(home / "ppo-label", 3).read_text().splitlines()]
+    shown = [row for row in data["answers"] if row["step"] == 3]
+    assert [data["texts"][row["now"]] for row in shown] == [row["answer"] for row in looked]
+
+
 def test_an_evaluation_is_found_beside_the_run(home, tmp_path):
     run(report.main, home / "ppo-label", "--output", tmp_path / "page.html")
-    assert "dev rows, which chose the step" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "24 dev rows, of which some trained or chose a policy" in (tmp_path / "page.html").read_text(
+        encoding="utf-8"
+    )
     outcome = read_evaluation(home / "evaluation")
     results = json.loads((home / "evaluation" / "evaluate.json").read_text())
     assert [row["value"] for row in outcome.rows] == [result["accuracy"] for result in results]
@@ -267,7 +316,10 @@ def test_texts_never_become_elements(home, hostile, tmp_path):
     count = {tag: sum(own == tag for own, _ in reader.elements) for tag in ("script", "img")}
     assert count == {tag: sum(own == tag for own, _ in tame.elements) for tag in ("script", "img")}
     assert not any(name.startswith("on") for _, attributes in reader.elements for name in attributes)
-    assert data["answers"][0]["prompt"] == HOSTILE and data["trails"][0]["samples"][0]["tokens"][0][0] == HOSTILE
+    assert (
+        data["texts"][data["answers"][0]["prompt"]] == HOSTILE
+        and data["trails"][0]["samples"][0]["tokens"][0][0] == HOSTILE
+    )
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -297,6 +349,30 @@ def test_a_broken_line_is_named(home, tmp_path, capsys):
     path = copied / "metrics.jsonl"
     path.write_text(path.read_text().replace('{"step": 1', '{"step" 1', 1))
     assert "metrics.jsonl, line 2: not valid JSON" in refused(capsys, copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", '{"loss": 1}\n', "metrics.jsonl, line 1 has no step"),
+        ("metrics.jsonl", "[]\n", "metrics.jsonl, line 1 is no object"),
+        ("dev/step-000003.jsonl", '{"id": "1"}\n', "step-000003.jsonl, line 1 has no prompt"),
+        ("best/rllr.json", "[]", "rllr.json is no object"),
+        ("best/rllr.json", '{"task": 3}', "rllr.json has task 3, which is not an object"),
+        ("run.json", '{"stage": "ppo", "config": []}', "run.json: its config is no object"),
+        ("run.json", '{"stage": "ppo", "config": {"label_rm": 3}}', "has label_rm 3, which is not text or null"),
+        ("evaluation/evaluate.json", "[{}]", "evaluate.json: model 0 has no model"),
+        ("evaluation/evaluate.json", '[{"model": "a", "rows": 1, "metric": "f", "interval": [], "parse_failures": 0}]',
+         "model 0 has no f"),
+        ("evaluation/answers-0.jsonl", "3\n", "answers-0.jsonl, line 1 is no object"),
+    ],
+)  # fmt: skip
+def test_a_file_that_another_wrote_is_named(home, tmp_path, capsys, name, content, message):
+    copied = tmp_path / "run"
+    shutil.copytree(home / "ppo-label", copied)
+    shutil.copytree(home / "evaluation", copied / "evaluation")
+    (copied / name).write_text(content)
+    assert message in refused(capsys, copied)
 
 
 def test_only_a_page_of_ours_is_replaced(home, tmp_path, capsys):

@@ -8,6 +8,7 @@ from stopping import Killed, assert_same_run, kill_at, refused, stage_of
 from toy_runs import read_lines, run
 
 import rllr.update
+from rllr.common.log import MetricsLog
 from rllr.run import trackers
 from rllr.run.trackers import Trackers
 
@@ -169,13 +170,32 @@ def test_wandb_that_cannot_be_opened_ends_no_run(toy, tmp_path, monkeypatch, ref
     """Whatever it raises: by then --overwrite has made room for this run, which must not be lost as well."""
     wandb = pytest.importorskip("wandb", reason="no wandb")
 
-    def refuse(**settings):
+    def refuse(**given):
+        assert 0 < given["settings"].finish_timeout <= 60  # W&B's own is without end
         raise refusal
 
     monkeypatch.setattr(wandb, "init", refuse)
     told = toy.ppo(tmp_path / "run", "--reward", "gold", "--wandb", steps=2)
     assert f"warning: --wandb: {type(refusal).__name__}" in told and "WANDB_MODE=offline" in told
     assert (tmp_path / "run" / "last").is_dir()
+
+
+def test_the_metrics_are_whole_before_a_tracker_is_closed(tmp_path):
+    """It may wait for a network until somebody kills the run."""
+
+    class Slow:
+        name = "slow"
+
+        def write(self, step, numbers):
+            pass
+
+        def close(self):
+            assert log.file.closed
+
+    log = MetricsLog(tmp_path)
+    log.trackers = Slow()
+    log.close()
+    assert log.file.closed
 
 
 def test_no_tracker_by_default(toy, tmp_path):

@@ -11,8 +11,6 @@ import functools
 import reprlib
 import sys
 
-import torch
-
 
 class InputError(ValueError):
     """Bad input. The message names the file, line, field or flag that is wrong, and how to correct it. Exit code 2."""
@@ -77,5 +75,7 @@ def brief_list(values, shown=20) -> str:
 
 def out_of_memory(error):
     """Whether an exception means that memory ran out. On a CPU, torch raises a plain RuntimeError."""
+    import torch  # only here: a replay reads errors and no tensors, and torch takes a second to load
+
     on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or on_cpu

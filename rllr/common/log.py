@@ -65,10 +65,10 @@ class MetricsLog:
             os.fsync(self.file.fileno())
 
     def close(self):
-        if self.trackers:
-            self.trackers.close()
         with suppress(OSError):  # of a full disk, which `write` has told of
             self.file.close()
+        if self.trackers:  # last: they may wait for a network
+            self.trackers.close()
 
 
 def _plain(value):

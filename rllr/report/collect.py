@@ -1,6 +1,5 @@
 """What runs left in their directories, as the report page shows it. Reads files alone; no model is loaded."""
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,10 +7,23 @@ from pathlib import Path
 from ..common.errors import InputError
 from ..common.files import METRICS, RECORD, RUN, path_from_record, read_json
 from ..guard import paired
+from ..metrics import CORRELATIONS
+from .fields import COUNT, LIST, NUMBER, OBJECT, OR_NULL, TEXT, YES_OR_NO, check_fields, read_lines
 from .looks import FOLDER as LOOKS
+from .looks import MOST_ROWS
 from .trail_format import FOLDER as AUDIT
-from .trail_format import Trail, files_in, read_trail, step_of
+from .trail_format import Trail, read_trail, rollouts_in, step_of
 
+LOOK = {  # what a line of a look holds
+    "id": TEXT, "prompt": TEXT, "gold": TEXT + OR_NULL, "answer": TEXT, "label": TEXT + OR_NULL, "truncated": YES_OR_NO,
+    **dict.fromkeys(("right", "score"), NUMBER),
+    **dict.fromkeys(("label_score", "rationale_score", "grounded"), NUMBER + OR_NULL),
+}  # fmt: skip
+# What a record holds of what a page shows, as far as it has it.
+RECORDED = {"task": OBJECT, "step": COUNT, "hacking": LIST, "report": OBJECT, "promise": TEXT + OR_NULL,
+            "handed_back": TEXT}  # fmt: skip
+RESULT = {"model": TEXT, "rows": COUNT, "metric": TEXT, "interval": LIST, "parse_failures": NUMBER}  # of an evaluation
+CLOSENESS = "closeness to the gold label"  # what single answers are compared by where the metric is a correlation
 EVALUATION = "evaluation"  # the directory beside runs where `make demo` and the README's commands put theirs
 
 
@@ -64,46 +76,40 @@ def read_run(directory) -> FoundRun:
     written = read_json(directory / RUN)
     if not isinstance(written, dict) or written.get("stage") not in ("sft", "rm", "ppo"):
         raise InputError(f"{directory / RUN}: is not the record of a run")
-    stage, config = written["stage"], written.get("config") or {}
-    run = FoundRun(str(directory), directory, stage, config, read_lines(directory / METRICS))
-    kept = directory / "best" / RECORD if stage == "ppo" else directory / RECORD
-    run.record = read_json(kept) if kept.is_file() else {}
+    stage, config = written["stage"], written.get("config")
+    config = {} if config is None else config
+    as_text = dict.fromkeys(("reward", "label_rm", "threshold", "score_norm"), TEXT + OR_NULL)
+    check_fields(config, as_text, f"{directory / RUN}: its config", optional=True)
+    run = FoundRun(str(directory), directory, stage, config, read_lines(directory / METRICS, {"step": COUNT}))
+    run.record = record_in(directory / "best" if stage == "ppo" else directory)
     if stage == "ppo":
-        ended = directory / "last" / RECORD
-        run.hacked = read_json(ended).get("hacking") or [] if ended.is_file() else []
+        run.hacked = record_in(directory / "last").get("hacking") or []
         last = max((line["step"] for line in run.metrics), default=0)
-        looks = {step_of(path): path for path in (directory / LOOKS).glob("step-*.jsonl")}
-        run.looks = {step: read_lines(path) for step, path in sorted(looks.items()) if step <= last}
-        run.trails = files_in(directory) if any((directory / AUDIT).glob("step-*.jsonl")) else []
+        looks = [path for path in rollouts_in(directory / LOOKS) if step_of(path) <= last]
+        run.looks = {step_of(path): read_lines(path, LOOK) for path in looks}
+        run.trails = rollouts_in(directory / AUDIT)
     run.preview = preview_of(run)
     return run
 
 
+def record_in(directory):
+    """The record of a model as far as a page shows it; {} where there is none, or none yet."""
+    path = Path(directory) / RECORD
+    found = read_json(path) if path.is_file() else {}
+    check_fields(found, RECORDED, str(path), optional=True)
+    return found
+
+
 def preview_of(run):
     """What train_rm.py wrote of PPO's prospects, in the record of the label reward model; None where there is none."""
-    if run.stage == "rm":
-        return run.record.get("report", {}).get("preview")
-    judge = path_from_record(run.config.get("label_rm"), run.directory)
-    if run.stage != "ppo" or judge is None or not (Path(judge) / RECORD).is_file():
-        return None
-    return read_json(Path(judge) / RECORD).get("report", {}).get("preview")
-
-
-def read_lines(path) -> list[dict]:
-    """The objects of a JSONL file, without a last line that is not whole: its run may be writing it."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    found = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON: {error}") from None
-    return found
+    judge = run.directory if run.stage == "rm" else path_from_record(run.config.get("label_rm"), run.directory)
+    found = record_in(judge).get("report", {}).get("preview") if judge is not None and run.stage != "sft" else None
+    if found is not None:
+        what = f"{Path(judge) / RECORD}: its preview"
+        check_fields(found, {"greedy": NUMBER, "curve": LIST}, what)
+        for point in found["curve"]:
+            check_fields(point, {"n": COUNT, "kl": NUMBER, "accuracy": NUMBER}, what)
+    return found if found and found["curve"] else None
 
 
 def read_trails(run, most_tokens) -> tuple[list[Trail], int]:
@@ -132,17 +138,25 @@ class Outcome:
 def read_evaluation(directory) -> Outcome:
     """What rllr.evaluate wrote into a directory."""
     directory = Path(directory)
-    results = read_json(directory / "evaluate.json")
-    if not isinstance(results, list) or not all(isinstance(row, dict) and "model" in row for row in results):
-        raise InputError(f"{directory / 'evaluate.json'}: is not what rllr.evaluate writes")
-    metric = results[0].get("metric", "accuracy")
+    path = directory / "evaluate.json"
+    results = read_json(path)
+    if not isinstance(results, list) or not results:
+        raise InputError(f"{path}: is not what rllr.evaluate writes")
+    for number, result in enumerate(results):
+        what = f"{path}: model {number}"
+        check_fields(result, RESULT, what)
+        check_fields(result, {result["metric"]: NUMBER}, what)
+        check_fields(result, {"difference_interval": LIST, "difference": NUMBER}, what, optional=True)
+        for name in ("interval", "difference_interval")[: 1 + ("difference" in result)]:
+            bounds = dict(enumerate(result.get(name) or ()))
+            check_fields(bounds, {0: NUMBER, 1: NUMBER}, f"{what}: its {name}")
     rows, answers = [], {}
     names = short_names([result["model"] for result in results])
     for number, result in enumerate(results):
         rows.append(
             {
                 "name": names[number],
-                "value": result[metric],
+                "value": result[result["metric"]],
                 "interval": result["interval"],
                 "difference": result.get("difference"),
                 "difference_interval": result.get("difference_interval"),
@@ -150,10 +164,12 @@ def read_evaluation(directory) -> Outcome:
                 "grounded": result.get("grounded"),
             }
         )
-        lines = read_lines(directory / f"answers-{number}.jsonl")
+        lines = read_lines(directory / f"answers-{number}.jsonl", {"gold": TEXT + OR_NULL, "label": TEXT + OR_NULL})
         answers[names[number]] = [(line["gold"], line["label"]) for line in lines]
-    part = {"test": "test rows, which chose nothing"}.get(results[0].get("part"), "dev rows, which chose the step")
-    return Outcome(f"{results[0]['rows']:,} {part}", metric, rows, answers)
+    met = any(result.get("rows_that_chose") or result.get("rows_that_trained") for result in results)
+    what = "of which some trained or chose a policy: its figure is a little too good" if met else "which chose nothing"
+    part = {"test": "test rows", "eval": "dev rows"}.get(results[0].get("part"), "rows")
+    return Outcome(f"{results[0]['rows']:,} {part}, {what}", results[0]["metric"], rows, answers)
 
 
 def short_names(paths):
@@ -166,18 +182,22 @@ def short_names(paths):
 
 
 def outcome_on_dev(run) -> Outcome | None:
-    """The start, what PPO hands back and its last policy on dev, from its looks; None without them."""
-    if 0 not in run.looks:
+    """The start, what PPO hands back and its last policy on dev, from its looks; None without them.
+
+    The rows that the looks hold are compared, each with itself: right or wrong, or where the task's metric is a
+    correlation, which no single row has, how close to the gold label.
+    """
+    if not run.looks.get(0):
         return None
     best, last = run.handed_back, max(run.looks)
     steps = {"SFT, the start, which is handed back" if best == 0 else "SFT, the start": 0}
     steps |= {"handed back": best} if best else {}
     steps |= {"last": last} if last not in (0, best) else {}
     rows, answers = [], {}
-    start = run.looks.get(0)
+    start = run.looks[0]
     for name, step in steps.items():
         look = run.looks.get(step)
-        if look is None or start is None:
+        if not look or len(look) != len(start):
             continue
         right = [row["right"] for row in look]
         value, error = paired(right, [0.0] * len(right))
@@ -195,5 +215,6 @@ def outcome_on_dev(run) -> Outcome | None:
             }
         )
         answers[rows[-1]["name"]] = [(row["gold"], row["label"]) for row in look]
-    what = f"{len(start or ()):,} dev rows, which chose the step: its figure is a little too good"
-    return Outcome(what, "accuracy", rows, answers)
+    first = "the first " if len(start) == MOST_ROWS else ""
+    what = f"{first}{len(start):,} dev rows; dev chose the step, so its figure is a little too good"
+    return Outcome(what, CLOSENESS if run.metric in CORRELATIONS else "accuracy", rows, answers)

@@ -3,7 +3,7 @@
 import math
 
 from ..common.errors import InputError
-from .replay import standardised
+from .replay import square, standardised
 
 
 def explain(trail, sample, token) -> str:
@@ -78,7 +78,7 @@ def told_scores(trail, sample):
         lines.append(f"{sample['branch']}: min(label, threshold) + rationale")
         lines.append(f"    = min({parts[0]}, {parts[1]}) + {parts[2]} = {combined}")
     else:
-        reward = trail.header["settings"].get("reward", step["mode"])
+        reward = trail.header["settings"]["reward"]
         lines.append(f"--reward {reward}: the score is the {step['mode']} score, {combined}")
     if sample["rule"] != "none":
         penalties = [step["missing_eos_penalty"]] * ("eos" in sample["rule"])
@@ -110,7 +110,7 @@ def told_credit(trail, own, t):
     delta = token["reward"] + gamma * after["value"] - token["value"]
     advantages = [other["advantage"] for tokens in trail.tokens for other in tokens]
     mean = sum(advantages) / len(advantages)
-    squares = sum((advantage - mean) ** 2 for advantage in advantages)
+    squares = sum(square(advantage - mean) for advantage in advantages)
     variance = squares / max(1, len(advantages) - whitening["unbiased"])
     lines = [
         f"delta = r + gamma * V_next - V = {n(token['reward'])} + {n(gamma)} * {p(after['value'])} - "
@@ -130,7 +130,10 @@ def told_updates(trail, token):
     counts = {(m["epoch"], m["minibatch"]): m for m in trail.step["minibatches"]}
     lines = []
     for update in token["updates"]:
-        minibatch = counts[update["epoch"], update["minibatch"]]
+        minibatch = counts.get((update["epoch"], update["minibatch"]))
+        if minibatch is None:
+            where = f"epoch {update['epoch']}, minibatch {update['minibatch']}"
+            raise InputError(f"{trail.path}: its step line has no {where}, in which this token is; replay the trail")
         lines += told_update(settings, token, update, minibatch)
     return lines or ["no update: the rollout was skipped, or --max_update_kl ended its updates before this token's"]
 

@@ -1,14 +1,19 @@
 """The curves of the report page, as plotly figures, each with a sentence for people who cannot see it."""
 
+import html
 import json
 from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
 
+from ..metrics import CORRELATIONS
+from .fields import is_number
+
 MOST_POINTS = 1000  # of a curve; a longer one is thinned
 # Distinguishable with every kind of colour blindness, and on light and dark ground (Okabe and Ito's palette).
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
+KL = "analyse/kl_sequence"
 DASHES = ["solid", "dash", "dot", "dashdot"]
 
 
@@ -43,7 +48,7 @@ CURVES = {
          "Nats per token. Falling to 0: every prompt gets one answer."),
         ("3 judge", "Reward",
          {"judge/score": "score", "judge/label_score": "label", "judge/rationale_score": "rationale"},
-         "Of sampled answers, in standard deviations of the SFT policy's. It should rise slowly."),
+         "Of sampled answers, in the unit of the run's scores (--score_norm). It should rise slowly."),
         ("3 judge", "Label scores at the threshold", {"judge/at_threshold": "share"},
          "Mixed reward: the share of answers that only the rationale still pays."),
         ("4 shape", "Weight of the KL", {"shape/kl_coef": "beta"}, "Reward per nat."),
@@ -77,7 +82,7 @@ def curves(runs) -> list[Figure]:
             traces, told = [], []
             for number, run in enumerate(own):
                 for kind, (metric, name) in enumerate(names.items()):
-                    points = [(line["step"], line[metric]) for line in run.metrics if line.get(metric) is not None]
+                    points = [(line["step"], line[metric]) for line in run.metrics if is_number(line.get(metric))]
                     if points:
                         label = name if len(own) == 1 else f"{run.name}: {name}"
                         traces.append(trace(points, label, (number, kind) if len(own) > 1 else (kind, kind)))
@@ -90,10 +95,11 @@ def curves(runs) -> list[Figure]:
 
 
 def trace(points, name, look):
-    """A curve. look: (which colour, which dash)."""
+    """A curve. look: (which colour, which dash); beyond the colours the dashes go on."""
     stride = -(-len(points) // MOST_POINTS)
-    steps, values = zip(*points[::stride])
-    colour, dash = COLOURS[look[0] % len(COLOURS)], DASHES[look[1] % len(DASHES)]
+    steps, values = zip(*(points[::stride] + points[-1:] * ((len(points) - 1) % stride > 0)))
+    colour, dash = COLOURS[look[0] % len(COLOURS)], DASHES[(look[1] + look[0] // len(COLOURS)) % len(DASHES)]
+    name = html.escape(name)  # plotly reads a few tags in names
     mode = "lines+markers" if len(steps) < 40 else "lines"
     return go.Scatter(x=steps, y=values, name=name, mode=mode, line={"color": colour, "dash": dash, "width": 2})
 
@@ -139,7 +145,7 @@ def score_figures(run, title) -> list[Figure]:
     found = []
     for step in sorted({0, max(run.looks, default=0)}):
         rows = [row for row in run.looks.get(step, ()) if row["label_score"] is not None and row["right"] in (0, 1)]
-        if not rows or run.config.get("reward") not in ("label", "mixed"):
+        if not rows or run.config.get("reward") not in ("label", "mixed") or run.metric in CORRELATIONS:
             continue
         scores = {right: [row["label_score"] for row in rows if row["right"] == right] for right in (1, 0)}
         edges = np.histogram_bin_edges([row["label_score"] for row in rows], bins=40)
@@ -150,12 +156,20 @@ def score_figures(run, title) -> list[Figure]:
             traces.append(go.Bar(**bars, name=f"{name} answers", opacity=0.65, marker={"color": colour}))
             told.append(f"{len(own)} {name} answers, mean {np.mean(own):.2f}." if own else f"No {name} answers.")
         threshold = run.config.get("threshold")
-        line = [(float(threshold), "threshold")] if threshold and not str(threshold).startswith("q") else []
+        line = [(float(threshold), "threshold")] if is_written_number(threshold) else []
         told += [f"Threshold {threshold}."] if threshold else []
         when = "the start" if step == 0 else f"step {step}"
-        drawn = figure(traces, "label score, in standard deviations of the SFT policy's", "answers", line)
+        unit = "raw" if run.config.get("score_norm") == "none" else "in standard deviations of the SFT policy's"
+        drawn = figure(traces, f"label score, {unit}", "answers", line)
         found.append(Figure("3 judge", f"{title}Label scores on dev, {when}", " ".join(told), drawn))
     return found
+
+
+def is_written_number(text):
+    try:
+        return text is not None and is_number(float(text))
+    except ValueError:  # a quantile
+        return False
 
 
 def preview_figure(run, title) -> list[Figure]:
@@ -188,9 +202,9 @@ def preview_figure(run, title) -> list[Figure]:
 
 def way_of(run):
     """(step, KL of the nearest step, accuracy) of each look."""
-    kls = {line["step"]: line["analyse/kl_sequence"] for line in run.metrics if "analyse/kl_sequence" in line}
+    kls = {line["step"]: line[KL] for line in run.metrics if is_number(line.get(KL))}
     found = []
     for line in run.metrics:
-        if "eval/accuracy" in line and (line["step"] in kls or line["step"] == 0):
+        if is_number(line.get("eval/accuracy")) and (line["step"] in kls or line["step"] == 0):
             found.append((line["step"], kls.get(line["step"], 0.0), line["eval/accuracy"]))
     return found

@@ -41,6 +41,7 @@ async function showAnswers() {
   const bytes = Uint8Array.from(atob(byId("tables-js").textContent), (c) => c.charCodeAt(0));
   const url = URL.createObjectURL(new Blob([bytes], { type: "text/javascript" }));
   const { default: DataTable } = await import(url);
+  for (const row of data.answers) for (const name of data.text_columns) row[name] = data.texts[row[name]];
   const escaped = DataTable.render.text();
   const several = new Set(data.answers.map((row) => row.run)).size > 1;
   const titles = { ...(several ? { run: "run" } : {}), step: "step", what: "now", prompt: "prompt", gold: "gold",

@@ -15,11 +15,13 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from .. import __version__
+from ..metrics import CORRELATIONS
 from .collect import outcome_on_dev, read_trails
 from .figures import curves, preview_figure, score_figures
 
 MARK = '<meta name="generator" content="rllr report">'  # by which a page of ours is known
 NO_LABEL = "(no readable label)"
+TEXTS = ("prompt", "before", "now")  # of a row of the table of answers
 MOST_ANSWERS = 20_000  # rows of the table, the newest looks first
 # What the token view gets of each token, after its text, in this order.
 TOKEN_NUMBERS = (
@@ -43,6 +45,7 @@ def build(runs, outcome=None, most_tokens=50_000, say=print) -> str:
         title = f"{run.name}: " if len(ppo) > 1 else ""
         figures += preview_figure(run, title) + score_figures(run, title)
     answers, left = answer_rows(ppo)
+    texts = number_texts(answers)
     trails = []
     for run in ppo:
         chosen, rest = read_trails(run, most_tokens // len(ppo))
@@ -70,6 +73,8 @@ def build(runs, outcome=None, most_tokens=50_000, say=print) -> str:
         data={
             "figures": [figure.json for own in groups.values() for figure in own],
             "answers": answers,
+            "texts": texts,
+            "text_columns": TEXTS,
             "trails": [{"run": trail["run"], "step": trail["step"]} for trail in trails],
             "token_numbers": TOKEN_NUMBERS,
             "update_numbers": UPDATE_NUMBERS,
@@ -133,7 +138,7 @@ def facts_of(run):
 
 def outcome_table(name, outcome):
     """An outcome as the template shows it, with a confusion matrix per policy."""
-    percent = outcome.metric in ("accuracy", "macro_f1")
+    percent = outcome.metric not in CORRELATIONS
     rows = []
     for row in outcome.rows:
         low, high = row["interval"]
@@ -159,8 +164,8 @@ def spelled(value, percent, sign=""):
 
 def confusion(pairs):
     """(labels, labels given, [gold][given] counts): the last one given is NO_LABEL where an answer had none."""
-    gold = sorted({gold for gold, _ in pairs if gold is not None})
-    given = gold + sorted({label for _, label in pairs if label is not None} - set(gold))
+    gold = sorted({gold for gold, _ in pairs if gold is not None}, key=by_value)
+    given = gold + sorted({label for _, label in pairs if label is not None} - set(gold), key=by_value)
     keys = given + [None] * any(label is None for _, label in pairs)  # None is no label that a task could have
     counts = {(g, key): 0 for g in gold for key in keys}
     for g, label in pairs:
@@ -168,6 +173,14 @@ def confusion(pairs):
             counts[g, label] += 1
     columns = [NO_LABEL if key is None else key for key in keys]
     return gold, columns, [[counts[g, key] for key in keys] for g in gold]
+
+
+def by_value(label):
+    """Labels that are numbers in the order of numbers, the others after them in that of texts."""
+    try:
+        return 0, float(label), label
+    except ValueError:
+        return 1, 0.0, label
 
 
 def answer_rows(runs):
@@ -179,18 +192,19 @@ def answer_rows(runs):
             for row in look if step else ():
                 before = start.get(row["id"])
                 if before:
-                    rows.append((step, answer_row(run.name, step, before, row)))
+                    rows.append((step, answer_row(run, step, before, row)))
     rows.sort(key=lambda row: -row[0])
     return [row for _, row in rows[:MOST_ANSWERS]], max(0, len(rows) - MOST_ANSWERS)
 
 
-def answer_row(name, step, before, now):
+def answer_row(run, step, before, now):
     better = now["right"] - before["right"]
-    what = "fixed" if better > 0 else "broken" if better < 0 else "right" if now["right"] == 1 else "wrong"
-    if now["right"] not in (0, 1) and not better:
-        what = "same"
+    if run.metric in CORRELATIONS:
+        what = "closer" if better > 0 else "farther" if better < 0 else "as close"
+    else:
+        what = "fixed" if better > 0 else "broken" if better < 0 else "right" if now["right"] == 1 else "wrong"
     return {
-        "run": name,
+        "run": run.name,
         "step": step,
         "what": what,
         "prompt": now["prompt"],
@@ -200,6 +214,14 @@ def answer_row(name, step, before, now):
         "score_before": brief(before["score"]),
         "score": brief(now["score"]),
     }
+
+
+def number_texts(rows):
+    """The texts of the table of answers, each once; in the rows stand their numbers. Looks repeat most of them."""
+    numbers: dict[str, int] = {}
+    for row in rows:
+        row |= {name: numbers.setdefault(row[name], len(numbers)) for name in TEXTS}
+    return list(numbers)
 
 
 def packed_trail(name, trail):

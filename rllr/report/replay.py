@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass, field
 
 TOLERANCE = 1e-5  # of a difference, absolute below 1 and relative above
-ROUNDINGS = 50  # of float32 that the tolerance is wide
-NEAR_BOUND = 1e-6  # a clip decision this near to its bound may fall on either side of it
+ROUNDINGS = 50  # of float32 that the tolerance is wide: what is made of numbers above 50 may be off by theirs
+NEAR_BOUND = 1e-6  # a decision this near to its bound, relative above 1, may fall on either side of it
 
 # In the order of derivation: {quantity: how it follows}.
 QUANTITIES = {
@@ -27,7 +27,7 @@ QUANTITIES = {
     "advantage": "A_t = delta_t + gamma * lam * A_t+1, delta_t = r_t + gamma * V_t+1 - V_t",
     "return": "A_t + V_t",
     "whitened_advantage": "(A_t - mean) / sqrt(variance + eps) over the rollout",
-    "minibatches": "every answer once per epoch; tokens counts theirs",
+    "minibatches": "every answer once per epoch, for ppo_epochs epochs or until mean (log ratio)^2 / 2 > max_update_kl",
     "ratio": "exp(new_logprob - logprob)",
     "clipped": "-A * clip(ratio, 1 - clip, 1 + clip) > -A * ratio",
     "policy_loss": "max(-A * ratio, -A * clip(ratio, 1 - clip, 1 + clip)) / tokens of the minibatch",
@@ -58,15 +58,17 @@ class Replay:
     """What a replay has found. largest: {quantity: (difference, where)}; counts: {quantity: numbers compared}."""
 
     tolerance: float = TOLERANCE
+    rollouts: dict = field(default_factory=dict)  # {step: the --audit of its run}
     largest: dict = field(default_factory=dict)
     counts: dict = field(default_factory=dict)
     findings: list = field(default_factory=list)
-    problems: list = field(default_factory=list)  # of digests and of missing lines
+    problems: list = field(default_factory=list)  # sentences: changed lines, and what is missing or contradicts itself
 
-    def compare(self, quantity, where, logged, computed, *, unit=1.0, excused=False):
+    def compare(self, quantity, where, logged, computed, *, of=(), unit=1.0, excused=False):
         """Note the difference of two numbers, or whether two other values are equal.
 
-        unit: the size of a number that the tolerance is meant for. excused: it may be either way.
+        of: the numbers that it is a sum of; their own rounding stays where they cancel. unit: the size of a number that
+        the tolerance is meant for. excused: it may be either way.
         """
         self.counts[quantity] = self.counts.get(quantity, 0) + 1
         numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (logged, computed))
@@ -74,7 +76,8 @@ class Replay:
             difference = abs(logged - computed)
             if difference > self.largest.get(quantity, (-1.0, ""))[0]:
                 self.largest[quantity] = difference, where
-            right = math.isfinite(difference) and difference <= self.tolerance * max(unit, abs(computed))
+            size = max(unit, abs(computed), sum(map(abs, of)) / ROUNDINGS)
+            right = math.isfinite(difference) and difference <= self.tolerance * size
         else:
             right = excused or logged == computed
         if not right:
@@ -95,15 +98,27 @@ def shown(value):
     return f"{value:.9g}" if isinstance(value, float) else repr(value)
 
 
+def square(x):
+    return x * x  # infinite, where ** 2 raises an error
+
+
 def exp(x):
     """e to the x; infinite, which agrees with nothing, where float64 ends."""
     return math.exp(x) if x < 709 else math.inf
+
+
+def near(value, bound):
+    """Whether rounding decides on which side of its bound a number lies."""
+    return abs(value - bound) <= NEAR_BOUND * max(1.0, abs(bound))
 
 
 def replay(trails, tolerance=TOLERANCE) -> Replay:
     """Compute everything of some `trail_format.Trail`s again."""
     found = Replay(tolerance)
     for trail in trails:
+        if trail.step["step"] in found.rollouts:
+            found.problems.append(f"{trail.path.name}: holds step {trail.step['step']}, as another file does")
+        found.rollouts[trail.step["step"]] = trail.header["settings"].get("audit")
         found.problems += trail.problems
         replay_scores(trail, found)
         replay_rewards(trail, found)
@@ -156,24 +171,37 @@ def ruled(step, sample, score):
 def replay_scores(trail, found):
     """Act 3: from raw scores to the relative ones."""
     step, group = trail.step, trail.header["settings"]["answers_per_prompt"]
+    reward = trail.header["settings"]["reward"]
+    if step["mode"] != (reward if reward in ("label", "rationale", "mixed") else "label"):
+        found.problems.append(f"step {step['step']}: its mode is {step['mode']}, its run's --reward is {reward}")
     for number, sample in enumerate(trail.samples):
         where = place(trail, number)
         for part in ("label", "rationale"):
-            if sample[f"{part}_raw"] is not None and part in step["scales"]:
-                score = standardised(sample[f"{part}_raw"], step["scales"][part])
-                found.compare(f"{part}_score", where, sample[f"{part}_score"], score)
-        branch, score = mixed_by(step, sample["label_score"], sample["rationale_score"])
-        found.compare("branch", where, sample["branch"], branch)
-        found.compare("combined_score", where, sample["combined_score"], score)
+            raw, scale = sample[f"{part}_raw"], step["scales"].get(part, {"norm": "none"})
+            if raw is None and part in step["scales"]:
+                found.problems.append(f"{where}: a reward model gave its {part}_score, but {part}_raw is null")
+            elif raw is not None and scale["norm"] == "none":
+                found.compare(f"{part}_score", where, sample[f"{part}_score"], raw)
+            elif raw is not None:
+                parts = [x / math.sqrt(scale["variance"]) for x in (raw, scale["mean"])]
+                found.compare(f"{part}_score", where, sample[f"{part}_score"], standardised(raw, scale), of=parts)
+        of_both = sample["label_score"], sample["rationale_score"]
+        branch, score = mixed_by(step, *of_both)
+        either = step["mode"] == "mixed" and near(sample["label_score"], step["threshold"])
+        either = either and sample["branch"].startswith("mixed: ")
+        found.compare("branch", where, sample["branch"], branch, excused=either)
+        found.compare(
+            "combined_score", where, sample["combined_score"], score, of=[x for x in of_both if x is not None]
+        )
         rule, score = ruled(step, sample, sample["combined_score"])
         found.compare("rule", where, sample["rule"], rule)
-        found.compare("score", where, sample["score"], score)
-        relative = sample["score"]
+        found.compare("score", where, sample["score"], score, of=[sample["combined_score"]])
+        relative, others = sample["score"], []
         if group > 1:
             first = number - number % group
             others = [other["score"] for other in trail.samples[first : first + group] if other is not sample]
             relative -= sum(others) / max(1, len(others))
-        found.compare("relative_score", where, sample["relative_score"], relative)
+        found.compare("relative_score", where, sample["relative_score"], relative, of=[sample["score"], *others])
         for token in trail.tokens[number]:
             at = place(trail, number, token["token"])
             for name in ("id", "label_score", "rationale_score", "branch", "combined_score", "rule", "score"):
@@ -191,10 +219,12 @@ def replay_rewards(trail, found):
         for token in tokens:
             where = place(trail, number, token["token"])
             x = token["ref_logprob"] - token["logprob"]
-            found.compare("kl", where, token["kl"], -x if kind == "k1" else exp(x) - 1 - x)
+            parts = token["ref_logprob"], token["logprob"]
+            found.compare("kl", where, token["kl"], -x if kind == "k1" else exp(x) - 1 - x, of=parts)
             last = token["token"] == len(tokens) - 1
             score = trail.samples[number]["relative_score"] if last else 0.0
-            found.compare("reward", where, token["reward"], -beta * token["kl"] + score)
+            parts = beta * token["kl"], score
+            found.compare("reward", where, token["reward"], -beta * token["kl"] + score, of=parts)
 
 
 def replay_advantages(trail, found):
@@ -206,13 +236,15 @@ def replay_advantages(trail, found):
             where = place(trail, number, token["token"])
             delta = token["reward"] + settings["gamma"] * next_value - token["value"]
             advantage = delta + settings["gamma"] * settings["lam"] * next_advantage
-            found.compare("advantage", where, token["advantage"], advantage)
-            found.compare("return", where, token["return"], token["advantage"] + token["value"])
+            parts = token["reward"], next_value, token["value"], next_advantage
+            found.compare("advantage", where, token["advantage"], advantage, of=parts)
+            both = token["advantage"], token["value"]
+            found.compare("return", where, token["return"], sum(both), of=both)
             next_value, next_advantage = token["value"], token["advantage"]
     advantages = [token["advantage"] for tokens in trail.tokens for token in tokens]
     if len(advantages) > 1:
         mean = sum(advantages) / len(advantages)
-        squares = sum((advantage - mean) ** 2 for advantage in advantages)
+        squares = sum(square(advantage - mean) for advantage in advantages)
         variance = squares / (len(advantages) - whitening["unbiased"])
         scale = 1 / math.sqrt(variance + whitening["eps"])
     else:
@@ -245,20 +277,51 @@ def replay_updates(trail, found):
 
 
 def check_minibatches(trail, found):
-    """Each epoch's minibatches share out the answers, and count their tokens."""
-    step = trail.step
+    """The minibatches in order: every epoch, each of them all answers once, unless an update went too far, which ends
+    them; none at all where the rollout itself was too far from the reference."""
+    step, settings = trail.step, trail.header["settings"]
     lengths = [len(tokens) for tokens in trail.tokens]
+    kls = update_sums(trail, lambda token, update: square(update["new_logprob"] - token["logprob"]) / 2)
+    kl = mean(sum(token["logprob"] - token["ref_logprob"] for token in own) for own in trail.tokens)
+    most, rollout = settings["max_ref_kl"], f"step {step['step']}"
+    learnt = most is None or kl <= most
+    excused = most is not None and near(kl, most)
+    found.compare("minibatches", f"{rollout} (any)", bool(step["minibatches"]), learnt, excused=excused)
+    if not step["minibatches"]:
+        return
     epochs: dict[int, list] = {}
     for minibatch in step["minibatches"]:
-        where = f"step {step['step']}, epoch {minibatch['epoch']}, minibatch {minibatch['minibatch']}"
-        rows = epochs.setdefault(minibatch["epoch"], [])
-        rows += minibatch["rows"]
-        known = [row for row in minibatch["rows"] if row in range(len(lengths))]
+        at = minibatch["epoch"], minibatch["minibatch"]
+        where = f"{rollout}, epoch {at[0]}, minibatch {at[1]}"
+        own = epochs.setdefault(at[0], [])
+        known = [row for row in minibatch["rows"] if row < len(lengths)]
         found.compare("minibatches", where, minibatch["tokens"], sum(lengths[row] for row in known))
-    for epoch, rows in epochs.items():
-        ended_early = not step["minibatches"][-1]["applied"] and epoch == max(epochs)
-        whole = sorted(rows) == list(range(len(lengths)))
-        found.compare("minibatches", f"step {step['step']}, epoch {epoch}", whole or ended_early, True)
+        found.compare("minibatches", f"{where} (its place)", at, (len(epochs) - 1, len(own)))
+        own.append(minibatch["rows"])
+        kl, most = kls.get(at, 0.0) / minibatch["tokens"], settings["max_update_kl"]
+        excused = most is not None and near(kl, most)
+        found.compare(
+            "minibatches", f"{where} (applied)", minibatch["applied"], most is None or kl <= most, excused=excused
+        )
+        last = minibatch is step["minibatches"][-1]
+        found.compare("minibatches", f"{where} (the last)", minibatch["applied"] or last, True)
+    ended_early = not step["minibatches"][-1]["applied"]
+    for epoch, parts in epochs.items():
+        rows = sorted(row for part in parts for row in part)
+        missing = ended_early and epoch == max(epochs)
+        whole = set(rows) <= set(range(len(lengths))) if missing else rows == list(range(len(lengths)))
+        found.compare("minibatches", f"{rollout}, epoch {epoch}", whole and len(set(rows)) == len(rows), True)
+    found.compare("minibatches", f"{rollout} (epochs)", ended_early or len(epochs) == settings["ppo_epochs"], True)
+
+
+def update_sums(trail, share):
+    """{(epoch, minibatch): the sum of share(token, update) over its tokens}."""
+    sums: dict[tuple, float] = {}
+    for token in (token for tokens in trail.tokens for token in tokens):
+        for update in token["updates"]:
+            at = update["epoch"], update["minibatch"]
+            sums[at] = sums.get(at, 0.0) + share(token, update)
+    return sums
 
 
 def replay_update(settings, token, update, count, noted):
@@ -270,17 +333,21 @@ def replay_update(settings, token, update, count, noted):
     advantage = token["whitened_advantage"]
     bounded = min(max(ratio, 1 - clip), 1 + clip)
     unclipped, clipped = -advantage * ratio, -advantage * bounded
-    near = min(abs(ratio - (1 - clip)), abs(ratio - (1 + clip))) < NEAR_BOUND
-    found.compare("clipped", where, update["clipped"], clipped > unclipped, excused=near)
+    either = near(ratio, 1 - clip) or near(ratio, 1 + clip)
+    found.compare("clipped", where, update["clipped"], clipped > unclipped, excused=either)
     found.compare("policy_loss", where, update["policy_loss"], max(unclipped, clipped) / count, unit=1 / count)
 
     old, new, target = token["value"], update["new_value"], token["return"]
     bounded = min(max(new, old - value_clip), old + value_clip)
-    unclipped, clipped = (new - target) ** 2, (bounded - target) ** 2
+    unclipped, clipped = square(new - target), square(bounded - target)
+    size = max(1.0, abs(old), abs(new), abs(target))
     beyond = abs(new - old) - value_clip
-    near = abs(beyond) < NEAR_BOUND or beyond > 0 and abs(clipped - unclipped) < NEAR_BOUND
-    found.compare("value_clipped", where, update["value_clipped"], clipped > unclipped, excused=near)
-    found.compare("value_loss", where, update["value_loss"], max(unclipped, clipped) / 2 / count, unit=1 / count)
+    either = abs(beyond) < NEAR_BOUND * size
+    either = either or beyond > 0 and abs(abs(new - target) - abs(bounded - target)) < NEAR_BOUND * size
+    found.compare("value_clipped", where, update["value_clipped"], clipped > unclipped, excused=either)
+    largest = max(unclipped, clipped)
+    unit = max(1.0, math.sqrt(largest) * size / ROUNDINGS) / count
+    found.compare("value_loss", where, update["value_loss"], largest / 2 / count, unit=unit)
 
 
 # ---- the step's metrics ----------------------------------------------------------------------------------------------
@@ -288,11 +355,15 @@ def replay_update(settings, token, update, count, noted):
 
 def replay_metrics(trail, found):
     """What metrics.jsonl says of the step, as far as it is made of these numbers."""
-    logged = trail.step["metrics"]
-    computed = rollout_metrics(trail) | update_metrics(trail)
-    for name, value in computed.items():
-        if logged.get(name) is not None:
-            found.compare("metrics", f"step {trail.step['step']} ({name})", logged[name], value)
+    logged, where = trail.step["metrics"], f"step {trail.step['step']}"
+    every = [number for tokens in trail.tokens for token in tokens for number in (token["reward"], token["return"])]
+    size = max(abs(number) for number in every + [sample["score"] for sample in trail.samples])
+    for name, value in (rollout_metrics(trail) | update_metrics(trail)).items():
+        if name in logged:
+            unit = 1.0 if name.startswith(("act/", "improve/clip")) else max(1.0, size / ROUNDINGS)
+            found.compare("metrics", f"{where} ({name})", logged[name], value, unit=unit)
+        else:
+            found.problems.append(f"{where}: its metrics have no {name}")
 
 
 def mean(values):
@@ -303,7 +374,7 @@ def mean(values):
 def variance(values):
     values = list(values)
     middle = mean(values)
-    return mean((value - middle) ** 2 for value in values)
+    return mean(square(value - middle) for value in values)
 
 
 def rollout_metrics(trail):
@@ -330,7 +401,7 @@ def rollout_metrics(trail):
         if samples[0][f"{part}_score"] is not None:
             found[f"judge/{part}_score"] = mean(sample[f"{part}_score"] for sample in samples)
     if trail.step["mode"] == "mixed":
-        found["judge/at_threshold"] = mean(s["label_score"] >= trail.step["threshold"] for s in samples)
+        found["judge/at_threshold"] = mean(sample["branch"] == "mixed: at the threshold" for sample in samples)
     if all(sample["gold"] is not None for sample in samples):
         found["judge/accuracy"] = mean(sample["label"] == sample["gold"] for sample in samples)
     return found
@@ -338,28 +409,23 @@ def rollout_metrics(trail):
 
 def update_metrics(trail):
     """Metrics of act 6: a minibatch's are sums of its tokens' shares; the step's their mean, or their maximum."""
-    sums: dict[tuple, dict] = {}
     counts = {(m["epoch"], m["minibatch"]): m["tokens"] for m in trail.step["minibatches"]}
     if not counts:
         return {}
-    largest = 0.0
-    for token in (token for tokens in trail.tokens for token in tokens):
-        for update in token["updates"]:
-            at = update["epoch"], update["minibatch"]
-            if at not in counts:
-                continue
-            log_ratio = update["new_logprob"] - token["logprob"]
-            largest = max(largest, update["ratio"])
-            shares = {
-                "policy_loss": update["policy_loss"],
-                "value_loss": update["value_loss"],
-                "clipfrac": update["clipped"] / counts[at],
-                "value_clipfrac": update["value_clipped"] / counts[at],
-                "approx_kl": log_ratio**2 / 2 / counts[at],
-                "ratio_mean": update["ratio"] / counts[at],
-            }
-            own = sums.setdefault(at, dict.fromkeys(shares, 0.0))
-            for name, share in shares.items():
-                own[name] += share
-    means = {f"improve/{name}": mean(own[name] for own in sums.values()) for name in next(iter(sums.values()), {})}
-    return means | {"improve/ratio_max": largest}
+    summed = {
+        "policy_loss": lambda token, update: update["policy_loss"],
+        "value_loss": lambda token, update: update["value_loss"],
+    }
+    averaged = {
+        "clipfrac": lambda token, update: update["clipped"],
+        "value_clipfrac": lambda token, update: update["value_clipped"],
+        "approx_kl": lambda token, update: square(update["new_logprob"] - token["logprob"]) / 2,
+        "ratio_mean": lambda token, update: update["ratio"],
+    }
+    found = {}
+    for name, share in (summed | averaged).items():
+        sums = update_sums(trail, share)
+        parts = [sums.get(at, 0.0) / (count if name in averaged else 1) for at, count in counts.items()]
+        found[f"improve/{name}"] = mean(parts)
+    ratios = [update["ratio"] for tokens in trail.tokens for token in tokens for update in token["updates"]]
+    return found | {"improve/ratio_max": max(ratios, default=0.0)}

@@ -6,35 +6,20 @@ by other code.
 """
 
 import platform
-import re
 
 import torch
 import transformers
 
 from .. import __version__
-from ..common.errors import InputError, brief
-from ..common.files import disk_faults, write_text
+from ..common.files import PART, disk_faults, write_text
 from ..layout import response_positions, response_tokens
 from ..ppo import kl_estimate, policy_loss, value_loss
 from ..rewards import label_sensitive_reward, relative_scores
-from .trail_format import AUDIT_FORMAT, FOLDER, file_of, seal, step_of
+from .trail_format import AUDIT_FORMAT, FOLDER, audited, file_of, rollouts_in, seal, step_of
 
 WHITENING = {"unbiased": True, "eps": 1e-8}  # the defaults of `ppo.masked_whiten`, which train_ppo.py takes
 NOT_COMPUTED = ("output_dir", "overwrite", "resume")  # settings that say where a run goes, not what it is
 NOT_HERE = ("time/", "act/tokens_per_second")  # metrics that no replay could give, and that no two runs share
-
-
-def audited(spec):
-    """--audit as a function of the step: N, the first N rollouts; every:K, each K-th; all; None, none."""
-    if spec is None:
-        return lambda step: False
-    if spec == "all":
-        return lambda step: True
-    number = re.fullmatch(r"(every:)?0*([1-9][0-9]{0,8})", spec)
-    if number is None:
-        raise InputError(f"--audit {brief(spec)}: give a number of rollouts, all, or every:K")
-    count = int(number.group(2))
-    return (lambda step: step % count == 0) if number.group(1) else (lambda step: step <= count)
 
 
 class AuditTrail:
@@ -44,9 +29,11 @@ class AuditTrail:
         """done: steps that are done. Files of later ones go: a run that goes on from a checkpoint writes them again."""
         self.run, self.judges, self.encoder = run, models.judges, models.encoder
         self.wanted = audited(run.config.audit)
-        for path in (run.directory / FOLDER).glob("step-*.jsonl"):
+        for path in rollouts_in(run.directory / FOLDER):
             if step_of(path) > done:
                 path.unlink()
+        for path in (run.directory / FOLDER).glob(f"*{PART}"):  # a kill left it
+            path.unlink()
 
     def write(self, step, batch, samples, judged, *, plan, advantages, metrics):
         """The file of one rollout, if it is to be audited.

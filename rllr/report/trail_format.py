@@ -13,12 +13,12 @@ the line itself. So a changed, missing or moved line is found. Reading needs nei
 
 import hashlib
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..common.errors import InputError
+from ..common.errors import InputError, brief
+from .fields import ABOVE_0, COUNT, COUNTS, FROM_1, LIST, NUMBER, OBJECT, OR_NULL, TEXT, YES_OR_NO, check_fields
 
 AUDIT_FORMAT = 1  # raised where a field changes its name or its meaning
 FOLDER = "audit"  # in a run's directory
@@ -105,6 +105,19 @@ FIELDS = {
 }
 
 
+def audited(spec):
+    """--audit as a function of the step: N, the first N rollouts; every:K, each K-th; all; None, none."""
+    if spec is None:
+        return lambda step: False
+    if spec == "all":
+        return lambda step: True
+    number = re.fullmatch(r"(every:)?0*([1-9][0-9]{0,8})", spec)
+    if number is None:
+        raise InputError(f"--audit {brief(spec)}: give a number of rollouts, all, or every:K")
+    count = int(number.group(2))
+    return (lambda step: step % count == 0) if number.group(1) else (lambda step: step <= count)
+
+
 @dataclass
 class Trail:
     """One audited rollout, read from its file."""
@@ -123,7 +136,9 @@ def file_of(directory, step):
 
 
 def step_of(path):
-    return int(path.stem.removeprefix("step-"))
+    """The step in the name of a rollout's file; None where the name is no such name."""
+    named = re.fullmatch(r"step-(\d{6,})\.jsonl", Path(path).name)
+    return int(named.group(1)) if named else None
 
 
 def seal(objects):
@@ -166,14 +181,11 @@ def read_trail(path) -> Trail:
         if len(found[kind]) != 1:
             raise InputError(f"{path}: has {len(found[kind])} lines of kind {kind!r}, not one; it is no audit trail")
     header, step = found["header"][0], found["step"][0]
-    if header["format"] != AUDIT_FORMAT:
-        raise InputError(
-            f"{path}: has audit format {header['format']!r:.20}; this version of rllr reads format {AUDIT_FORMAT}"
-        )
     written = found["end"][0]["lines"] if found["end"] else None
     if written != sum(map(len, found.values())):
         problems.append(f"{path.name}: lines are missing or too many; its end line says {written}")
     samples, tokens = _in_order(path, step, found)
+    _check_scores(path, step, samples)
     return Trail(path, header, step, samples, tokens, problems)
 
 
@@ -184,14 +196,17 @@ def _object(line, where):
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON: {error}") from None
     kind = value.get("kind") if isinstance(value, dict) else None
-    if not isinstance(kind, str) or kind not in FIELDS or kind == "update":
+    if kind not in ("header", "step", "sample", "token", "end"):
         raise InputError(f"{where}: is no line of an audit trail; a line has kind header, step, sample, token or end")
-    _check(value, {name: _TYPES.get(unit, NUMBER) for name, (unit, _) in FIELDS[kind].items()}, f"{where}: the {kind}")
+    if kind == "header" and value.get("format") != AUDIT_FORMAT:
+        read = f"this version of rllr reads format {AUDIT_FORMAT}"
+        raise InputError(f"{where}: has audit format {brief(value.get('format'))}; {read}")
+    check_fields(value, _kinds(kind), f"{where}: the {kind}")
     for name, inner in _INSIDE.get(kind, {}).items():
         held = value[name]
         parts = held.values() if name == "scales" else held if isinstance(held, list) else [held]
         for part in parts:
-            _check(part, inner, f"{where}: the {kind}'s {name}")
+            check_fields(part, inner, f"{where}: the {kind}'s {name}")
     return value
 
 
@@ -199,45 +214,49 @@ def _not_finite(word):
     raise ValueError(f"{word} is no number")
 
 
-TEXT, YES_OR_NO, OBJECT, LIST, NUMBER = str, bool, dict, list, float  # what a field holds
-_TYPES = {
-    "text": TEXT, "label, rationale, mixed": TEXT, "true or false": YES_OR_NO, "text by name": OBJECT, "object": OBJECT,
-    "object by part": OBJECT, "list": LIST, "token ids": LIST,
+# What the fields hold, by the unit that FIELDS gives them, and where that does not tell, by their name.
+_OF_UNIT = {
+    "text": TEXT, "true or false": YES_OR_NO, "text by name": OBJECT, "object": OBJECT, "object by part": OBJECT,
+    "list": LIST, "token ids": COUNTS, "label, rationale, mixed": ("label", "rationale", "mixed"),
 }  # fmt: skip
-_MAY_BE_NULL = {"threshold", "cap", "label", "gold", "label_raw", "label_score", "rationale_raw", "rationale_score"}
+_OF_NAME: dict[str, str | tuple] = {
+    **dict.fromkeys(("sample", "token", "position", "token_id", "epoch", "minibatch"), COUNT),
+    **dict.fromkeys(("format", "step", "answers", "tokens", "lines"), FROM_1),
+    **dict.fromkeys(("threshold", "cap", "label_raw", "label_score", "rationale_raw", "rationale_score"),
+                    NUMBER + OR_NULL),
+    **dict.fromkeys(("label", "gold"), TEXT + OR_NULL),
+}  # fmt: skip
+
+
+def _kinds(line):
+    """{field of a kind of line: the kind of its value}."""
+    return {name: _OF_NAME.get(name) or _OF_UNIT.get(unit, NUMBER) for name, (unit, _) in FIELDS[line].items()}
+
+
 _INSIDE: dict[str, dict[str, dict]] = {  # {kind: {field: what the objects in it hold, as far as a replay reads it}}
     "header": {
-        "settings": {"gamma": NUMBER, "lam": NUMBER, "clip": NUMBER, "value_clip": NUMBER, "kl_kind": TEXT,
-                     "answers_per_prompt": NUMBER},
-        "whitening": {"unbiased": YES_OR_NO, "eps": NUMBER},
+        "settings": {"gamma": NUMBER, "lam": NUMBER, "clip": NUMBER, "value_clip": NUMBER, "kl_kind": ("k1", "k3"),
+                     "answers_per_prompt": FROM_1, "ppo_epochs": FROM_1, "reward": TEXT,
+                     "max_update_kl": NUMBER + OR_NULL, "max_ref_kl": NUMBER + OR_NULL},
+        "whitening": {"unbiased": YES_OR_NO, "eps": ABOVE_0},
     },
     "step": {
-        "scales": {"norm": TEXT, "mean": NUMBER, "variance": NUMBER, "clip": NUMBER},
-        "minibatches": {"epoch": NUMBER, "minibatch": NUMBER, "rows": LIST, "tokens": NUMBER, "applied": YES_OR_NO},
+        "scales": {"norm": ("stored", "running", "none"), "mean": NUMBER, "variance": ABOVE_0, "clip": ABOVE_0},
+        "minibatches": {"epoch": COUNT, "minibatch": COUNT, "rows": COUNTS, "tokens": FROM_1, "applied": YES_OR_NO},
     },
-    "token": {"updates": {name: YES_OR_NO if unit == "true or false" else NUMBER
-                          for name, (unit, _) in FIELDS["update"].items()}},
+    "token": {"updates": _kinds("update")},
 }  # fmt: skip
-_ABOVE_0 = {"variance", "tokens", "answers_per_prompt"}
-_WHOLE = {"answers", "step", "sample", "token", "tokens", "epoch", "minibatch", "answers_per_prompt", "lines"}
 
 
-def _check(held, fields, what):
-    """InputError where an object lacks one of the fields, or holds something else in it."""
-    if not isinstance(held, dict):
-        raise InputError(f"{what} is no object")
-    missing = [name for name in fields if name not in held]
-    if missing:
-        raise InputError(f"{what} has no {', '.join(missing)}")
-    for name, kind in fields.items():
-        value = held[name]
-        if value is None and name in _MAY_BE_NULL:
-            continue
-        right = isinstance(value, (int, float)) if kind is NUMBER else isinstance(value, kind)
-        if kind is NUMBER and (isinstance(value, bool) or not right or not math.isfinite(value)):
-            raise InputError(f"{what} has {name} {value!r:.40}, which is no finite number")
-        if not right or name in _WHOLE and value != int(value) or name in _ABOVE_0 and not value > 0:
-            raise InputError(f"{what} has {name} {value!r:.40}, which cannot be")
+def _check_scores(path, step, samples):
+    """InputError where an answer lacks the score, or the step the threshold, that the step's mode needs."""
+    needed = {"mixed": ("label_score", "rationale_score")}.get(step["mode"], (f"{step['mode']}_score",))
+    if step["mode"] == "mixed" and step["threshold"] is None:
+        raise InputError(f"{path}: the step has mode mixed and no threshold")
+    for sample in samples:
+        for name in needed:
+            if sample[name] is None:
+                raise InputError(f"{path}: sample {sample['sample']} has no {name}, which mode {step['mode']} needs")
 
 
 def _place(value):
@@ -265,12 +284,18 @@ def _in_order(path, step, found):
 
 
 def files_in(path):
-    """The files of a trail: the one given, or those of a run's directory or of its audit folder, in order."""
+    """The files of a trail: the one given, whatever its name, or those of a run's directory or of its audit folder, in
+    order. InputError where there are none."""
     path = Path(path)
     if path.is_file():
         return [path]
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    files = sorted(folder.glob("step-*.jsonl"))
+    files = rollouts_in(path) or rollouts_in(path / FOLDER)
     if not files:
         raise InputError(f"{path}: holds no audit trail; train_ppo.py --audit N writes one")
     return files
+
+
+def rollouts_in(folder):
+    """The files `step-*.jsonl` of a folder, in the order of their steps."""
+    found = {step_of(file): file for file in Path(folder).glob("step-*.jsonl") if step_of(file) is not None}
+    return [found[step] for step in sorted(found)]

@@ -14,6 +14,7 @@ from ..common.files import write_text
 from ..common.log import say
 
 FOLDER = "tensorboard"  # in a run's directory
+FINISH = 60.0  # seconds that the end of a run waits for W&B's uploads; `wandb sync` sends what is left
 WANDB_ID = "wandb-id.txt"  # there, too: by it a resumed run goes on in the same W&B run
 
 
@@ -82,7 +83,7 @@ class WandB:
         self.run = wandb.init(
             project=run.config.wandb, name=f"{run.task.name}/{run.directory.name}", dir=str(run.directory),
             id=kept.read_text(encoding="utf-8").strip(), resume="allow", config=run.record["config"],
-            settings=wandb.Settings(console="off"),
+            settings=wandb.Settings(console="off", finish_timeout=FINISH),
         )  # fmt: skip
         # Our own step is the axis: a resumed run takes steps again, and W&B's own counter only goes up.
         self.run.define_metric("step")
