@@ -128,6 +128,12 @@ class Config(RewardConfig, PPOConfig, TrainingConfig, PolicyConfig, LoRAConfig, 
     log_every: int = flag(5, "steps between printed lines; metrics.jsonl has every step", above=0)
     show_every: int = flag(20, "steps between printed samples", above=0)
     eval_every: int = flag(20, "steps between evaluations on dev", above=0)
+    best_by: str | None = flag(
+        None,
+        "what chooses the policy that is handed back: the task's metric on dev, or the score that the run pays there "
+        "(score where the reward is your own function or learnt from a file of pairs; else metric)",
+        choices=("metric", "score"),
+    )
     eval_rows: int = flag(0, "dev rows per evaluation; 0: all", at_least=0)
     audit: str | None = flag(
         None,
@@ -209,7 +215,12 @@ def fingerprints(run, splits, models):
 
 def default_steps(config, task, splits):
     """--steps where nobody gave it: one pass over the prompts."""
-    return 120 if task.name == "demo" else max(1, len(splits.prompts(config.prompts)) // config.rollout_prompts)
+    if task.name == "demo":
+        return 120
+    prompts = len(splits.prompts(config.prompts))
+    if prompts < 2 * config.rollout_prompts and config.steps is None:
+        say(f"warning: {prompts} prompts make one step of --rollout_prompts {config.rollout_prompts}; give --steps")
+    return max(1, prompts // config.rollout_prompts)
 
 
 def kl_controller(config):

@@ -10,6 +10,7 @@ import inspect
 import math
 import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -266,8 +267,11 @@ def load_function(spec):
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
+        is_file = module_name.endswith(".py") or "/" in module_name
+        wanted = Path(module_name.removesuffix(".py")).as_posix().strip("./").replace("/", ".")
+        hint = f", here {wanted}:{function_name}, with dots and without .py" if is_file else ""
         raise InputError(
-            f"--reward {spec}: cannot be imported ({error}); give module:function from the Python path"
+            f"--reward {spec}: cannot be imported ({error}); give module:function from the Python path{hint}"
         ) from None
     if not callable(function):
         raise InputError(f"--reward {spec}: is a {type(function).__name__}, not a function")

@@ -151,14 +151,17 @@ class Keeper:
         paired standard error (`guard.beats`), and ranks at least as high as the best before it (`metrics.rank`).
 
         The error is that of `metrics.row_values`: of accuracy, where accuracy or F1 is the task's metric; for
-        correlations of the answers' closeness to the gold label.
+        correlations of the answers' closeness to the gold label. With --best_by score the rows' scores are compared,
+        and their mean ranks.
         """
-        loop, ranked = self.loop, list(rank(self.run.task, scores))
+        by_score = self.run.config.best_by == "score"
+        compared = "scores" if by_score else "right"
+        loop, ranked = self.loop, [scores["score"]] if by_score else list(rank(self.run.task, scores))
         if step == 0:
             loop.best = {"step": 0, "rank": ranked}
             self.save(BEST, step, scores, handed_back=self.handed_back(), promise=loop.promise)
-        elif ranked >= loop.best["rank"] and beats(look["right"], self.guard.start["right"]):
-            difference, error = paired(look["right"], self.guard.start["right"])
+        elif ranked >= loop.best["rank"] and beats(look[compared], self.guard.start[compared]):
+            difference, error = paired(look[compared], self.guard.start[compared])
             against = {"difference": difference, "standard_error": error, "start": self.before(), "rows": len(self.dev)}
             loop.best = {"step": step, "rank": ranked, "scores": scores, **against}
             told = {"handed_back": self.handed_back(), "promise": loop.promise}
@@ -180,8 +183,14 @@ class Keeper:
     def handed_back(self):
         """Which policy is in <run>/best, and why, in one sentence."""
         best, metric = self.loop.best, self.run.task.metric
+        by_score = self.run.config.best_by == "score"
         if best["step"] == 0:
-            return "no step beats the start by more than one standard error: best is the policy that PPO started from"
+            whose = "no step's score" if by_score else "no step"
+            return f"{whose} beats the start by more than one standard error: best is the policy that PPO started from"
+        if by_score:
+            now, start = best["scores"]["score"], best["start"]["score"]
+            gain = f"{best['difference']:+.2f}, standard error {best['standard_error']:.2f}"
+            return f"best: step {best['step']}, dev score {now:.2f} against {start:.2f} at the start ({gain})"
         now, start = (metric_line({metric: scores[metric]}) for scores in (best["scores"], best["start"]))
         gain = f"{100 * best['difference']:+.1f} points, standard error {100 * best['standard_error']:.1f}"
         gain = gain if metric == "accuracy" else f"{self.name_of_rows} {gain}"

@@ -92,6 +92,7 @@ def load_models(run) -> Models:
     # already.
     cast = config.base_dtype != "fp32"
     frozen_fingerprint = fingerprint(base if base is not None else reference) if cast else policy_fingerprint
+    run.settle(best_by=config.best_by or default_best_by(config))
     judges = load_judges(config, tokenizer, device, base, policy_fingerprint, run.task)
     value_model = load_value_model(config, device, base, policy_fingerprint, judges)
     for model in (policy, value_model) if config.gradient_checkpointing else ():
@@ -139,6 +140,15 @@ def name_judges(config, task):
             raise InputError(f"{needs}--{part}_rm {directory}: no such directory; train_rm.py makes one")
         check_same_task(read_record(directory), task, f"--{part}_rm {directory}")
         setattr(config, f"{part}_rm", str(directory))
+
+
+def default_best_by(config):
+    """--best_by where nobody gave it. What a function of the user's own, or a reward model of the user's own pairs,
+    asks for need not be the right label."""
+    if ":" in config.reward:
+        return "score"
+    trained = read_record(config.label_rm).get("config", {}) if config.label_rm else {}
+    return "metric" if trained.get("pairs", "label") in ("label", "rationale") else "score"
 
 
 def load_judges(config, tokenizer, device, base=None, policy_fingerprint=None, task=None) -> Judges:

@@ -126,13 +126,25 @@ def is_cross_fit_due(config, record, right):
     return is_due
 
 
+def tell_other_prompts(pairs, task, path):
+    """Warn where a file's prompts are not the task's: PPO's answers are scored after those."""
+    others = [pair.prompt for pair in pairs if not task.is_prompt(pair.prompt)]
+    if others:
+        say(
+            f"warning: {path}: {len(others)} of {len(pairs)} prompts are not of the task's form {brief(task.prompt)}, "
+            f"such as {brief(others[0])}; PPO asks in the task's form, so the scores may not carry over"
+        )
+
+
 def make_pairs(run, models, labelled, held_out):
     """(pairs to train on, held-out pairs, the rationale writer): drawn from the rows, or read from --pairs FILE."""
     config, task = run.config, run.task
+    if config.kind == "file":
+        pairs = [Pair(**pair) for pair in load_pairs(config.pairs, say)]
+        tell_other_prompts(pairs, task, config.pairs)
+        return *split_by_prompt(pairs), None
     writer = config.rationales or default_writer(task, labelled)
     run.settle(rationales=writer, label_pairs=config.label_pairs or "on_policy")
-    if config.kind == "file":
-        return *split_by_prompt([Pair(**pair) for pair in load_pairs(config.pairs, say)]), None
     check_writer(config, labelled, task)
     options = {"config": config, "device": run.device, "directory": run.directory.parent, "also": held_out}
     writer = make_writer(config.rationales, labelled, task, log=say, **options)

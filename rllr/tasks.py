@@ -117,6 +117,11 @@ class Task:
         """The prompt of one row."""
         return self.render_prompt(example.text, example.text_b)
 
+    def is_prompt(self, text: str) -> bool:
+        """Whether a text can be the prompt of some row."""
+        pattern = re.escape(self.render_prompt("\0", "\0")).replace(re.escape("\0"), ".*")
+        return re.fullmatch(pattern, text.strip(), re.DOTALL) is not None
+
     def render_answer(self, label: str, rationale: str | None = None) -> str:
         """The answer with this label: rationale, newline, `Label: <label>`; only the label line for format 'label'."""
         line = f"{LABEL_PREFIX} {label}"

@@ -12,6 +12,7 @@ import train_sft
 from rllr.keeper import Keeper
 from rllr.metrics import rank
 from rllr.model.records import read_record
+from rllr.ppo_models import default_best_by
 from rllr.tasks import TASKS
 
 
@@ -77,12 +78,43 @@ def test_ppo_hands_back_what_beats_the_start(toy, tmp_path, monkeypatch, rights,
         assert f"({100 * against['difference']:+.1f} points, standard error " in sentence
 
 
+# The score of all rows rises by 0.5, so its paired error is 0; accuracy is told to fall meanwhile.
+def test_by_score_what_the_run_pays_chooses(toy, tmp_path, monkeypatch):
+    told(monkeypatch, {0: (8, 0.0), 1: (6, 0.5), 2: (5, 0.9), 3: (5, 0.7)})
+    flags = ["--label_rm", toy.label_rm, "--eval_every", 1, "--on_hacking", "ignore"]
+    output = toy.ppo(tmp_path / "score", *flags, "--best_by", "score", steps=3)
+    record, sentence = read_record(tmp_path / "score" / "best"), output.splitlines()[-1]
+    assert record["step"] == 2 and record["handed_back"] == sentence
+    assert sentence == "best: step 2, dev score 0.90 against 0.00 at the start (+0.90, standard error 0.00)"
+    output = toy.ppo(tmp_path / "metric", *flags, steps=3)
+    assert read_record(tmp_path / "metric" / "best")["step"] == 0 and "best_by=metric" in output
+
+
+def test_by_score_where_nothing_beats_the_start(toy, tmp_path, monkeypatch):
+    told(monkeypatch, {0: (4, 0.5), 1: (8, 0.5)})
+    output = toy.ppo(tmp_path / "ppo", "--reward", "gold", "--eval_every", 1, "--best_by", "score", steps=1)
+    assert output.splitlines()[-1].startswith("no step's score beats the start by more than one standard error: best")
+
+
+def test_a_reward_of_ones_own_chooses_by_its_score(toy, tmp_path, monkeypatch):
+    """A function, and a reward model that learnt from a file of pairs; what train_rm.py draws itself is of labels."""
+    (tmp_path / "my_brevity.py").write_text("def short(samples):\n    return [-len(a) for a in samples.answers]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    output = toy.ppo(tmp_path / "ppo", "--reward", "my_brevity:short", steps=1)
+    assert "best_by=score" in output and read_record(tmp_path / "ppo" / "best")["config"]["best_by"] == "score"
+    for pairs, by in (("label", "metric"), ("rationale", "metric"), ("mine/pairs.jsonl", "score")):
+        record = {"config": {"pairs": pairs}}
+        monkeypatch.setattr("rllr.ppo_models.read_record", lambda directory, record=record: record)
+        assert default_best_by(SimpleNamespace(reward="label", label_rm="rm")) == by
+    assert default_best_by(SimpleNamespace(reward="gold", label_rm=None)) == "metric"
+
+
 def test_the_sentence_of_a_correlation():
     """Rows have no correlation: what they are compared by is their closeness to the gold label."""
     scores = {"pearson": 0.8123, "accuracy": 0.6}
     best = {"step": 9, "scores": scores, "start": {"pearson": 0.7}, "difference": 0.021, "standard_error": 0.004}
     keeper = SimpleNamespace(
-        loop=SimpleNamespace(best=best), run=SimpleNamespace(task=TASKS["stsb"]),
+        loop=SimpleNamespace(best=best), run=SimpleNamespace(task=TASKS["stsb"], config=SimpleNamespace(best_by=None)),
         name_of_rows="closeness to the gold label",
     )  # fmt: skip
     assert Keeper.handed_back(keeper) == (

@@ -284,6 +284,12 @@ def test_an_own_function_that_is_not_there(own, spec):
         load_function(spec)
 
 
+@pytest.mark.parametrize("spec", ["my/rewards.py:short", "./my/rewards.py:short", "my/rewards:short"])
+def test_a_file_is_no_module(spec):
+    with pytest.raises(InputError, match=r"here my\.rewards:short, with dots and without \.py$"):
+        load_function(spec)
+
+
 # ---- loading
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,7 +211,28 @@ def test_reward_model_from_a_file_of_pairs(toy, tmp_path):
     assert "1 dropped (chosen equals rejected): line 8" in output and "mine" in output
     record = read_record(tmp_path / "rm")
     assert record["stage"] == "rm-file" and record["report"]["pairs"]["all"]["pairs"] == 5
-    toy.ppo(tmp_path / "ppo", "--label_rm", tmp_path / "rm", steps=1)
+    assert "label_pairs" not in output and "prompts are not of" not in output  # the file has all pairs that there are
+    output = toy.ppo(tmp_path / "ppo", "--label_rm", tmp_path / "rm", steps=1)
+    assert "best_by=score" in output
+
+
+def test_prompts_of_a_file_that_are_not_the_tasks_are_told_of(tmp_path):
+    pairs = [SimpleNamespace(prompt=prompt) for prompt in ("Sentence: it\nNegative or positive?", "it", "Sentence: so")]
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rm_pairs, "say", told.append)
+        rm_pairs.tell_other_prompts(pairs, tasks.TASKS["sst2"], "mine.jsonl")
+        pairs = [SimpleNamespace(prompt=tasks.TASKS["sst2"].render_prompt("it"))]
+        rm_pairs.tell_other_prompts(pairs, tasks.TASKS["sst2"], "mine.jsonl")
+    (line,) = told
+    assert line.startswith("warning: mine.jsonl: 3 of 3 prompts are not of the task's form 'Sentence: {text}")
+
+
+def test_fewer_prompts_than_a_rollout_are_told_of(toy, tmp_path):
+    """Forty rows are one step of a hundred prompts, which is soon over."""
+    flags = ["--policy", toy.sft, "--reward", "gold", *ANSWER, "--eval_rows", 8, "--prompts", "labelled"]
+    output = run(train_ppo.main, *flags, "--rollout_prompts", 30, "--output_dir", tmp_path / "one")
+    assert "prompts make one step of --rollout_prompts 30; give --steps" in output and "steps=1" in output
 
 
 # ---- PPO: rewards, metrics, what is written --------------------------------------------------------------------------

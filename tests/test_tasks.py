@@ -236,3 +236,22 @@ def test_broken_files_name_file_and_line(tmp_path):
 def test_an_unknown_name_lists_the_tasks():
     message = error(load_task, "sst3")
     assert message.startswith("--task 'sst3'") and all(name in message for name in TASKS)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        ("Sentence: a dull\nmess\nNegative or positive? Reason, then label:", True),
+        ("Sentence: a dull mess\nNegative or positive? Reason, then label: ", True),  # spaces around it do not matter
+        ("a dull mess", False),
+        ("Sentence: a dull mess", False),
+        ("Review: a dull mess\nNegative or positive? Reason, then label:", False),
+    ],
+)
+def test_what_can_be_a_prompt_of_the_task(text, is_one):
+    assert TASKS["sst2"].is_prompt(text) == is_one
+
+
+def test_every_task_knows_its_own_prompts():
+    for task in TASKS.values():
+        assert task.is_prompt(task.render_prompt("a (text) [of] {text_b} ^$", "another"))
