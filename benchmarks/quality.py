@@ -9,7 +9,7 @@ is written: benchmarks/results/cells/<task>-<model>-<seed>.json, with every pred
 PPO handed back, seconds, commit and versions. TF-IDF needs scikit-learn: pip install ".[bench]".
 
 A pretrained model takes --model DIR, a GPU and fewer methods. Its decoding and updates leave most of a GPU idle, so a
-cell's stages, and cells in processes of their own, share one:
+cell's stages, and cells in processes of their own (quality_cells.py, within a budget of time), share one:
 
     python benchmarks/quality.py --data data --task sst2 --seed 0 --model DIR --precision bf16 --jobs 3
 
@@ -402,21 +402,27 @@ def parse(argv=None):
         file = Path(args.data) / args.task / f"{name}.jsonl"
         if not file.is_file():
             parser.error(f"--data {args.data}: {file} is not there")
-    if not args.quick and not util.find_spec("sklearn"):
-        parser.error('TF-IDF needs scikit-learn: pip install ".[bench]"')
+    if "tfidf" in args.methods and not args.quick and not util.find_spec("sklearn"):
+        parser.error('--methods tfidf needs scikit-learn: pip install ".[bench]"')
     return args
+
+
+def file_of(cell):
+    """The file that a cell is written to."""
+    args = cell.args
+    directory = cell.runs.parent / "cells" if args.tune or args.quick else CELLS
+    return directory / f"{cell.name}{'-quick' * args.quick}.json"
 
 
 def main(argv=None):
     args = parse(argv)
     cell = Cell(args)
-    directory = cell.runs.parent / "cells" if args.tune or args.quick else CELLS
-    file = directory / f"{cell.name}{'-quick' * args.quick}.json"
+    file = file_of(cell)
     kept = {name.partition("/")[0] for name in read(file)["methods"]} if file.exists() else set()
     if lost := kept - set(args.methods):
         sys.exit(f"{file} has methods that this run has not: {', '.join(sorted(lost))}; run with them, or remove it")
     run_stages(cell)
-    directory.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     found = describe(cell)
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, method in found["methods"].items():

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import quality
+import quality_cells
 import quality_tables
 import stages
 from quality_tables import compare, grouped, page, promise, right, sharing
@@ -316,3 +317,61 @@ def test_no_cells_is_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit):
         quality_tables.main(["--cells", str(tmp_path)])
     assert "no cells there" in capsys.readouterr().err
+
+
+# ---- many cells within a budget --------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that a run moves on."""
+
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_no_cell_is_begun_that_cannot_end_in_time():
+    """By the longest cell so far; a shorter one behind it may not be begun either, since nobody knows that it is."""
+    clock, needed, begun = Clock(), {"a": 10, "b": 30, "c": 10, "d": 10}, []
+
+    def run(cell):
+        begun.append(cell)
+        clock.now += needed[cell]
+        return 0
+
+    found = quality_cells.run_cells("abcd", run, 1, 79, clock=clock)  # 50 are gone after c, and d might take 30
+    assert begun == ["a", "b", "c"] and found == {"done": ["a", "b", "c"], "failed": [], "left": ["d"]}
+    assert quality_cells.run_cells("abcd", run, 1, 80, clock=Clock())["left"] == []
+    assert quality_cells.run_cells("ab", run, 1, 50, cell_s=60, clock=clock)["left"] == ["a", "b"]
+
+
+def test_a_cell_that_fails_ends_no_other():
+    found = quality_cells.run_cells("abc", lambda cell: int(cell == "b"), 2, 10)
+    assert sorted(found["done"]) == ["a", "c"] and found["failed"] == ["b"] and not found["left"]
+
+
+def test_two_cells_run_at_once():
+    """Each waits until both have begun."""
+    both = threading.Barrier(2)
+    found = quality_cells.run_cells("ab", lambda cell: both.wait(timeout=30) * 0, 2, 60)
+    assert sorted(found["done"]) == ["a", "b"]
+
+
+def test_cells_that_are_there_are_left_out(data, tmp_path, monkeypatch):
+    data = [word for word in data if word not in ("--task", "sst2", "--quick")]
+    monkeypatch.setattr(quality, "CELLS", tmp_path / "cells")
+    monkeypatch.setattr(quality.util, "find_spec", lambda name: True)
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "sst2-tiny-1.json").write_text("{}")
+    args = quality_cells.parse(["--budget_s", "5", "--tasks", "sst2", "--seeds", "0", "1", "2", "--", *data])
+    assert quality_cells.missing_cells(args) == [("sst2", 0), ("sst2", 2)]
+
+
+def test_only_the_methods_that_need_it_ask_for_scikit_learn(data, monkeypatch, capsys):
+    data = [word for word in data if word != "--quick"]
+    monkeypatch.setattr(quality.util, "find_spec", lambda name: None)
+    quality.parse([*data, "--seed", "0", "--methods", "sft", "ppo-label"])
+    with pytest.raises(SystemExit):
+        quality.parse([*data, "--seed", "0"])
+    assert "--methods tfidf needs scikit-learn" in capsys.readouterr().err
