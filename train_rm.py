@@ -131,7 +131,11 @@ class Config(SupervisedConfig, PolicyConfig, RationaleConfig, LoRAConfig, DataCo
 
     def resolve(self, task, record):
         tiny = is_tiny(self, record)
-        self.rationales = self.rationales or record.get("config", {}).get("rationales")
+        if self.rationales is None:  # the policy's writer, asked where SFT asked it
+            config = record.get("config", {})
+            self.rationales = config.get("rationales")
+            self.endpoint_url = self.endpoint_url or config.get("endpoint_url")
+            self.endpoint_model = self.endpoint_model or config.get("endpoint_model")
         if self.grounded_pairs and task.answer_format == "label":
             raise InputError("--grounded_pairs: the answers are labels alone, without a rationale; leave it out")
         if self.kind == "rationale" and task.answer_format == "label":

@@ -8,7 +8,7 @@ r"""PPO against a reward function of your own, without a reward model.
 Run these in the repository's folder. The function pays for a readable label and for a rationale that takes its words
 from the text, and takes off for length. In the last lines of PPO's output `score` and `grounded` have risen. The
 function does not know which label is right, so accuracy will not rise. PPO hands back the policy with the highest score
-on dev (`--best_by score`, the default for a function like this one).
+on dev that beats the start (`--best_by score`, the default for a function like this one).
 """
 
 import re

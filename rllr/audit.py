@@ -4,8 +4,9 @@
     python -m rllr.audit replay runs/sst2/ppo-label/audit/step-000003.jsonl
     python -m rllr.audit explain runs/sst2/ppo-label --step 3 --sample 12 --token 4
 
-replay needs nothing but the trail. Exit code 0: every number follows from the others; 1: one does not, or a line is not
-as it was written. docs/audit.md says what the trail holds.
+replay computes from the trail alone; a run's metrics.jsonl says whether rollouts are missing at its end. Exit code 0:
+every number follows from the others; 1: one does not, or a line is not as it was written. docs/audit.md says what the
+trail holds.
 """
 
 import argparse

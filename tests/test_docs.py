@@ -87,7 +87,7 @@ def test_flags_exist(page):
     known = {field.name for module in stages for field in fields(module.Config)}
     known |= {"help", "config"}  # of every command
     known |= {"dev_file", "seeds", "workers", "methods", "no_label_only", "jobs"}  # benchmarks/quality.py
-    known |= {"data", "all_labelled", "tune", "budget_s", "at_once"}  # what it and quality_cells.py are given today
+    known |= {"data", "all_labelled", "tune", "budget_s", "at_once", "run"}  # what benchmarks are given today
     known |= {"tiny", "sft", "rm", "ppo", "hidden_size", "heads", "layers"}  # what it hands on, and to whom
     commands = next(action for action in rllr.audit.make_parser()._actions if action.dest == "command").choices
     parsers = [*commands.values(), rllr.report.__main__.make_parser()]
@@ -194,7 +194,7 @@ def test_python_in_the_docs_runs(toy, tmp_path, monkeypatch, capsys, page):
         assert capsys.readouterr().out.strip()
     if page == "docs/your-data.md":
         samples = SimpleNamespace(answers=["x" * 10, "y"], labels=["good", None])
-        assert names["short_and_right"](samples) == pytest.approx([0.9, -1.0])
+        assert names["short_and_readable"](samples) == pytest.approx([0.9, -1.0])
 
 
 def test_both_pages_with_python_are_found():

@@ -15,12 +15,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from endpoint_server import completion, serving
 from toy_runs import WORDS, read_lines, read_metrics
 
 import train_ppo
 import train_rm
 import train_sft
 from examples import custom_reward
+from examples import judge_behind_a_server as judge
 from examples import ppo_without_a_language_model as small
 from rllr.common.config import parse_config
 from rllr.data.rows import load_examples, load_pairs
@@ -89,6 +91,38 @@ def test_the_reward_in_a_run(toy, tmp_path):
     for row in rows:  # of three words, one of them looked up
         stands = row["answer"].split("\n")[0] in row["prompt"].split()
         assert row["score"] == pytest.approx(1 + 2 * stands - 0.05 * 3)
+
+
+def test_a_judge_behind_a_server(monkeypatch):
+    """It is asked once for each answer, many at once, and pays a tenth of the mark."""
+    pytest.importorskip("openai", reason='the endpoint needs: pip install "[endpoint]"')
+    for cached in (judge.judged, judge.client):
+        cached.cache_clear()
+    marks = {"good": "9", "bad": "Mark: 2.", "best": "10"}
+
+    def reply(request, number):
+        content = request["messages"][0]["content"]
+        assert "what it was asked" in content and request["model"] == "m"
+        return completion(next(mark for word, mark in marks.items() if f"answered:\n{word}\n" in content))
+
+    with serving(reply) as (url, served):
+        monkeypatch.setenv("JUDGE_URL", url)
+        monkeypatch.setenv("JUDGE_MODEL", "m")
+        samples = SimpleNamespace(prompts=["what it was asked"] * 3, answers=["good", "bad", "best"])
+        assert judge.reward(samples) == [0.9, 0.2, 1.0] and judge.reward(samples) == [0.9, 0.2, 1.0]
+    assert len(served.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "mark"), [("7", 7), ("10", 10), ("0", 0), (" 8/10", 8), ("I give it 3.", 3), ("42, no: 4", 4),
+                       ("4.5", None), ("11", None), ("none", None)]
+)  # fmt: skip
+def test_the_mark_in_a_judges_answer(text, mark):
+    if mark is None:
+        with pytest.raises(ValueError, match="the judge gave no mark"):
+            judge.mark_in(text)
+    else:
+        assert judge.mark_in(text) == mark
 
 
 def test_the_rewards_command_is_taken_by_the_parser():

@@ -16,8 +16,9 @@ from rllr.common.errors import InputError
 from rllr.data.demo import phrase_rationale, quote_of
 from rllr.data.encoding import Encoder
 from rllr.rationales.__main__ import main
+from rllr.rationales.cached import read_cache
 from rllr.rationales.factory import default_label_pairs, default_writer, make_writer
-from rllr.rationales.model_writer import ModelWriter, read_cache
+from rllr.rationales.model_writer import ModelWriter
 from rllr.rationales.writers import DemoWriter, EvidenceWriter, GivenWriter
 from rllr.tasks import TASKS, Example, Task
 

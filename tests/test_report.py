@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 from toy_runs import run, write_rows
 
-pytest.importorskip("plotly", reason='the report needs: pip install "rllr[report]"')
-pytest.importorskip("itables", reason='the report needs: pip install "rllr[report]"')
+pytest.importorskip("plotly", reason='the report needs: pip install ".[report]"')
+pytest.importorskip("itables", reason='the report needs: pip install ".[report]"')
 
 from rllr import evaluate
 from rllr.report import __main__ as report
@@ -392,7 +392,7 @@ def test_without_the_extra(home, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.startswith("plotly") or name == "rllr.report.page"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "plotly", None)
-    assert 'pip install "rllr[report]"' in refused(capsys, home / "ppo-label")
+    assert 'pip install ".[report]"' in refused(capsys, home / "ppo-label")
 
 
 def test_an_outcome_can_stand_alone(home):

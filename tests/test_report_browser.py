@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-pytest.importorskip("plotly", reason='the report needs: pip install "rllr[report]"')
-pytest.importorskip("itables", reason='the report needs: pip install "rllr[report]"')
+pytest.importorskip("plotly", reason='the report needs: pip install ".[report]"')
+pytest.importorskip("itables", reason='the report needs: pip install ".[report]"')
 playwright = pytest.importorskip("playwright.sync_api", reason="a browser is driven by: pip install playwright")
 
 from test_report import home, hostile  # noqa: F401  (fixtures)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 from stopping import Killed, assert_same_run, kill_at, refused, stage_of
@@ -46,15 +47,26 @@ def records_in(path):
             whole = b""
 
 
+def ended(path, kind):
+    """The records of a run, once its last one is there: W&B's own process writes them, and may be behind."""
+    for _ in range(300):
+        records = []
+        for content in records_in(path):
+            records.append(kind())
+            records[-1].ParseFromString(content)
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            break
+        time.sleep(0.1)
+    return records
+
+
 def wandb_of(directory):
     """The same of the offline runs; a later line of a step replaces an earlier one. And the ids of these runs."""
     from wandb.proto import wandb_internal_pb2
 
     found, ids = {}, set()
     for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
-        for content in records_in(path):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(content)
+        for record in ended(path, wandb_internal_pb2.Record):
             if record.WhichOneof("record_type") == "run":
                 ids.add(record.run.run_id)
             if record.WhichOneof("record_type") == "history":
@@ -136,7 +148,7 @@ def test_a_library_that_is_not_there_is_named(toy, tmp_path, monkeypatch, capsys
 
     monkeypatch.setitem(sys.modules, name, None)
     error = refused(capsys, "sft", *toy.data, "--model", toy.base, "--output_dir", tmp_path / "run", f"--{name}")
-    assert f'--{name} needs {name}: pip install "rllr[{name}]"' in error and not (tmp_path / "run").exists()
+    assert f'--{name} needs {name}: pip install ".[{name}]"' in error and not (tmp_path / "run").exists()
 
 
 def test_a_tracker_that_fails_is_told_of_once_and_dropped(capsys):

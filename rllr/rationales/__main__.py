@@ -15,15 +15,16 @@ from ..data.rows import Source, load_examples
 from ..data.splits import FileConfig
 from ..run.settings import ModelConfig
 from ..tasks import load_task
+from .endpoint_writer import EndpointConfig
 from .factory import WRITERS, make_writer
 from .writers import FILL_IN, without_rationale
 
 
 @dataclass(kw_only=True)
-class Config(ModelConfig, FileConfig):
+class Config(EndpointConfig, ModelConfig, FileConfig):
     GROUP = "rationales"
     output: str = flag(help="JSONL: the rows with the columns rationale (gold label) and rationales (every label)")
-    writer: str = flag("evidence", "given, evidence, demo or model", choices=WRITERS)
+    writer: str = flag("evidence", "given, evidence, demo, model or endpoint", choices=WRITERS)
     task: str = flag("demo", "a built-in task's name or a task file")
     train_file: str | None = flag(None, "labelled rows; without it the demo data")
     label_map: str | None = flag(None, "other label words: Sci/Tech=technology")

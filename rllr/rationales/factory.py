@@ -2,21 +2,23 @@
 
 from dataclasses import dataclass
 
-from ..common.config import Settings, flag
+from ..common.config import flag
 from ..common.errors import InputError
+from .cached import CACHE
+from .endpoint_writer import EndpointConfig, EndpointWriter, require_library
 from .writers import DemoWriter, EvidenceWriter, GivenWriter
 
-WRITERS = ("given", "evidence", "demo", "model")
+WRITERS = ("given", "evidence", "demo", "model", "endpoint")
 
 
 @dataclass
-class RationaleConfig(Settings):
+class RationaleConfig(EndpointConfig):
     """Who writes rationales, shared by SFT and the reward model."""
 
     GROUP = "rationales"
     rationales: str | None = flag(
         None,
-        "who writes them: given, evidence, demo, model (SFT: by the data, see "
+        "who writes them: given, evidence, demo, model, endpoint (SFT: by the data, see "
         "docs/real-data.md; RM: the policy's writer)",
         choices=WRITERS,
     )
@@ -27,8 +29,11 @@ def make_writer(name, examples, task, *, config=None, device="cpu", directory=".
     """The writer of that name for the labelled rows. InputError for an unknown name.
 
     `also`: further rows that it may have to write about, and that do not count as evidence. For the writer `model`,
-    config.rationale_model names the causal LM, and <directory>/rationales.jsonl is the cache of its rationales.
+    config.rationale_model names the causal LM, for `endpoint` config is an EndpointConfig; <directory>/rationales.jsonl
+    is the cache of what they write.
     """
+    if name == "endpoint":
+        return EndpointWriter([*examples, *also], task, config, f"{directory}/{CACHE}", log=log)
     if name == "model":
         from ..data.encoding import Encoder
         from ..model.loading import load_policy, load_tokenizer
@@ -39,7 +44,7 @@ def make_writer(name, examples, task, *, config=None, device="cpu", directory=".
             raise InputError("--rationales model needs --rationale_model, the causal LM that writes them")
         model = load_policy(source, device=device)
         encoder = Encoder(load_tokenizer(source), model)
-        return ModelWriter([*examples, *also], task, model, encoder, f"{directory}/rationales.jsonl", log=log)
+        return ModelWriter([*examples, *also], task, model, encoder, f"{directory}/{CACHE}", log=log)
     if name == "evidence":
         return EvidenceWriter(examples, task, log)
     classes = {"given": GivenWriter, "demo": DemoWriter}
@@ -51,12 +56,15 @@ def make_writer(name, examples, task, *, config=None, device="cpu", directory=".
 def check_writer(config, examples, task):
     """InputError if a run's writer lacks what it needs. Called before it writes anything; loads no language model."""
     name = config.rationales
-    if config.rationale_rows and name in ("evidence", "model"):
+    if config.rationale_rows and name in ("evidence", "model", "endpoint"):
         raise InputError(
             f"--rationale_rows {config.rationale_rows}: is for rationales in the data; --rationales {name} writes one "
             "for every row"
         )
-    if name != "model":
+    if name == "endpoint":
+        config.check_endpoint()
+        require_library()
+    elif name != "model":
         make_writer(name, examples, task, log=lambda line: None)
     elif not config.rationale_model:
         raise InputError("--rationales model needs --rationale_model, the causal LM that writes them")

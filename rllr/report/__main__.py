@@ -4,7 +4,7 @@
     python -m rllr.report runs/demo                       # every run in there, and runs/demo/evaluation
     python -m rllr.report runs/a/ppo-label runs/b/ppo-label --output compared.html
 
-One file, which opens from the disk in any browser, without a network. It needs: pip install "rllr[report]". Audited
+One file, which opens from the disk in any browser, without a network. It needs: pip install ".[report]". Audited
 rollouts (train_ppo.py --audit) can be read token by token.
 """
 
@@ -62,7 +62,7 @@ def main(argv=None):
     try:
         from .page import build
     except ImportError as error:
-        raise InputError(f'the report needs {error.name}: pip install "rllr[report]"') from None
+        raise InputError(f'the report needs {error.name}: pip install ".[report]"') from None
     runs = find_runs(args.runs)
     outcome = find_evaluation(args)
     path = Path(args.output) if args.output else Path(args.runs[0]) / REPORT

@@ -20,7 +20,7 @@ from .settings import NEWEST
 # On --resume these may differ from the run's own: they change what is printed or kept, or how long the run is;
 FREE = set(
     "save_every keep_last steps epochs log_every show show_every max_ref_kl on_ref_kl on_hacking audit tensorboard "
-    "wandb".split()
+    "wandb endpoint_url endpoint_requests endpoint_timeout".split()
 )
 # these as well, with a warning: the numbers agree to rounding, no longer to the bit;
 ROUNDING = {"micro_batch_size", "tokens_per_batch", "gradient_checkpointing", "eval_batch_size"}

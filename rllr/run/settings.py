@@ -45,9 +45,9 @@ class RunConfig(Settings):
     save_every: int = flag(100, "optimiser steps between checkpoints; 0: only when asked to stop", at_least=0)
     keep_last: int = flag(2, "checkpoints kept, the newest ones", above=0)
     log_every: int = flag(20, "steps between printed lines; metrics.jsonl has every step", above=0)
-    tensorboard: bool = flag(False, 'event files in the run\'s directory (pip install "rllr[tensorboard]")')
+    tensorboard: bool = flag(False, 'event files in the run\'s directory (pip install ".[tensorboard]")')
     wandb: str | None = flag(
-        None, 'metrics to this project of Weights & Biases, by default rllr (pip install "rllr[wandb]")', bare="rllr"
+        None, 'metrics to this project of Weights & Biases, by default rllr (pip install ".[wandb]")', bare="rllr"
     )
     deterministic: bool = flag(
         False, "on a GPU: deterministic kernels only, so that a resumed run is the same to the bit"

@@ -25,7 +25,7 @@ def check_trackers(config):
             try:
                 importlib.import_module(name)
             except ImportError as error:
-                raise InputError(f'--{name} needs {error.name}: pip install "rllr[{name}]"') from None
+                raise InputError(f'--{name} needs {error.name}: pip install ".[{name}]"') from None
 
 
 def open_trackers(run, done):
