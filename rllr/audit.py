@@ -11,15 +11,17 @@ trail holds.
 
 import argparse
 import sys
+from itertools import islice
 from pathlib import Path
 
 from .common.errors import InputError, brief_list, command
-from .common.files import METRICS
+from .common.files import METRICS, RUN, read_json
 from .report.explain import explain
-from .report.fields import COUNT, read_lines
+from .report.fields import COUNT, OBJECT, OR_NULL, TEXT, check_fields, read_lines
 from .report.replay import QUANTITIES, TOLERANCE, replay
 from .report.trail_format import audited, files_in, read_trail, step_of
 
+MOST_MISSING = 20  # rollouts that are named as missing
 SHOWN = 10  # findings and problems that are printed
 
 
@@ -67,22 +69,30 @@ def tell_replay(found):
     )
 
 
-def missing_rollouts(rollouts, last):
+def missing_rollouts(rollouts, last, now):
     """Sentences on rollouts, {step: the --audit of its run}, that a trail should hold from its first one to the step
-    `last` of the run, and does not. A resumed run may have another --audit: then those that each of them asks for."""
-    asked = [audited(spec) for spec in set(rollouts.values()) if isinstance(spec, str)]
-    end = max(last, max(rollouts))
-    steps = [step for step in range(min(rollouts), end + 1) if all(wanted(step) for wanted in asked)]
-    missing = [step for step in steps if step not in rollouts] if asked else []
+    `last` of the run, and does not. A resumed run may have another --audit: then those that each of them asks for. now:
+    the run's newest; None where it is off, or not known."""
+    asked = [audited(spec) for spec in {*rollouts.values(), now} if spec is not None]
+    end = max(last if now is not None else 0, max(rollouts))
+    steps = (step for step in range(min(rollouts), end + 1) if all(wanted(step) for wanted in asked))
+    missing = list(islice((step for step in steps if step not in rollouts), MOST_MISSING)) if asked else []
     named = f"step{'s' * (len(missing) > 1)} {brief_list(missing)}"
     return [f"{named}: --audit asked for it, but its file is not here"] if missing else []
 
 
-def last_step(path):
-    """The last step in the metrics of a run, from its directory or its audit folder; 0 where there are none."""
+def end_of_run(path):
+    """(the last step in the metrics of a run, its --audit), from its directory or its audit folder; (0, None) where
+    there is no run."""
     homes = [Path(path), Path(path).parent] if Path(path).is_dir() else []
-    home = next((home for home in homes if (home / METRICS).is_file()), None)
-    return max((line["step"] for line in read_lines(home / METRICS, {"step": COUNT})), default=0) if home else 0
+    home = next((home for home in homes if (home / RUN).is_file()), None)
+    if home is None:
+        return 0, None
+    written = read_json(home / RUN)
+    check_fields(written, {"config": OBJECT}, str(home / RUN))
+    check_fields(written["config"], {"audit": TEXT + OR_NULL}, f"{home / RUN}: its config", optional=True)
+    last = max((line["step"] for line in read_lines(home / METRICS, {"step": COUNT})), default=0)
+    return last, written["config"].get("audit")
 
 
 def chosen_rollout(files, step):
@@ -91,13 +101,22 @@ def chosen_rollout(files, step):
         trail = read_trail(files[0])
         if step not in (None, trail.step["step"]):
             raise InputError(f"--step {step}: this trail has step {trail.step['step']} alone")
-        return trail
+        return checked(trail, trail.step["step"])
     by_step = {step_of(path): path for path in files}
     if step not in by_step:
         raise InputError(
             f"{f'--step {step}' if step else '--step'}: give one of this trail's steps, {brief_list(by_step)}"
         )
-    return read_trail(by_step[step])
+    return checked(read_trail(by_step[step]), step)
+
+
+def checked(trail, step):
+    """A rollout by its name; what is wrong with its lines is told of."""
+    if trail.step["step"] != step:
+        raise InputError(f"{trail.path}: holds step {trail.step['step']}; replay the trail")
+    for problem in trail.problems[:SHOWN]:
+        print(f"warning: {problem}", file=sys.stderr)
+    return trail
 
 
 @command
@@ -106,7 +125,7 @@ def main(argv=None):
     files = files_in(args.path)
     if args.command == "replay":
         found = replay(map(read_trail, files), args.tolerance)
-        found.problems += missing_rollouts(found.rollouts, last_step(args.path))
+        found.problems += missing_rollouts(found.rollouts, *end_of_run(args.path))
         tell_replay(found)
         sys.exit(0 if found.holds else 1)
     print(explain(chosen_rollout(files, args.step), args.sample, args.token))

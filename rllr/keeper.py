@@ -189,8 +189,8 @@ class Keeper:
             return f"{whose} beats the start by more than one standard error: best is the policy that PPO started from"
         if by_score:
             now, start = best["scores"]["score"], best["start"]["score"]
-            gain = f"{best['difference']:+.2f}, standard error {best['standard_error']:.2f}"
-            return f"best: step {best['step']}, dev score {now:.2f} against {start:.2f} at the start ({gain})"
+            gain = f"{best['difference']:+.3g}, standard error {best['standard_error']:.2g}"
+            return f"best: step {best['step']}, dev score {now:.3g} against {start:.3g} at the start ({gain})"
         now, start = (metric_line({metric: scores[metric]}) for scores in (best["scores"], best["start"]))
         gain = f"{100 * best['difference']:+.1f} points, standard error {100 * best['standard_error']:.1f}"
         gain = gain if metric == "accuracy" else f"{self.name_of_rows} {gain}"

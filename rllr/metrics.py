@@ -113,6 +113,13 @@ def bootstrap_interval(values, seed=0, resamples=1000):
     return tuple(float(v) for v in np.percentile(drawn, [2.5, 97.5]))
 
 
+def wilson_interval(share, n, z=1.959964):
+    """95 % interval of a share (Wilson's score interval)."""
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 class _Statistic:
     """A function of row indices that knows how many rows there are."""
 

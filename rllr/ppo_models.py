@@ -147,7 +147,8 @@ def default_best_by(config):
     asks for need not be the right label."""
     if ":" in config.reward:
         return "score"
-    trained = read_record(config.label_rm).get("config", {}) if config.label_rm else {}
+    judge = config.rationale_rm if config.reward == "rationale" else config.label_rm
+    trained = read_record(judge).get("config", {}) if judge and judge != RULE else {}
     return "metric" if trained.get("pairs", "label") in ("label", "rationale") else "score"
 
 

@@ -85,7 +85,7 @@ def test_by_score_what_the_run_pays_chooses(toy, tmp_path, monkeypatch):
     output = toy.ppo(tmp_path / "score", *flags, "--best_by", "score", steps=3)
     record, sentence = read_record(tmp_path / "score" / "best"), output.splitlines()[-1]
     assert record["step"] == 2 and record["handed_back"] == sentence
-    assert sentence == "best: step 2, dev score 0.90 against 0.00 at the start (+0.90, standard error 0.00)"
+    assert sentence == "best: step 2, dev score 0.9 against 0 at the start (+0.9, standard error 0)"
     output = toy.ppo(tmp_path / "metric", *flags, steps=3)
     assert read_record(tmp_path / "metric" / "best")["step"] == 0 and "best_by=metric" in output
 
@@ -103,10 +103,12 @@ def test_a_reward_of_ones_own_chooses_by_its_score(toy, tmp_path, monkeypatch):
     output = toy.ppo(tmp_path / "ppo", "--reward", "my_brevity:short", steps=1)
     assert "best_by=score" in output and read_record(tmp_path / "ppo" / "best")["config"]["best_by"] == "score"
     for pairs, by in (("label", "metric"), ("rationale", "metric"), ("mine/pairs.jsonl", "score")):
-        record = {"config": {"pairs": pairs}}
-        monkeypatch.setattr("rllr.ppo_models.read_record", lambda directory, record=record: record)
-        assert default_best_by(SimpleNamespace(reward="label", label_rm="rm")) == by
+        records = {"rm": {"config": {"pairs": pairs}}, "other": {"config": {"pairs": "label"}}}
+        monkeypatch.setattr("rllr.ppo_models.read_record", lambda directory, records=records: records[directory])
+        assert default_best_by(SimpleNamespace(reward="label", label_rm="rm", rationale_rm="other")) == by
+        assert default_best_by(SimpleNamespace(reward="rationale", label_rm="other", rationale_rm="rm")) == by
     assert default_best_by(SimpleNamespace(reward="gold", label_rm=None)) == "metric"
+    assert default_best_by(SimpleNamespace(reward="rationale", label_rm=None, rationale_rm="grounded")) == "metric"
 
 
 def test_the_sentence_of_a_correlation():

@@ -29,10 +29,11 @@ from rllr.metrics import (
     pearson,
     row_values,
     spearman,
+    wilson_interval,
 )
 from rllr.model.records import make_record, read_record, save_policy
 from rllr.pairs import Pair
-from rllr.report.reward_report import pair_report, wilson_interval
+from rllr.report.reward_report import pair_report
 from rllr.tasks import TASKS, Example, load_task
 
 SST2, STSB, AGNEWS, APPS = TASKS["sst2"], TASKS["stsb"], TASKS["agnews"], TASKS["app_reviews"]

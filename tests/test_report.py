@@ -84,7 +84,7 @@ def test_one_run(home, tmp_path):
     titles = [attributes["aria-label"] for tag, attributes in reader.elements if attributes.get("role") == "img"]
     assert len(titles) == len(data["figures"]) > 12
     for wanted in (
-        "Accuracy on dev",
+        "Metrics on dev",
         "KL to the SFT policy",
         "Entropy",
         "Explained variance",
@@ -193,6 +193,54 @@ def test_a_correlation_is_told_as_closeness(home):
     assert not score_figures(run, "")
     assert confusion([("10", "9"), ("9", "9"), ("9", "x")])[:2] == (["9", "10"], ["9", "10", "x"])  # as numbers
     assert "closeness to the gold label" in build([run])
+
+
+def test_intervals_of_few_rows(home):
+    """Of one row nothing is known of the spread; none goes beyond 0 and 1."""
+    (run,) = find_runs([home / "ppo-label"])
+    row = run.looks[0][0]
+    for rights, low, high in (([1.0], 0.2065, 1.0), ([1.0] * 6 + [0.0] * 2, 0.4093, 0.9285), ([1.0] * 8, 0.6756, 1.0)):
+        run.looks = {step: [row | {"right": right} for right in rights] for step in (0, 3)}
+        outcome = outcome_on_dev(run)
+        assert outcome.rows[0]["value"] == sum(rights) / len(rights)
+        assert outcome.rows[0]["interval"] == pytest.approx((low, high), abs=2e-4)  # Wilson's, by hand
+        assert (outcome.rows[-1]["difference"] is None) == (len(rights) == 1)
+        assert build([run])
+    run.record["task"] = run.record["task"] | {"metric": "pearson"}
+    run.looks = {0: [row | {"right": right} for right in (0.9, 1.0, 1.0)]}
+    assert outcome_on_dev(run).rows[0]["interval"][1] == 1.0
+
+
+def test_a_run_that_goes_on_says_so_far(home):
+    (run,) = find_runs([home / "ppo-label"])
+    run.record["step"] = 0
+    assert outcome_on_dev(run).rows[0]["name"] == "SFT, the start, which is handed back"
+    assert "a little too good" not in outcome_on_dev(run).of_what
+    run.config = run.config | {"steps": 9}
+    assert outcome_on_dev(run).rows[0]["name"] == "SFT, the start, which is handed back so far"
+    assert "3 of 9 steps" in build([run])
+
+
+def test_a_trail_that_was_altered_is_not_shown_without_a_word(home, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(home / "ppo-label", copied)
+    path = file_of(copied, 2)
+    path.write_text(path.read_text().replace('"token": 1,', '"token": 1, ', 1))
+    assert "these numbers are not to be trusted" in build(find_runs([copied]))
+    assert "these numbers are not to be trusted" not in build(find_runs([home / "ppo-label"]))
+
+
+def test_numbers_that_no_page_can_hold(home, tmp_path):
+    """The largest of float64 would be rounded to infinity; half a character is none."""
+    copied = tmp_path / "run"
+    shutil.copytree(home / "ppo-label", copied)
+    path = look_file(copied, 3)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line, score in zip(lines, (1.7976931348623157e308, 1e308, -1e308)):
+        line |= {"score": score, "label_score": score, "label": "\ud800"}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run(report.main, copied, "--output", tmp_path / "page.html")
+    assert "\ufffd" in (tmp_path / "page.html").read_text() or "?" in (tmp_path / "page.html").read_text()
 
 
 def test_a_look_without_rows_is_no_outcome(home):
@@ -364,6 +412,13 @@ def test_a_broken_line_is_named(home, tmp_path, capsys):
         ("evaluation/evaluate.json", "[{}]", "evaluate.json: model 0 has no model"),
         ("evaluation/evaluate.json", '[{"model": "a", "rows": 1, "metric": "f", "interval": [], "parse_failures": 0}]',
          "model 0 has no f"),
+        ("run.json", '{"stage": "ppo", "config": {"steps": "abc"}}', "config has steps 'abc', which is not a whole"),
+        ("evaluation/evaluate.json",
+         '[{"model": "a", "rows": 1, "metric": "f", "f": 1, "interval": [0.1], "parse_failures": 0}]', "has no 1"),
+        ("evaluation/evaluate.json",
+         '[{"model": "a", "rows": 1, "metric": "f", "f": 1, "interval": [0, 1, 2], "parse_failures": 0}]', "3 numbers"),
+        ("evaluation/evaluate.json", '[{"model": "a", "rows": 1, "metric": "f", "f": 1, "interval": [0, 1], '
+         '"parse_failures": 0, "part": []}]', "has part"),
         ("evaluation/answers-0.jsonl", "3\n", "answers-0.jsonl, line 1 is no object"),
     ],
 )  # fmt: skip

@@ -69,7 +69,7 @@ def main(argv=None):
     check_output(path)
     page = build(runs, outcome, args.audit_rows, say)
     with disk_faults(f"--output {path}"):
-        write_text(path, page)
+        write_text(path, page.encode("utf-8", "replace").decode())  # half a character, which JSON can hold, is none
     say(f"{', '.join(run.name for run in runs)}: {path} ({path.stat().st_size / 1e6:.1f} MB); open it in a browser")
 
 

@@ -1,5 +1,6 @@
 """What runs left in their directories, as the report page shows it. Reads files alone; no model is loaded."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from ..common.errors import InputError
 from ..common.files import METRICS, RECORD, RUN, path_from_record, read_json
 from ..guard import paired
-from ..metrics import CORRELATIONS
+from ..metrics import CORRELATIONS, wilson_interval
 from .fields import COUNT, LIST, NUMBER, OBJECT, OR_NULL, TEXT, YES_OR_NO, check_fields, read_lines
 from .looks import FOLDER as LOOKS
 from .looks import MOST_ROWS
@@ -48,6 +49,15 @@ class FoundRun:
         return self.record.get("task", {}).get("metric", "accuracy")
 
     @property
+    def last_step(self):
+        return max((line["step"] for line in self.metrics), default=0)
+
+    @property
+    def is_running(self):
+        """Whether a PPO run has steps before it."""
+        return self.stage == "ppo" and self.last_step < (self.config.get("steps") or 0)
+
+    @property
     def handed_back(self):
         """The step of the policy that PPO hands back; None where there is no such record."""
         return self.record.get("step") if self.stage == "ppo" else None
@@ -78,14 +88,14 @@ def read_run(directory) -> FoundRun:
         raise InputError(f"{directory / RUN}: is not the record of a run")
     stage, config = written["stage"], written.get("config")
     config = {} if config is None else config
-    as_text = dict.fromkeys(("reward", "label_rm", "threshold", "score_norm"), TEXT + OR_NULL)
-    check_fields(config, as_text, f"{directory / RUN}: its config", optional=True)
+    shown: dict = dict.fromkeys(("reward", "label_rm", "threshold", "score_norm"), TEXT + OR_NULL)
+    shown["steps"] = COUNT + OR_NULL
+    check_fields(config, shown, f"{directory / RUN}: its config", optional=True)
     run = FoundRun(str(directory), directory, stage, config, read_lines(directory / METRICS, {"step": COUNT}))
     run.record = record_in(directory / "best" if stage == "ppo" else directory)
     if stage == "ppo":
         run.hacked = record_in(directory / "last").get("hacking") or []
-        last = max((line["step"] for line in run.metrics), default=0)
-        looks = [path for path in rollouts_in(directory / LOOKS) if step_of(path) <= last]
+        looks = [path for path in rollouts_in(directory / LOOKS) if step_of(path) <= run.last_step]
         run.looks = {step_of(path): read_lines(path, LOOK) for path in looks}
         run.trails = rollouts_in(directory / AUDIT)
     run.preview = preview_of(run)
@@ -146,10 +156,13 @@ def read_evaluation(directory) -> Outcome:
         what = f"{path}: model {number}"
         check_fields(result, RESULT, what)
         check_fields(result, {result["metric"]: NUMBER}, what)
-        check_fields(result, {"difference_interval": LIST, "difference": NUMBER}, what, optional=True)
+        more = {"difference_interval": LIST, "difference": NUMBER, "part": TEXT, "grounded": NUMBER}
+        check_fields(result, more, what, optional=True)
         for name in ("interval", "difference_interval")[: 1 + ("difference" in result)]:
-            bounds = dict(enumerate(result.get(name) or ()))
-            check_fields(bounds, {0: NUMBER, 1: NUMBER}, f"{what}: its {name}")
+            bounds = result.get(name) or ()
+            check_fields(dict(enumerate(bounds)), {0: NUMBER, 1: NUMBER}, f"{what}: its {name}")
+            if len(bounds) != 2:
+                raise InputError(f"{what}: its {name} has {len(bounds)} numbers, not two")
     rows, answers = [], {}
     names = short_names([result["model"] for result in results])
     for number, result in enumerate(results):
@@ -181,6 +194,15 @@ def short_names(paths):
     return [os.path.relpath(path, shared) if shared else path for path in paths]
 
 
+def interval_of(values):
+    """A 95 % interval of a mean: Wilson's where all are 0 or 1, else by the standard error, within 0 .. 1."""
+    mean = sum(values) / len(values)
+    if set(values) <= {0, 1}:
+        return wilson_interval(mean, len(values))
+    _, error = paired(values, [0.0] * len(values))
+    return max(0.0, mean - 1.96 * error), min(1.0, mean + 1.96 * error)
+
+
 def outcome_on_dev(run) -> Outcome | None:
     """The start, what PPO hands back and its last policy on dev, from its looks; None without them.
 
@@ -190,7 +212,8 @@ def outcome_on_dev(run) -> Outcome | None:
     if not run.looks.get(0):
         return None
     best, last = run.handed_back, max(run.looks)
-    steps = {"SFT, the start, which is handed back" if best == 0 else "SFT, the start": 0}
+    so_far = " so far" if run.is_running else ""
+    steps = {f"SFT, the start, which is handed back{so_far}" if best == 0 else "SFT, the start": 0}
     steps |= {"handed back": best} if best else {}
     steps |= {"last": last} if last not in (0, best) else {}
     rows, answers = [], {}
@@ -200,21 +223,21 @@ def outcome_on_dev(run) -> Outcome | None:
         if not look or len(look) != len(start):
             continue
         right = [row["right"] for row in look]
-        value, error = paired(right, [0.0] * len(right))
         difference, between = paired(right, [row["right"] for row in start])
+        told = step and math.isfinite(between)
         known = [row["grounded"] for row in look if row["grounded"] is not None]
         rows.append(
             {
                 "name": name if name.startswith("SFT") else f"{name} (step {step})",
-                "value": value,
-                "interval": (value - 1.96 * error, value + 1.96 * error),
-                "difference": difference if step else None,
-                "difference_interval": (difference - 1.96 * between, difference + 1.96 * between) if step else None,
+                "value": sum(right) / len(right),
+                "interval": interval_of(right),
+                "difference": difference if told else None,
+                "difference_interval": (difference - 1.96 * between, difference + 1.96 * between) if told else None,
                 "parse_failures": sum(row["label"] is None for row in look) / len(look),
                 "grounded": sum(known) / len(known) if known else None,
             }
         )
         answers[rows[-1]["name"]] = [(row["gold"], row["label"]) for row in look]
-    first = "the first " if len(start) == MOST_ROWS else ""
-    what = f"{first}{len(start):,} dev rows; dev chose the step, so its figure is a little too good"
+    what = f"{'the first ' if len(start) == MOST_ROWS else ''}{len(start):,} dev rows"
+    what += "; dev chose the step, so its figure is a little too good" if best else ""
     return Outcome(what, CLOSENESS if run.metric in CORRELATIONS else "accuracy", rows, answers)

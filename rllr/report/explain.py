@@ -21,7 +21,7 @@ def explain(trail, sample, token) -> str:
         "credit": told_credit(trail, own, token),
         "improve": told_updates(trail, own[token]),
     }
-    row = f"step {trail.step['step']}, sample {sample} (row {trail.samples[sample]['id']})"
+    row = f"step {trail.step['step']}, sample {sample} (row {trail.samples[sample]['id']!r})"
     lines = [f"{row}, token {token} of {len(own)}: {own[token]['text']!r}", ""]
     for number, (act, told) in enumerate(acts.items(), start=1):
         lines += [f"{f'{number} {act}' if i == 0 else '':10}  {line}" for i, line in enumerate(told)] + [""]
@@ -39,12 +39,13 @@ def p(value):
 
 
 def told_act(sample, own, t):
-    gold = "" if sample["gold"] is None else f", gold {sample['gold']}"
+    gold = "" if sample["gold"] is None else f", gold {sample['gold']!r}"
+    label = "none can be read" if sample["label"] is None else repr(sample["label"])
     marked = "".join(f"[{token['text']}]" if i == t else token["text"] for i, token in enumerate(own))
     return [
         f"prompt    {sample['prompt']!r}",
         f"answer    {marked!r}",
-        f"label     {sample['label'] or 'none can be read'}{gold}",
+        f"label     {label}{gold}",
         f"token id  {own[t]['token_id']}, predicted at position {own[t]['position']} = prompt length "
         f"{len(sample['prompt_ids'])} - 1 + {t}",
         f"log-probability while sampling  {n(own[t]['rollout_logprob'])}",

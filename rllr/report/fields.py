@@ -54,7 +54,7 @@ def check_fields(held, kinds, what, optional=False):
         raise InputError(f"{what} is no object")
     missing = [name for name in kinds if name not in held]
     if missing and not optional:
-        raise InputError(f"{what} has no {', '.join(missing)}")
+        raise InputError(f"{what} has no {', '.join(map(str, missing))}")
     for name, kind in kinds.items():
         if name in held and not fits(held[name], kind):
             wanted = f"one of {', '.join(kind)}" if isinstance(kind, tuple) else kind

@@ -27,12 +27,15 @@ class Figure:
     json: str
 
 
+METRICS_ON_DEV = {
+    "eval/accuracy": "accuracy", "eval/macro_f1": "macro F1", "eval/pearson": "Pearson", "eval/spearman": "Spearman",
+}  # fmt: skip
+
 # {stage: [(group, title, {metric: name in the legend}, what is healthy)]}
 CURVES = {
     "ppo": [
-        ("dev", "Accuracy on dev",
-         {"eval/accuracy": "accuracy", "eval/pearson": "Pearson", "eval/spearman": "Spearman"},
-         "Greedy answers. This is what counts; it should rise above its first point."),
+        ("dev", "Metrics on dev", METRICS_ON_DEV,
+         "Greedy answers. The task's metric is what counts; it should rise above its first point."),
         ("dev", "Score on dev", {"eval/score": "score"},
          "What the judges give the greedy answers. Up while accuracy goes down is reward hacking."),
         ("dev", "Grounded on dev",
@@ -67,7 +70,7 @@ CURVES = {
     ],
     "sft": [
         ("SFT", "Loss", {"loss": "loss"}, "Nats per answer token. It falls quickly, then slowly."),
-        ("SFT", "Accuracy on dev", {"eval/accuracy": "accuracy", "eval/pearson": "Pearson"}, "Greedy answers."),
+        ("SFT", "Metrics on dev", METRICS_ON_DEV, "Greedy answers."),
         ("SFT", "Grounded on dev", {"eval/grounded": "grounded"}, "How much of the rationales stands in their texts."),
     ],
 }  # fmt: skip
@@ -108,7 +111,7 @@ def in_words(name, points):
     """A curve as a sentence."""
     values = [value for _, value in points]
     return (
-        f"{name[0].upper()}{name[1:]}: {values[0]:.3g} at step {points[0][0]}, {values[-1]:.3g} at step "
+        f"{name}: {values[0]:.3g} at step {points[0][0]}, {values[-1]:.3g} at step "
         f"{points[-1][0]}, lowest {min(values):.3g}, highest {max(values):.3g}."
     )
 
@@ -148,7 +151,10 @@ def score_figures(run, title) -> list[Figure]:
         if not rows or run.config.get("reward") not in ("label", "mixed") or run.metric in CORRELATIONS:
             continue
         scores = {right: [row["label_score"] for row in rows if row["right"] == right] for right in (1, 0)}
-        edges = np.histogram_bin_edges([row["label_score"] for row in rows], bins=40)
+        every = np.array([float(row["label_score"]) for row in rows])
+        if not np.isfinite(every.max() - every.min()):
+            continue
+        edges = np.histogram_bin_edges(every, bins=40)
         traces, told = [], []
         for own, name, colour in zip(scores.values(), ("right", "wrong"), COLOURS):
             counts, _ = np.histogram(own, edges)

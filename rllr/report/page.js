@@ -60,7 +60,8 @@ const answersShown = byId("answer-table") ? showAnswers() : Promise.resolve();
 if (byId("plotly-js")) answersShown.finally(() => setTimeout(showCurves));
 
 /* ---- tokens ---- */
-const short = (value) => typeof value === "number" ? String(Number(value.toPrecision(4))) : String(value);
+const short = (value) =>
+  typeof value === "number" && !Number.isInteger(value) ? String(Number(value.toPrecision(4))) : String(value);
 const shownText = (text) => text === "" ? "∅" : text.replace(/\n/g, "⏎");
 let chosen = 0;
 

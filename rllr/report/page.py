@@ -6,6 +6,7 @@ data reach the page as text alone: Jinja2 escapes them, and in JSON the characte
 
 import base64
 import json
+import math
 from importlib import resources
 from pathlib import Path
 
@@ -46,10 +47,11 @@ def build(runs, outcome=None, most_tokens=50_000, say=print) -> str:
         figures += preview_figure(run, title) + score_figures(run, title)
     answers, left = answer_rows(ppo)
     texts = number_texts(answers)
-    trails = []
+    trails, problems = [], []
     for run in ppo:
         chosen, rest = read_trails(run, most_tokens // len(ppo))
         trails += [packed_trail(run.name, trail) for trail in chosen]
+        problems += [f"{run.name}: {problem}" for trail in chosen for problem in trail.problems]
         if rest:
             say(f"{run.name}: {rest} audited rollouts are left out of the page (--audit_rows {most_tokens})")
     groups: dict[str, list] = {}
@@ -65,6 +67,7 @@ def build(runs, outcome=None, most_tokens=50_000, say=print) -> str:
         answers_left=left,
         has_answers=bool(answers),
         trails=[trail["samples"] for trail in trails],
+        problems=problems,
         css=Markup(own_file("page.css")),
         js=Markup(own_file("page.js")),
         plotly=Markup(plotly.offline.get_plotlyjs()) if figures else "",
@@ -121,17 +124,14 @@ def facts_of(run):
     """What the head of the page says of a run."""
     chosen = ("reward", "label_rm", "policy", "model", "task", "steps", "epochs", "learning_rate", "kl_coef", "seed")
     settings = {name: run.config[name] for name in chosen if run.config.get(name) is not None}
-    steps = max((line["step"] for line in run.metrics), default=0)
     sentences = [run.record[name] for name in ("promise", "handed_back") if run.record.get(name)]
     if run.hacked:
         sentences.append(f"The guard saw reward hacking on dev at step {', '.join(map(str, run.hacked))}.")
-    planned = run.config.get("steps")
-    running = run.stage == "ppo" and planned and steps < planned
     return {
         "name": run.name,
         "stage": {"sft": "SFT", "rm": "reward model", "ppo": "PPO"}[run.stage],
         "settings": settings,
-        "steps": f"{steps} of {planned} steps" if running else f"{steps} steps",
+        "steps": f"{run.last_step} of {run.config['steps']} steps" if run.is_running else f"{run.last_step} steps",
         "sentences": sentences,
     }
 
@@ -239,4 +239,5 @@ def packed_trail(name, trail):
 
 def brief(value):
     """A number of five significant digits; anything else as it is."""
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    rounded = float(f"{value:.5g}") if isinstance(value, float) else value
+    return rounded if not isinstance(rounded, float) or math.isfinite(rounded) else value

@@ -6,11 +6,18 @@ follow from each other, so a wrong number shows in the first quantity that is de
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 
 TOLERANCE = 1e-5  # of a difference, absolute below 1 and relative above
 ROUNDINGS = 50  # of float32 that the tolerance is wide: what is made of numbers above 50 may be off by theirs
 NEAR_BOUND = 1e-6  # a decision this near to its bound, relative above 1, may fall on either side of it
+# Settings that a resumed run may change (`run.resume.FREE` and `ROUNDING`; a test compares).
+MAY_CHANGE = set(
+    "save_every keep_last steps epochs log_every show show_every max_ref_kl on_ref_kl on_hacking audit tensorboard "
+    "wandb endpoint_url endpoint_requests endpoint_timeout micro_batch_size tokens_per_batch gradient_checkpointing "
+    "eval_batch_size".split()
+)
 
 # In the order of derivation: {quantity: how it follows}.
 QUANTITIES = {
@@ -59,6 +66,7 @@ class Replay:
 
     tolerance: float = TOLERANCE
     rollouts: dict = field(default_factory=dict)  # {step: the --audit of its run}
+    settings: dict | None = None  # of the first rollout
     largest: dict = field(default_factory=dict)
     counts: dict = field(default_factory=dict)
     findings: list = field(default_factory=list)
@@ -116,9 +124,7 @@ def replay(trails, tolerance=TOLERANCE) -> Replay:
     """Compute everything of some `trail_format.Trail`s again."""
     found = Replay(tolerance)
     for trail in trails:
-        if trail.step["step"] in found.rollouts:
-            found.problems.append(f"{trail.path.name}: holds step {trail.step['step']}, as another file does")
-        found.rollouts[trail.step["step"]] = trail.header["settings"].get("audit")
+        check_file(trail, found)
         found.problems += trail.problems
         replay_scores(trail, found)
         replay_rewards(trail, found)
@@ -126,6 +132,31 @@ def replay(trails, tolerance=TOLERANCE) -> Replay:
         replay_updates(trail, found)
         replay_metrics(trail, found)
     return found
+
+
+def check_file(trail, found):
+    """One file beside those before it: its name, its step, and settings that make it the same run."""
+    step, settings = trail.step["step"], trail.header["settings"]
+    named = step_in(trail.path)
+    if named not in (None, step):
+        found.problems.append(f"{trail.path.name}: holds step {step}")
+    if step in found.rollouts:
+        found.problems.append(f"{trail.path.name}: holds step {step}, as another file does")
+    if found.settings is None:
+        found.settings = settings
+    for name in sorted(settings.keys() | found.settings.keys()):
+        if settings.get(name) != found.settings.get(name) and name not in MAY_CHANGE:
+            found.problems.append(
+                f"{trail.path.name}: --{name} is {settings.get(name)!r:.40}, in the files before it "
+                f"{found.settings.get(name)!r:.40}: another run's"
+            )
+    found.rollouts[step] = settings["audit"]
+
+
+def step_in(path):
+    """The step in a file's name, None where it has none."""
+    named = re.fullmatch(r"step-([0-9]{6}|[1-9][0-9]{6,})\.jsonl", path.name)
+    return int(named.group(1)) if named else None
 
 
 def place(trail, sample, token=None, update=None):
@@ -174,6 +205,14 @@ def replay_scores(trail, found):
     reward = trail.header["settings"]["reward"]
     if step["mode"] != (reward if reward in ("label", "rationale", "mixed") else "label"):
         found.problems.append(f"step {step['step']}: its mode is {step['mode']}, its run's --reward is {reward}")
+    check_settings(trail, found)
+    judges = {"label"} & {reward, "label" * (reward == "mixed")}
+    if reward == "rationale" or reward == "mixed":
+        judges |= set() if trail.header["settings"]["rationale_rm"] == "grounded" else {"rationale"}
+    if judges != step["scales"].keys():
+        found.problems.append(
+            f"step {step['step']}: has the scales of {sorted(step['scales'])}, not of {sorted(judges)}"
+        )
     for number, sample in enumerate(trail.samples):
         where = place(trail, number)
         for part in ("label", "rationale"):
@@ -184,6 +223,9 @@ def replay_scores(trail, found):
                 found.compare(f"{part}_score", where, sample[f"{part}_score"], raw)
             elif raw is not None:
                 parts = [x / math.sqrt(scale["variance"]) for x in (raw, scale["mean"])]
+                beyond = abs(standardised(raw, scale | {"clip": math.inf})) - scale["clip"]
+                if beyond > found.tolerance * sum(map(abs, parts)) / ROUNDINGS:
+                    parts = []  # the clip binds whatever rounding does
                 found.compare(f"{part}_score", where, sample[f"{part}_score"], standardised(raw, scale), of=parts)
         of_both = sample["label_score"], sample["rationale_score"]
         branch, score = mixed_by(step, *of_both)
@@ -210,6 +252,23 @@ def replay_scores(trail, found):
                 "copies", f"{at} (position)", token["position"], len(sample["prompt_ids"]) - 1 + token["token"]
             )
             found.compare("copies", f"{at} (step)", token["step"], step["step"])
+
+
+def check_settings(trail, found):
+    """What the settings say of the rollout's shape, and that a prompt's answers stand together."""
+    settings, step = trail.header["settings"], f"step {trail.step['step']}"
+    group = settings["answers_per_prompt"]
+    if len(trail.samples) != settings["rollout_prompts"] * group:
+        found.problems.append(f"{step}: has {len(trail.samples)} answers, not rollout_prompts * answers_per_prompt")
+    for number, sample in enumerate(trail.samples):
+        first = trail.samples[number - number % group]
+        if any(sample[name] != first[name] for name in ("id", "prompt", "prompt_ids")):
+            found.problems.append(f"{place(trail, number)}: its prompt is not that of its group's first answer")
+        if sample["tokens"] > settings["max_new_tokens"]:
+            found.problems.append(f"{place(trail, number)}: has {sample['tokens']} tokens, more than max_new_tokens")
+    whole = trail.step["minibatches"] and trail.step["minibatches"][-1]["applied"]
+    if whole and len(trail.step["minibatches"]) != settings["ppo_epochs"] * settings["minibatches"]:
+        found.problems.append(f"{step}: has {len(trail.step['minibatches'])} minibatches, not ppo_epochs * minibatches")
 
 
 def replay_rewards(trail, found):
@@ -284,8 +343,8 @@ def check_minibatches(trail, found):
     kls = update_sums(trail, lambda token, update: square(update["new_logprob"] - token["logprob"]) / 2)
     kl = mean(sum(token["logprob"] - token["ref_logprob"] for token in own) for own in trail.tokens)
     most, rollout = settings["max_ref_kl"], f"step {step['step']}"
-    learnt = most is None or kl <= most
-    excused = most is not None and near(kl, most)
+    learnt = most is None or kl <= most or settings["on_ref_kl"] != "skip"
+    excused = most is not None and near(kl, most) and settings["on_ref_kl"] == "skip"
     found.compare("minibatches", f"{rollout} (any)", bool(step["minibatches"]), learnt, excused=excused)
     if not step["minibatches"]:
         return
@@ -358,12 +417,28 @@ def replay_metrics(trail, found):
     logged, where = trail.step["metrics"], f"step {trail.step['step']}"
     every = [number for tokens in trail.tokens for token in tokens for number in (token["reward"], token["return"])]
     size = max(abs(number) for number in every + [sample["score"] for sample in trail.samples])
-    for name, value in (rollout_metrics(trail) | update_metrics(trail)).items():
+    computed = rollout_metrics(trail) | update_metrics(trail)
+    for name, value in computed.items():
         if name in logged:
             unit = 1.0 if name.startswith(("act/", "improve/clip")) else max(1.0, size / ROUNDINGS)
+            if name == "credit/explained_variance":  # 1 minus a ratio of spreads, which are small beside the returns
+                spread = variance(token["return"] for tokens in trail.tokens for token in tokens)
+                unit = max(1.0, abs(value)) * max(1.0, size / ROUNDINGS / math.sqrt(spread))
             found.compare("metrics", f"{where} ({name})", logged[name], value, unit=unit)
         else:
             found.problems.append(f"{where}: its metrics have no {name}")
+    moved = any(minibatch["applied"] for minibatch in trail.step["minibatches"])
+    given = (
+        {"analyse/entropy"} | set(["improve/lr"] if trail.step["minibatches"] else []) | set(GRADIENTS if moved else ())
+    )
+    found.problems += [f"{where}: its metrics have no {name}" for name in sorted(given - logged.keys())]
+    for name in sorted(logged.keys() - computed.keys() - given):
+        if name.startswith(("improve/", "judge/")):
+            found.problems.append(f"{where}: its metrics have {name}, which does not follow from its numbers")
+
+
+# Metrics of a step, beside entropy and learning rate, that only the run's models know.
+GRADIENTS = ("improve/grad_norm_policy", "improve/grad_norm_value")
 
 
 def mean(values):
@@ -382,6 +457,8 @@ def rollout_metrics(trail):
     samples, tokens = trail.samples, [token for tokens in trail.tokens for token in tokens]
     k1 = [[token["logprob"] - token["ref_logprob"] for token in own] for own in trail.tokens]
     found = {
+        "step": trail.step["step"],
+        "episodes": trail.step["step"] * len(samples),
         "act/response_len": mean(sample["tokens"] for sample in samples),
         "act/truncated": mean(sample["truncated"] for sample in samples),
         "act/parse_failures": mean(sample["label"] is None for sample in samples),
@@ -397,6 +474,14 @@ def rollout_metrics(trail):
     if spread > NEAR_BOUND:
         unexplained = variance(token["return"] - token["value"] for token in tokens)
         found["credit/explained_variance"] = 1 - unexplained / spread
+    parsed = {name: [s["score"] for s in samples if (s["label"] is None) == missing]
+              for name, missing in (("judge/score_parsed", False), ("judge/score_parse_failures", True))}  # fmt: skip
+    if all(parsed.values()):
+        found |= {name: mean(scores) for name, scores in parsed.items()}
+    for part, scale in trail.step["scales"].items():
+        within = [abs(standardised(s[f"{part}_raw"], scale | {"clip": math.inf})) <= scale["clip"] for s in samples
+                  if s[f"{part}_raw"] is not None]  # fmt: skip
+        found[f"judge/{part}_clipped"] = 0.0 if scale["norm"] == "none" else 1 - sum(within) / len(samples)
     for part in ("label", "rationale"):
         if samples[0][f"{part}_score"] is not None:
             found[f"judge/{part}_score"] = mean(sample[f"{part}_score"] for sample in samples)
@@ -427,5 +512,7 @@ def update_metrics(trail):
         sums = update_sums(trail, share)
         parts = [sums.get(at, 0.0) / (count if name in averaged else 1) for at, count in counts.items()]
         found[f"improve/{name}"] = mean(parts)
+    first = update_sums(trail, lambda token, update: abs(update["ratio"] - 1)).get((0, 0), 0.0)
+    found["improve/first_ratio_error"] = first / counts[0, 0] if (0, 0) in counts else 0.0
     ratios = [update["ratio"] for tokens in trail.tokens for token in tokens for update in token["updates"]]
     return found | {"improve/ratio_max": max(ratios, default=0.0)}

@@ -1,6 +1,5 @@
 """What a reward model is worth before PPO spends hours on it: pairs by kind, its choice of label, its spread."""
 
-import math
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from ..common.log import say
 from ..data.split_report import FEW_ROWS
 from ..judge import STATISTICS, ScoreStatistics, score_rows
 from ..layout import Packed, pack
-from ..metrics import accuracy, tell_parse_failures
+from ..metrics import accuracy, tell_parse_failures, wilson_interval
 from ..preview import preview, sentence, table
 from ..rewards import incomplete_answer_rule
 from ..tasks import split_answer
@@ -104,13 +103,6 @@ def show_pairs(pairs, chosen, rejected, count=2):
             f"  prompt    {pair.prompt!r}\n  chosen    {high:+.2f}  "
             f"{pair.chosen!r}\n  rejected  {low:+.2f}  {pair.rejected!r}\n"
         )
-
-
-def wilson_interval(share, n, z=1.959964):
-    """95 % interval of a share (Wilson's score interval)."""
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def classifier_report(model, models, task, parts, writer, config) -> dict:

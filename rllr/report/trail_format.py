@@ -18,7 +18,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..common.errors import InputError, brief
-from .fields import ABOVE_0, COUNT, COUNTS, FROM_1, LIST, NUMBER, OBJECT, OR_NULL, TEXT, YES_OR_NO, check_fields
+from .fields import (
+    ABOVE_0,
+    COUNT,
+    COUNTS,
+    FROM_1,
+    LARGEST,
+    LIST,
+    NUMBER,
+    OBJECT,
+    OR_NULL,
+    TEXT,
+    YES_OR_NO,
+    check_fields,
+)
 
 AUDIT_FORMAT = 1  # raised where a field changes its name or its meaning
 FOLDER = "audit"  # in a run's directory
@@ -140,7 +153,7 @@ def file_of(directory, step):
 
 def step_of(path):
     """The step in the name of a rollout's file; None where the name is no such name."""
-    named = re.fullmatch(r"step-(\d{6,})\.jsonl", Path(path).name)
+    named = re.fullmatch(r"step-([0-9]{6}|[1-9][0-9]{6,})\.jsonl", Path(path).name)
     return int(named.group(1)) if named else None
 
 
@@ -172,6 +185,7 @@ def read_trail(path) -> Trail:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     found: dict[str, list] = {kind: [] for kind in ("header", "step", "sample", "token", "end")}
     problems: list[str] = []
+    order: list[str] = []  # of the lines' kinds
     before = ""
     for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, start=1):
         sealed = _DIGEST.search(line)
@@ -180,10 +194,13 @@ def read_trail(path) -> Trail:
             problems.append(f"{path.name}, line {number} ({_place(value)}): its digest does not fit what it holds")
         before = sealed.group(1) if sealed else before
         found[value["kind"]].append(value)
+        order.append(value["kind"])
     for kind in ("header", "step"):
         if len(found[kind]) != 1:
             raise InputError(f"{path}: has {len(found[kind])} lines of kind {kind!r}, not one; it is no audit trail")
     header, step = found["header"][0], found["step"][0]
+    if [kind for kind in order if kind not in ("sample", "token")] != ["header", "step", "end"] or order[-1] != "end":
+        problems.append(f"{path.name}: its lines are not in order: header, step, the answers, end")
     written = found["end"][0]["lines"] if found["end"] else None
     if written != sum(map(len, found.values())):
         problems.append(f"{path.name}: lines are missing or too many; its end line says {written}")
@@ -195,7 +212,7 @@ def read_trail(path) -> Trail:
 def _object(line, where):
     """A line as the object that its kind asks for. InputError, with the field, where it is none."""
     try:
-        value = json.loads(line, parse_constant=_not_finite)
+        value = json.loads(line, parse_constant=_not_finite, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON: {error}") from None
     kind = value.get("kind") if isinstance(value, dict) else None
@@ -205,12 +222,22 @@ def _object(line, where):
         read = f"this version of rllr reads format {AUDIT_FORMAT}"
         raise InputError(f"{where}: has audit format {brief(value.get('format'))}; {read}")
     check_fields(value, _kinds(kind), f"{where}: the {kind}")
+    if kind == "step":
+        check_fields(
+            value["metrics"], dict.fromkeys(value["metrics"], NUMBER + OR_NULL), f"{where}: the step's metrics"
+        )
     for name, inner in _INSIDE.get(kind, {}).items():
         held = value[name]
         parts = held.values() if name == "scales" else held if isinstance(held, list) else [held]
         for part in parts:
             check_fields(part, inner, f"{where}: the {kind}'s {name}")
     return value
+
+
+def _whole(digits):
+    """A whole number; one that is too large to be exact in float64 as a float, as other readers of JSON take it."""
+    number = int(digits)
+    return number if abs(number) <= LARGEST else float(digits)
 
 
 def _not_finite(word):
@@ -239,8 +266,10 @@ def _kinds(line):
 _INSIDE: dict[str, dict[str, dict]] = {  # {kind: {field: what the objects in it hold, as far as a replay reads it}}
     "header": {
         "settings": {"gamma": NUMBER, "lam": NUMBER, "clip": NUMBER, "value_clip": NUMBER, "kl_kind": ("k1", "k3"),
-                     "answers_per_prompt": FROM_1, "ppo_epochs": FROM_1, "reward": TEXT,
-                     "max_update_kl": NUMBER + OR_NULL, "max_ref_kl": NUMBER + OR_NULL},
+                     "answers_per_prompt": FROM_1, "ppo_epochs": FROM_1, "minibatches": FROM_1, "reward": TEXT,
+                     "rollout_prompts": FROM_1, "max_new_tokens": FROM_1,
+                     "max_update_kl": NUMBER + OR_NULL, "max_ref_kl": NUMBER + OR_NULL, "on_ref_kl": TEXT,
+                     "rationale_rm": TEXT + OR_NULL, "audit": TEXT + OR_NULL},
         "whitening": {"unbiased": YES_OR_NO, "eps": ABOVE_0},
     },
     "step": {
@@ -256,6 +285,9 @@ def _check_scores(path, step, samples):
     needed = {"mixed": ("label_score", "rationale_score")}.get(step["mode"], (f"{step['mode']}_score",))
     if step["mode"] == "mixed" and step["threshold"] is None:
         raise InputError(f"{path}: the step has mode mixed and no threshold")
+    for name in ("label_score", "rationale_score"):
+        if len({sample[name] is None for sample in samples}) > 1:
+            raise InputError(f"{path}: some of its samples have a {name}, and some have none")
     for sample in samples:
         for name in needed:
             if sample[name] is None:
