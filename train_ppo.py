@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
 
+from rllr.common import ranks
 from rllr.common.config import Settings, check_divisible, flag
 from rllr.common.errors import InputError, brief, command
-from rllr.common.log import Clock, say
+from rllr.common.log import Clock, progress, say
 from rllr.data.splits import DataConfig, load_splits
 from rllr.guard import Guard
 from rllr.judge import read_samples
@@ -144,6 +144,11 @@ class Config(RewardConfig, PPOConfig, TrainingConfig, PolicyConfig, LoRAConfig, 
         super().validate()
         check_divisible(self, "rollout_prompts", "minibatches")
         check_lora(self)
+        answers = self.rollout_prompts * self.answers_per_prompt // self.minibatches
+        if answers < ranks.count():
+            raise InputError(
+                f"{ranks.count()} processes share {answers} answers of a minibatch; give fewer --minibatches"
+            )
         audited(self.audit)
         if self.reward not in (*MODES, "gold") and ":" not in self.reward:
             raise InputError(
@@ -251,7 +256,7 @@ def main(argv=None):
     with run:
         keeper.start()
         steps = range(loop.step + 1, config.steps + 1)
-        for step in tqdm(steps, desc="ppo", initial=loop.step, total=config.steps, mininterval=2, disable=None):
+        for step in progress(steps, desc="ppo", initial=loop.step, total=config.steps):
             if loop.stopped:  # by the guard
                 break
             batch = None

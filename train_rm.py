@@ -16,18 +16,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tqdm import tqdm
-
 from rllr.answers import answer_rows
+from rllr.common import ranks
 from rllr.common.config import check_divisible, flag
 from rllr.common.errors import InputError, brief, command
 from rllr.common.files import RECORD, disk_faults, write_json
-from rllr.common.log import say
+from rllr.common.log import progress, say
 from rllr.cross_fit import sft_recipe
 from rllr.data.encoding import Encoder
 from rllr.data.splits import DataConfig, load_splits
 from rllr.judge import STATISTICS, ScoreStatistics, score_rows
-from rllr.layout import micro_batches, pack, shuffled_batches
+from rllr.layout import pack, shuffled_batches
 from rllr.model.dropout import set_dropout
 from rllr.model.heads import RewardModel, reward_pad_token_id
 from rllr.model.loading import fingerprint, load_policy, load_tokenizer
@@ -49,7 +48,7 @@ from rllr.report.reward_report import (
 )
 from rllr.rewards import pairwise_accuracy, pairwise_loss
 from rllr.rm_pairs import encode_pairs, make_pairs, save_pairs
-from rllr.run.optimizer import Optimizer, gradient_step
+from rllr.run.optimizer import Optimizer, gradient_step, own_micro_batches
 from rllr.run.rates import settle_rates
 from rllr.run.run import Run, digest, input_fingerprints, is_tiny
 from rllr.run.settings import PolicyConfig, SupervisedConfig
@@ -200,6 +199,7 @@ class Models:
 
     def best(self, directory):
         """The reward model as it was saved last: the best one."""
+        ranks.wait()  # for the one that has saved it
         if self.base is not None:
             return load_scalar_role(RewardModel, self.base, directory, "best")
         return RewardModel.from_pretrained(directory, device=self.policy.device)
@@ -235,7 +235,7 @@ def check_held_out(run, models, held_rows, loop):
     loop.since_best = 0 if loop.best is None or result > loop.best else loop.since_best + 1
     if loop.since_best == 0:
         loop.best = result
-        for stale in (RECORD, STATISTICS):  # they describe weights that are replaced now
+        for stale in (RECORD, STATISTICS) if ranks.is_first() else ():  # they describe weights that are replaced now
             (run.directory / stale).unlink(missing_ok=True)
         tokenizer, encoder = models.encoder.tokenizer, models.encoder
         pad_id = reward_pad_token_id(tokenizer, encoder.stop_ids, model.config.vocab_size)
@@ -325,22 +325,21 @@ def main(argv=None):
     loop = SimpleNamespace(step=0, epoch=0, batch=0, loss=0.0, best=None, since_best=0, stopped=False)
     run.track(steps, loop, model=model, **optimizer.parts())
     with run:
-        with tqdm(total=steps, initial=loop.step, desc="rm", mininterval=2, disable=None) as progress:
+        with progress(total=steps, initial=loop.step, desc="rm") as bar:
             while loop.epoch < config.epochs and not loop.stopped:
                 for batch in shuffled_batches(train_rows, config.batch_size, config.seed, loop.epoch)[loop.batch :]:
                     model.train()
                     learning_rate = optimizer.learning_rate
                     with run.step(loop.step + 1):
-                        lengths = [row.length for row in batch]
                         loop.loss, grad_norm = gradient_step(
                             optimizer,
-                            micro_batches(batch, lengths, config.micro_batch_size, config.tokens_per_batch),
+                            own_micro_batches(batch, config),
                             lambda rows: rm_loss(model, rows, len(batch), encoder, config),
                             "the reward model's loss",
                             lambda rows: [row.name for row in rows],
                         )
                     loop.step, loop.batch = loop.step + 1, loop.batch + 1
-                    progress.update()
+                    bar.update()
                     run.log_step(loop, {"loss": loop.loss, "grad_norm": grad_norm, "lr": learning_rate})
                     if loop.step % check_every == 0 or loop.step == steps:
                         check_held_out(run, models, held_rows, loop)

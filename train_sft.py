@@ -11,17 +11,15 @@ that is kept. Writes runs/<task>/sft: a Hugging Face model directory, metrics.js
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from tqdm import tqdm
-
 from rllr.answers import answer_rows
 from rllr.common.config import check_divisible, flag
 from rllr.common.errors import InputError, command
 from rllr.common.files import BASE
-from rllr.common.log import say
+from rllr.common.log import progress, say
 from rllr.data.encoding import Encoder
 from rllr.data.splits import FEWEST_ROWS, DataConfig, load_splits
 from rllr.evaluate import show_samples
-from rllr.layout import micro_batches, shuffled_batches
+from rllr.layout import shuffled_batches
 from rllr.logprobs import sft_loss
 from rllr.metrics import answer_metrics, metric_line, rank, tell_parse_failures
 from rllr.model.backbone import backbone_of
@@ -32,7 +30,7 @@ from rllr.model.records import save_policy
 from rllr.model.roles import DTYPES, LoRAConfig, check_lora, new_role
 from rllr.model.trial import check_policy
 from rllr.rationales.factory import RationaleConfig, check_writer, default_writer, make_writer
-from rllr.run.optimizer import Optimizer, gradient_step
+from rllr.run.optimizer import Optimizer, gradient_step, own_micro_batches
 from rllr.run.rates import settle_rates
 from rllr.run.run import Run, digest, input_fingerprints, is_tiny
 from rllr.run.settings import SupervisedConfig
@@ -192,7 +190,7 @@ def main(argv=None):
     # Where the loop stands: `batch` batches of `epoch` are done, with that summed loss and that many answer tokens.
     loop = SimpleNamespace(step=0, epoch=0, batch=0, loss=0.0, tokens=0, best=None)
     run.track(steps, loop, model=model, **optimizer.parts())
-    with run, tqdm(total=steps, initial=loop.step, desc="sft", mininterval=2, disable=None) as progress:
+    with run, progress(total=steps, initial=loop.step, desc="sft") as bar:
         while loop.epoch < config.epochs:
             model.train()
             for batch in shuffled_batches(rows, config.batch_size, config.seed, loop.epoch)[loop.batch :]:
@@ -201,9 +199,7 @@ def main(argv=None):
                 with run.step(loop.step + 1):
                     loss, grad_norm = gradient_step(
                         optimizer,
-                        micro_batches(
-                            batch, [r.length for r in batch], config.micro_batch_size, config.tokens_per_batch
-                        ),
+                        own_micro_batches(batch, config),
                         lambda rows: sft_loss(model, rows, answer_tokens, encoder),
                         "the SFT loss",
                         lambda rows: [row.name for row in rows],
@@ -212,7 +208,7 @@ def main(argv=None):
                 loop.loss, loop.tokens = loop.loss + loss * answer_tokens, loop.tokens + answer_tokens
                 run.log_step(loop, {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate})
                 run.checkpoint(loop.step, last=loop.step == steps)
-                progress.update()
+                bar.update()
 
             if (loop.epoch + 1) % config.eval_every == 0 or loop.epoch + 1 == config.epochs:
                 scores = evaluate_epoch(run, model, encoder, dev, loop)

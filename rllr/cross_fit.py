@@ -11,12 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
 
 from .common.errors import InputError
 from .common.files import BASE, path_from_record
-from .common.log import say
-from .layout import micro_batches, shuffled_batches
+from .common.log import progress, say
+from .layout import shuffled_batches
 from .logprobs import sft_loss
 from .model.backbone import backbone_of
 from .model.dropout import set_dropout
@@ -24,7 +23,7 @@ from .model.loading import cast_parameters, fingerprint, load_policy
 from .model.recompute import checkpoint_layers
 from .model.records import read_record
 from .model.roles import DTYPES, new_role
-from .run.optimizer import Optimizer, gradient_step
+from .run.optimizer import Optimizer, gradient_step, own_micro_batches
 
 SETTINGS = frozenset(  # of an SFT run, which `fine_tune` reads
     "model seed epochs batch_size learning_rate schedule warmup weight_decay max_grad_norm dropout lora_rank "
@@ -85,18 +84,18 @@ def fine_tune(rows, encoder, settings, device, name=""):
             weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
         )  # fmt: skip
         model.train()
-        with tqdm(total=steps, desc=name, mininterval=2, disable=None) as progress:
+        with progress(total=steps, desc=name) as bar:
             for epoch in range(settings.epochs):
                 for batch in shuffled_batches(rows, settings.batch_size, settings.seed, epoch):
-                    tokens, lengths = sum(len(row.answer_ids) for row in batch), [row.length for row in batch]
+                    tokens = sum(len(row.answer_ids) for row in batch)
                     gradient_step(
                         optimizer,
-                        micro_batches(batch, lengths, settings.micro_batch_size, settings.tokens_per_batch),
+                        own_micro_batches(batch, settings),
                         lambda part, tokens=tokens: sft_loss(model, part, tokens, encoder),
                         "the SFT loss",
                         lambda part: [row.name for row in part],
                     )
-                    progress.update()
+                    bar.update()
     return model.eval()
 
 

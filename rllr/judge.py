@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from .answers import read_answers
+from .common import ranks
 from .common.errors import InputError, RunError
 from .layout import Packed, batches_by_length
 from .run.optimizer import require_finite
@@ -169,8 +170,9 @@ class RewardModelScorer:
 def score_rows(model, packed, batch_size=64):
     """A reward model's raw scores [B] of packed answers, rows of similar length together."""
     scores = torch.zeros(len(packed.sequences), device=packed.sequences.device)
-    for rows in batches_by_length(packed.lengths.tolist(), batch_size):
+    for rows in ranks.share(batches_by_length(packed.lengths.tolist(), batch_size)):
         scores[rows] = model(*packed.rows(rows)).float()
+    ranks.add(scores)  # a row that another rank has scored is 0 here
     return scores
 
 
@@ -278,7 +280,9 @@ def load_function(spec):
 
     def checked(samples):
         try:
-            returned = function(samples)
+            returned = ranks.from_first(lambda: function(samples))  # one rank asks, so that a paid judge is asked once
+        except RunError:
+            raise
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise RunError(

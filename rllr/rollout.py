@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .common import ranks
 from .engine import decoder as decoding
 from .engine import kept
 from .engine.attention import can_pack
@@ -86,7 +87,8 @@ def generate(
     length, records = max(map(len, prompts)) + max_new_tokens, decoding.records_steps(device)
     check_cache_support(model, length)
     columns = kept.rounded(length, length_limit(model)[0]) if records else length
-    slots = min(batch_size, len(prompts) * answers_per_prompt, slots_within(cache_bytes, model, columns))
+    own = ranks.share(range(len(prompts)))  # of several ranks each writes the answers to its share of the prompts
+    slots = max(1, min(batch_size, len(own) * answers_per_prompt, slots_within(cache_bytes, model, columns)))
     backbone, head = backbone_of(model), lambda hidden: lm_logits(model, hidden)
     lives = records and kept.may_live(model, backbone, slots * bytes_per_slot(model, columns))
     sampler = Sampler(temperature, greedy, key=0 if greedy else draw_key(generator))
@@ -108,7 +110,7 @@ def generate(
                     stop_ids=stop_ids, device=device, columns=columns,
                 )  # fmt: skip
             with packed_linears(model):
-                responses, logprobs = _write_all(decoder, prompts, answers_per_prompt)
+                responses, logprobs = _write_all(decoder, prompts, answers_per_prompt, own)
             decoder.end()
             if lives:
                 kept.keep(model, spec, decoder)
@@ -117,17 +119,19 @@ def generate(
     prompts = [prompt for prompt in prompts for _ in range(answers_per_prompt)]
     sequences, prompt_lens, response_mask = pack_sequences(prompts, responses, pad_token_id, device)
     recorded = torch.zeros(response_mask.shape, device=device)
-    recorded[response_mask] = torch.cat(logprobs).to(device)
+    recorded[response_mask] = torch.cat([scored.to(device) for scored in logprobs])
     stops = set(stop_ids.tolist())
     truncated = torch.tensor([response[-1] not in stops for response in responses], device=device)
     return Rollout(sequences, prompt_lens, response_mask.sum(1), response_mask, recorded, truncated)
 
 
-def _write_all(decoder, prompts, answers):
-    """(responses, log-probabilities), lists in the order of the prompts, `answers` of each."""
-    responses, logprobs = [None] * len(prompts) * answers, [None] * len(prompts) * answers
+def _write_all(decoder, prompts, answers, own):
+    """(responses, log-probabilities), lists in the order of the prompts, `answers` of each. own: the prompts that this
+    rank answers; the other answers come from the other ranks."""
+    responses: list = [None] * len(prompts) * answers
+    logprobs: list = [None] * len(prompts) * answers
     copies = answers if answers <= decoder.free else 1  # answers of one prompt that share its forward
-    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # taken from the end: the longest first
+    by_length = sorted(own, key=lambda row: len(prompts[row]))  # taken from the end: the longest first
     queue = [(row, first) for row in by_length for first in range(0, answers, copies)]
     admit_at = max(copies, int(ADMIT_SHARE * decoder.free))
     steps_per_look = for_device(STEPS_PER_LOOK, decoder.device)
@@ -141,6 +145,11 @@ def _write_all(decoder, prompts, answers):
             for _ in range(steps_per_look):
                 decoder.step()
         for owner, response, scored in decoder.harvest():
+            responses[owner], logprobs[owner] = response, scored
+    if ranks.count() > 1:
+        written = [(owner, responses[owner], logprobs[owner].cpu()) for row in own
+                   for owner in range(row * answers, (row + 1) * answers)]  # fmt: skip
+        for owner, response, scored in (answer for part in ranks.each(written) for answer in part):
             responses[owner], logprobs[owner] = response, scored
     return responses, logprobs
 

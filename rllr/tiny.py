@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from .common import ranks
 from .common.config import Settings, flag, parse_config
 from .common.errors import InputError, command
 from .common.files import check_run_directory, open_run_directory
-from .common.log import say, show_config
+from .common.log import progress, say, show_config
 from .data.encoding import PLAIN_TEMPLATE, Encoder
 from .data.splits import DataConfig, load_splits
 from .layout import pack, shuffled_batches
@@ -134,20 +134,20 @@ def _warm_up(model, encoder, rows, passes, config, seed):
     steps = passes * len(shuffled_batches(rows, config.batch_size, seed, 0))
     optimizer = Optimizer(model, config.learning_rate, steps, warmup=0.05, schedule="cosine", weight_decay=0.1)
     set_dropout(model, config.dropout).train()
-    start, progress = time.monotonic(), tqdm(total=steps, desc="tiny: language modelling", mininterval=2, disable=None)
+    start, bar = time.monotonic(), progress(total=steps, desc="tiny: language modelling")
     for epoch in range(passes):
         total, count = 0.0, 0
         for batch in shuffled_batches(rows, config.batch_size, seed, epoch):
-            packed = pack(batch, encoder.pad_id, model.device)
-            tokens = int(packed.response_mask.sum())
+            own, tokens = ranks.share(batch), sum(len(after) for _, after in batch)
+            packed = [pack(own, encoder.pad_id, model.device)] if own else []
             loss, _ = gradient_step(
-                optimizer, [packed], lambda packed: -token_logprobs(model, *packed).sum() / packed.response_mask.sum()
+                optimizer, packed, lambda packed, tokens=tokens: -token_logprobs(model, *packed).sum() / tokens
             )
             total, count = total + loss * tokens, count + tokens
-            progress.update()
+            bar.update()
         seconds = time.monotonic() - start
         say(f"tiny: epoch {epoch + 1}/{passes}  loss {total / count:.3f} nats per token  {seconds:.0f} s")
-    progress.close()
+    bar.close()
     model.eval()
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .common import ranks
 from .common.errors import RunError
 from .common.log import say
 from .layout import Packed, micro_batches
@@ -101,7 +102,8 @@ class Batch:
         return [self.names[row] for row in rows] if self.names else []
 
     def micro_batches(self, minibatch, config):
-        """A minibatch's rows as lists of rows that go through a model together."""
+        """This rank's share of a minibatch's rows, as lists of rows that go through a model together."""
+        minibatch = ranks.share(minibatch)
         lengths = self.packed.lengths[minibatch].tolist() if config.tokens_per_batch else []
         return micro_batches(minibatch, lengths, config.micro_batch_size, config.tokens_per_batch)
 
@@ -129,6 +131,7 @@ def analyse(models, rollout, plan, config, names=()) -> Batch:
             batch.logprobs[rows, :width], batch.entropy[rows, :width] = scored
             batch.ref_logprobs[rows, :width] = token_logprobs(models.reference, *packed, config.temperature)
             batch.values[rows, :width] = models.value_model(*packed)
+    ranks.add(batch.logprobs, batch.ref_logprobs, batch.values, batch.entropy)  # 0 where another rank has scored
     require_finite(rollout.rollout_logprobs, "a sampled token's log-probability", batch.names)
     require_finite(batch.logprobs, "the policy's log-probability", batch.names)
     require_finite(batch.ref_logprobs, "the reference's log-probability", batch.names)
@@ -193,7 +196,7 @@ def improve(models, batch, plan, config) -> dict:
     for minibatch in (minibatch for epoch in plan for minibatch in epoch):
         token_count = batch.response_mask[minibatch].sum()
         parts = [_losses(models, batch, rows, token_count, config) for rows in batch.micro_batches(minibatch, config)]
-        stats = {name: _combine(name, [part[name] for part in parts]) for name in parts[0]}
+        stats = _combine_all(parts)
         if not history:
             first_ratio_error = check_first_ratio(stats, config.precision)
         history.append(stats)
@@ -215,6 +218,16 @@ def improve(models, batch, plan, config) -> dict:
             means[name] = torch.stack(values).max() if name.endswith("_max") else sum(values) / len(values)
     means |= {"first_ratio_error": first_ratio_error, "lr": models.policy_optimizer.learning_rate}
     return {f"improve/{name}": value for name, value in means.items()}
+
+
+def _combine_all(parts):
+    """The statistics of a minibatch from those of its micro-batches, on every rank."""
+    stats = {name: _combine(name, [part[name] for part in parts]) for name in parts[0]}
+    if ranks.count() > 1:
+        own = {name: value.cpu() for name, value in stats.items()}
+        found = ranks.each(own)
+        stats = {name: _combine(name, [other[name] for other in found]).to(value) for name, value in stats.items()}
+    return stats
 
 
 def _combine(name, values):

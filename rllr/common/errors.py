@@ -33,19 +33,29 @@ def command(main):
         try:
             return main(*args, **kwargs)
         except (InputError, RunError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            tell(f"error: {error}")
             sys.exit(2 if isinstance(error, InputError) else 1)
         except OSError as error:  # an error that no other code has explained
-            print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+            tell(f"error: {error.filename or 'output'}: {error.strerror or error}")
             sys.exit(1)
         except Stopped as stopped:
-            print(stopped, file=sys.stderr)
+            tell(stopped)
             sys.exit(75)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            tell("interrupted")
             sys.exit(130)
 
     return run
+
+
+# Whether this process tells of the error that ends it. Of several ranks one does (`ranks.start` puts it in here).
+may_tell = [lambda: True]
+
+
+def tell(message):
+    """A line on stderr."""
+    if all(asked() for asked in may_tell):
+        print(message, file=sys.stderr)
 
 
 def any_console():

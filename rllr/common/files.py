@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from . import ranks
 from .errors import InputError, RunError
 
 PART = ".part"  # the end of a temporary name
@@ -35,7 +36,9 @@ def write_lines(path, values):
 
 
 def write_text(path, content):
-    """Write a text file completely or not at all."""
+    """Write a text file completely or not at all. Of several ranks the first alone writes."""
+    if not ranks.is_first():
+        return
     with _replacing(Path(path)) as temporary:
         temporary.write_text(content, encoding="utf-8")
 
@@ -54,7 +57,9 @@ def read_json(path):
 
 
 def write_safetensors(state, path):
-    """Write {name: tensor} to a safetensors file completely or not at all."""
+    """Write {name: tensor} to a safetensors file completely or not at all. Of several ranks the first alone writes."""
+    if not ranks.is_first():
+        return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with _replacing(Path(path)) as temporary:
         save_file(tensors, temporary, {"format": "pt"})

@@ -13,12 +13,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from . import ranks
 from .files import METRICS, disk_faults
 
 
 def say(line):
-    """A line on stdout that does not tear the progress bar."""
+    """A line on stdout that does not tear the progress bar. Of several ranks the first alone prints."""
+    if not ranks.is_first():
+        return
     tqdm.write(str(line), file=sys.stdout)
+
+
+def progress(iterable=None, **options):
+    """A progress bar, where a person looks on; of several ranks the first alone has one."""
+    return tqdm(iterable, mininterval=2, disable=None if ranks.is_first() else True, **options)
 
 
 class MetricsLog:
@@ -29,7 +37,7 @@ class MetricsLog:
 
     def __init__(self, directory):
         self.path, self.start, self.trackers = Path(directory) / METRICS, time.monotonic(), None
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.file = open(self.path if ranks.is_first() else os.devnull, "a", encoding="utf-8")
 
     def write(self, metrics, line=None):
         metrics = {name: _plain(value) for name, value in metrics.items()}
@@ -46,6 +54,8 @@ class MetricsLog:
         return {"bytes": self.file.tell(), "seconds": time.monotonic() - self.start}
 
     def load_state_dict(self, state):
+        if not ranks.is_first():
+            return
         written = self.path.stat().st_size
         if not isinstance(state["bytes"], int) or state["bytes"] < 0:
             raise ValueError(f"bytes is {state['bytes']!r:.20}")
@@ -61,6 +71,8 @@ class MetricsLog:
             return file.read(place).rfind(b"\n") + 1
 
     def sync(self):
+        if not ranks.is_first():
+            return
         with disk_faults(str(self.path)):
             os.fsync(self.file.fileno())
 

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from ..common import ranks
 from ..common.files import disk_faults, saving_into, write_json, write_safetensors
 from ..layout import Packed, response_places, unflatten
 from .backbone import backbone_of, hidden_at, width_of
@@ -71,6 +72,8 @@ class ScalarHeadModel(nn.Module):
         no bias the directory loads as `AutoModelForSequenceClassification` with equal scores. That class reads the
         last token that is not `pad_token_id`, which therefore must differ from every stop id (`reward_pad_token_id`).
         """
+        if not ranks.is_first():
+            return
         head = {HEAD_WEIGHT: self.head.weight} | ({HEAD_BIAS: self.head.bias} if self.has_bias else {})
         with disk_faults(f"model {path}"), saving_into(path) as temporary:
             if hasattr(self.backbone, "save_role"):  # a role on a shared base

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from ..common import ranks
 from ..common.errors import InputError, brief
 from ..common.files import (
     RECORD,
@@ -116,8 +117,10 @@ def save_policy(model, encoder, path, record, merged=False, rows=None):
     """A policy as a plain Hugging Face directory with our record: weights, config, stop ids, tokenizer.
 
     Of an adapter on a shared base (`rllr.model.roles`) only the adapter, in PEFT's format; `merged`: the plain model.
-    rows: hashes of the texts that trained and evaluated it (`Splits.text_hashes`).
+    rows: hashes of the texts that trained and evaluated it (`Splits.text_hashes`). Of several ranks the first writes.
     """
+    if not ranks.is_first():
+        return
     model.generation_config.eos_token_id = encoder.stop_ids if len(encoder.stop_ids) > 1 else encoder.stop_ids[0]
     with disk_faults(f"model {path}"), saving_into(path) as temporary:
         (model.save_merged if merged else model.save_pretrained)(temporary)

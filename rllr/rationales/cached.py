@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..common import ranks
 from ..common.errors import InputError
 from ..common.files import disk_faults
 from .writers import GivenWriter
@@ -21,6 +22,8 @@ class CachedWriter(GivenWriter):
     A line of the cache is {"id", "label", "rationale", "asked"}: asked is a digest of the prompt and of who was asked,
     and if either changes, the rationale is not used. Its `rationale` may be null: nothing that can be used was written.
     """
+
+    ranks_share = True  # whether several ranks write together; else the first writes alone
 
     INSTRUCTION = (
         "{question}\n\nThe answer is {label}. In one sentence, name what in the text supports that answer. "
@@ -38,12 +41,21 @@ class CachedWriter(GivenWriter):
         if missing:
             log(f"writing {len(missing)} rationales ({len(wanted) - len(missing)} are in {cache_file})")
         Path(cache_file).parent.mkdir(parents=True, exist_ok=True)
-        drop_torn_line(cache_file)
-        for example, label, text, more in self.write_missing(missing) if missing else ():
-            written[example.id, label] = text
-            row = {"id": example.id, "label": label, "rationale": text, "asked": digests[example.id, label]}
-            with disk_faults(str(cache_file)), open(cache_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row | more) + "\n")
+        ranks.wait()  # until all have read the cache
+        if ranks.is_first():
+            drop_torn_line(cache_file)
+
+        def write():
+            found = {}
+            for example, label, text, more in self.write_missing(missing) if missing else ():
+                found[example.id, label] = text
+                row = {"id": example.id, "label": label, "rationale": text, "asked": digests[example.id, label]}
+                if ranks.is_first():
+                    with disk_faults(str(cache_file)), open(cache_file, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(row | more) + "\n")
+            return found
+
+        written |= write() if self.ranks_share else ranks.from_first(write)
         filled = [
             dataclasses.replace(
                 example,

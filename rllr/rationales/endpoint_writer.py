@@ -64,6 +64,8 @@ class EndpointWriter(CachedWriter):
     asked for again, and at last left out, with a line that counts them.
     """
 
+    ranks_share = False
+
     def __init__(self, examples, task, config, cache_file, *, log=print):
         config.check_endpoint()
         self.config, self.log, self.tokens = config, log, [0, 0]  # of prompts, of answers

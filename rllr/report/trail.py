@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from .. import __version__
+from ..common import ranks
 from ..common.files import PART, disk_faults, write_text
 from ..layout import response_positions, response_tokens
 from ..ppo import kl_estimate, policy_loss, value_loss
@@ -29,6 +30,8 @@ class AuditTrail:
         """done: steps that are done. Files of later ones go: a run that goes on from a checkpoint writes them again."""
         self.run, self.judges, self.encoder = run, models.judges, models.encoder
         self.wanted = audited(run.config.audit)
+        if not ranks.is_first():
+            return
         for path in rollouts_in(run.directory / FOLDER):
             if step_of(path) > done:
                 path.unlink()
@@ -44,7 +47,9 @@ class AuditTrail:
             return
         mask = batch.response_mask
         metrics = {name: _number(value) for name, value in metrics.items() if not name.startswith(NOT_HERE)}
-        updates, minibatches = act_six(batch, plan, self.run.config)
+        updates, minibatches = act_six(batch, plan, self.run.config, ranks.each(batch.seen))
+        if not ranks.is_first():
+            return
         answers = answer_columns(samples, judged, batch.scores, self.judges, self.run.config.answers_per_prompt)
         answers["tokens"] = batch.rollout.response_lens.tolist()
         rows = _rows(answers)
@@ -153,8 +158,9 @@ def rule_name(no_end, no_label):
     )
 
 
-def act_six(batch, plan, config):
-    """(per answer and epoch its tokens' updates, the minibatches in order), from what the update kept (`Batch.seen`).
+def act_six(batch, plan, config, seen):
+    """(per answer and epoch its tokens' updates, the minibatches in order). seen: of each rank what its updates kept
+    (`Batch.seen`).
 
     The terms of both losses come from the very functions that training called, unreduced.
     """
@@ -162,17 +168,19 @@ def act_six(batch, plan, config):
     lengths = mask.sum(1).tolist()
     updates: list[list] = [[] for _ in lengths]
     minibatches: list[dict] = []
-    seen = list(batch.seen)
+    seen = [list(own) for own in seen]
     for epoch, epoch_plan in enumerate(plan):
         for number, rows in enumerate(epoch_plan):
-            if not seen:  # the rollout was skipped, or --max_update_kl ended its updates
+            if not any(seen):  # the rollout was skipped, or --max_update_kl ended its updates
                 return updates, minibatches
             new_logprobs, new_values = torch.zeros_like(batch.logprobs), torch.zeros_like(batch.values)
-            left = set(rows)
-            while left:
-                own, logprobs, values = seen.pop(0)
-                new_logprobs[own, : logprobs.shape[1]], new_values[own, : values.shape[1]] = logprobs, values
-                left -= set(own)
+            for rank, kept in enumerate(seen):
+                left = set(rows[rank :: len(seen)])  # `ranks.share`
+                while left:
+                    own, logprobs, values = kept.pop(0)
+                    new_logprobs[own, : logprobs.shape[1]] = logprobs.to(new_logprobs)
+                    new_values[own, : values.shape[1]] = values.to(new_values)
+                    left -= set(own)
             count = mask[rows].sum()
             terms, loss = loss_terms(batch, rows, new_logprobs[rows], new_values[rows], config)
             terms |= {name: terms[name] / count for name in ("policy_loss", "value_loss")}

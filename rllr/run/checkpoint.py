@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..common import ranks
 from ..common.errors import InputError
 from ..common.files import (
     disk_faults,
@@ -163,9 +164,11 @@ def write_checkpoint(run_directory, step, state, keep_last):
     them).
 
     state: nested dicts and lists with tensors. RunError where the disk refuses; the older checkpoints are untouched
-    then.
+    then. Of several ranks, which all have the same state, the first writes.
     """
     path = checkpoint_path(run_directory, step)
+    if not ranks.is_first():
+        return path
     tensors: dict[str, torch.Tensor] = {}
     plain = split_tensors(state, tensors)
     others = [other for other in list_checkpoints(run_directory) if other != path]

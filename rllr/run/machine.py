@@ -7,6 +7,7 @@ import sys
 import torch
 import transformers
 
+from ..common import ranks
 from ..model.precision import set_precision
 
 
@@ -15,6 +16,7 @@ def machine():
     device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"
     return {
         "device": device,
+        "processes": ranks.count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -4,7 +4,9 @@ import math
 
 import torch
 
+from ..common import ranks
 from ..common.errors import RunError
+from ..layout import micro_batches
 
 
 class Optimizer:
@@ -47,7 +49,9 @@ class Optimizer:
         return {f"{of}_optimizer".lstrip("_"): self.adamw, f"{of}_schedule".lstrip("_"): self.schedule}
 
     def clip_gradient(self):
-        """Scale the gradient down to `max_grad_norm`. Returns the norm before; RunError if it is not finite."""
+        """Add up the ranks' shares of the gradient and scale it down to `max_grad_norm`. Returns the norm before;
+        RunError if it is not finite."""
+        ranks.add_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         if not torch.isfinite(norm):
             raise RunError(f"the gradient's norm is {norm.item()}; stopped before the update.")
@@ -63,12 +67,20 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
 
 
+def own_micro_batches(rows, settings):
+    """This rank's share of a batch, in micro-batches of --micro_batch_size rows or --tokens_per_batch tokens."""
+    own = ranks.share(rows)
+    if not own:  # a last batch of fewer rows than ranks
+        return []
+    return micro_batches(own, [row.length for row in own], settings.micro_batch_size, settings.tokens_per_batch)
+
+
 def gradient_step(optimizer, micro_batches, loss_of, what="the loss", names_of=lambda rows: ()):
     """One optimiser step on a batch that comes in micro-batches: SFT, reward model and the tiny model's warm-up.
 
-    loss_of(micro_batch) gives its share of the batch's loss, so that any split adds up to the same gradient. Returns
-    (loss, gradient norm before clipping). RunError, with the rows' names, before a step whose loss or gradient is not
-    finite.
+    micro_batches: this rank's share of the batch. loss_of(micro_batch) gives its share of the batch's loss, so that any
+    split adds up to the same gradient. Returns (loss, gradient norm before clipping). RunError, with the rows' names,
+    before a step whose loss or gradient is not finite.
     """
     batch_loss = 0.0
     for micro_batch in micro_batches:
@@ -76,7 +88,7 @@ def gradient_step(optimizer, micro_batches, loss_of, what="the loss", names_of=l
         require_finite(loss, what, names_of(micro_batch))
         loss.backward()
         batch_loss += loss.item()
-    norm = optimizer.clip_gradient()
+    batch_loss, norm = ranks.total(batch_loss), optimizer.clip_gradient()
     optimizer.step()
     return batch_loss, norm
 

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from ..common import ranks
 from ..common.config import parse_config
 from ..common.errors import InputError, RunError, Stopped, out_of_memory
 from ..common.files import METRICS, RUN, check_run_directory, disk_faults, open_run_directory, write_json
@@ -86,9 +87,17 @@ class StopRequest:
 
     def _asked(self, number, frame):
         if self.name:
+            if ranks.count() > 1:  # torchrun passes on what a terminal has sent to every process already
+                return
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
-        print(f"{self.name}: finishing this step, then saving; once more to stop at once", file=sys.stderr)
+        if ranks.is_first():
+            print(f"{self.name}: finishing this step, then saving; once more to stop at once", file=sys.stderr)
+
+    def agree(self):
+        """What one rank was asked, all are asked: they stop after the same step."""
+        if ranks.count() > 1:
+            self.name = next(filter(None, ranks.each(self.name)), None)
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():
@@ -113,6 +122,7 @@ class Run:
         record)`, which fills in the defaults. InputError for bad settings, an unknown model, or an output directory
         that is in use.
         """
+        ranks.start()
         config = parse_config(Config, argv, description)
         check_trackers(config)
         setattr(config, config.START, policy_directory(getattr(config, config.START), say))
@@ -131,6 +141,7 @@ class Run:
         directory = config.output_dir or config.default_directory(task)
         if not resumed:
             check_run_directory(directory, config.overwrite, config.protected_paths())
+        ranks.wait()  # before one of them opens the directory that another still checks
         device = set_up(config.precision, config.seed, config.deterministic)
         show_config(config.freeze(), f"train_{stage}")
         return cls(stage, config, directory, task=task, start_record=record, resumed=resumed, device=device)
@@ -162,8 +173,9 @@ class Run:
         config, resumed = self.config, self.resumed
         if resumed:
             resumed.check_fingerprints(config, fingerprints)
-        else:
+        elif ranks.is_first():
             open_run_directory(self.directory, config.overwrite, config.protected_paths())
+        ranks.wait()
         self.kept = {"tiny": self.tiny, "clock": clock, "rows": rows or {}}  # in every model's record
         self.record = {
             "format": RUN_FORMAT,
@@ -177,7 +189,8 @@ class Run:
         if resumed and resumed.checkpoint:
             self.record["first_checkpoint"] = resumed.recorded.get("first_checkpoint", step_of(resumed.checkpoint))
         else:  # new, or stopped before its first checkpoint: the same seed makes the same run
-            (self.directory / METRICS).unlink(missing_ok=True)
+            if ranks.is_first():
+                (self.directory / METRICS).unlink(missing_ok=True)
             self._write_record()
         self.metrics = MetricsLog(self.directory)
 
@@ -202,7 +215,7 @@ class Run:
             say(f"no checkpoint yet in {self.directory}: the run starts from step 0 again")
         self.record["steps"] = steps
         self._write_record()
-        self.metrics.trackers = Trackers(open_trackers(self, loop.step))
+        self.metrics.trackers = Trackers(open_trackers(self, loop.step) if ranks.is_first() else ())
 
     def _restore(self, steps, loop, path):
         state, recorded = read_checkpoint(path), self.resumed.recorded
@@ -220,8 +233,9 @@ class Run:
             if name == "loop" and loop.step > steps:
                 raise InputError(f"--resume {path}: {loop.step} steps are done, more than the {steps} asked for")
         for name, now in machine().items():
-            if now != recorded["machine"].get(name):
-                then = recorded["machine"].get(name)
+            was = recorded["machine"].get(name, 1 if name == "processes" else None)
+            if now != was:
+                then = was
                 say(f"warning: {name} {now}, the run began with {then}: equal to rounding from here on, not to the bit")
         if changed:
             say(f"{recorded.get('steps')} -> {steps} steps: the learning rate follows a new schedule from here")
@@ -252,7 +266,8 @@ class Run:
         light = {name: state_of(part) for name, part in self.parts.items() if not isinstance(part, WEIGHTY)}
         self.moved = False
         try:
-            yield
+            with ranks.own_dropout(self.config.seed, number):
+                yield
         except Exception as error:
             saved = [_outcome(save) for save in (rescue, lambda: self._save_before(number - 1, light)) if save]
             if out_of_memory(error):
@@ -287,6 +302,7 @@ class Run:
         """Write a checkpoint where one is due, or must be; Stopped, with the state saved, where a signal asked for
         it."""
         every = self.config.save_every
+        self.request.agree()
         if self.request.name or must or every and (last or step % every == 0):
             self._write(step, {name: state_of(part) for name, part in self.parts.items()})
         if self.request.name and not last:

@@ -1,0 +1,154 @@
+"""The processes that torchrun has started for one run: data parallel. With one process, the ordinary case, nothing here
+does anything.
+
+    torchrun --nproc_per_node 2 train_ppo.py ...
+
+Every rank has the same weights and the whole batch, and takes every decision by itself from the same numbers. What
+takes time is shared out: each rank answers its share of the prompts (`rollout.generate`), scores its share of the rows
+(`judge.score_rows`, `update.analyse`) and goes backward over its share of a batch; then answers, scores and gradients
+are put together on every rank. So token means, whitening, KL, score statistics, guard, metrics and the best policy are
+those of the whole batch without further ado. Rank 0 alone prints and writes.
+"""
+
+import atexit
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from .errors import RunError, may_tell
+
+LONGEST = timedelta(hours=12)  # that a rank waits for another: one of them may write rationales or checkpoints alone
+
+
+def count() -> int:
+    """How many processes make this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def start():
+    """Meet the other ranks. Called once, before a run prints or reads anything."""
+    if count() == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=LONGEST)
+    atexit.register(end)
+    may_tell[:] = [first_to_fail]
+
+
+def end():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def first_to_fail() -> bool:
+    """Whether no other rank has failed before this one: what one rank tells of, the others need not repeat."""
+    if not dist.is_initialized():
+        return is_first()
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except Exception:  # the rank that keeps the store is gone, and told of it
+        return is_first()
+
+
+# ---- sharing out, and putting together -------------------------------------------------------------------------------
+
+
+def share(items):
+    """This rank's part of a list: every count()-th, from its own number on."""
+    return items[rank() :: count()]
+
+
+def gather(items, total) -> list:
+    """The whole list of `total`, on every rank, of which each has its `share`."""
+    if count() == 1:
+        return list(items)
+    whole: list = [None] * total
+    for number, part in enumerate(each(items)):
+        whole[number :: count()] = part
+    return whole
+
+
+def each(value) -> list:
+    """What every rank has, by rank: [its own] with one process."""
+    if count() == 1:
+        return [value]
+    found: list = [None] * count()
+    with _others():
+        dist.all_gather_object(found, value)
+    return found
+
+
+def from_first(make):
+    """make() of rank 0, on every rank."""
+    if count() == 1:
+        return make()
+    box = [make() if is_first() else None]
+    with _others():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def add(*tensors):
+    """Sum each tensor over the ranks, in place."""
+    if count() > 1:
+        with _others():
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+
+def add_gradients(parameters):
+    """Sum the gradients over the ranks. A weight that this rank's share did not reach counts 0."""
+    if count() == 1:
+        return
+    parameters = list(parameters)
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    add(*(parameter.grad for parameter in parameters))
+
+
+def total(number) -> float:
+    """The sum of a number over the ranks."""
+    return sum(each(number)) if count() > 1 else number
+
+
+def wait():
+    """Until every rank has come here: what one has written, all can read."""
+    if count() > 1:
+        with _others():
+            dist.barrier()
+
+
+@contextmanager
+def own_dropout(seed, step):
+    """A random stream for this rank and step alone, so that ranks do not drop the same units of their rows. Without
+    effect in one process."""
+    if count() == 1:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(hash((seed, step, rank())) % 2**63)  # of numbers, so the same in every process
+        yield
+
+
+@contextmanager
+def _others():
+    """Within: a rank that is gone is a RunError in words."""
+    try:
+        yield
+    except RuntimeError as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise RunError(f"rank {rank()}: another rank has ended, which says why ({first:.80}).") from None
