@@ -86,6 +86,7 @@ def test_flags_exist(page):
     stages = (train_sft, train_rm, train_ppo, rllr.evaluate, rllr.predict, rllr.merge, rllr.rationales.__main__)
     known = {field.name for module in stages for field in fields(module.Config)}
     known |= {"help", "config"}  # of every command
+    known |= {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "ntasks", "gpus", "nodes"}  # torchrun, SLURM
     known |= {"dev_file", "seeds", "workers", "methods", "no_label_only", "jobs"}  # benchmarks/quality.py
     known |= {"data", "all_labelled", "tune", "budget_s", "at_once", "run"}  # what benchmarks are given today
     known |= {"tiny", "sft", "rm", "ppo", "hidden_size", "heads", "layers"}  # what it hands on, and to whom

@@ -1,0 +1,233 @@
+"""Several processes by torchrun: the same run as one process makes, and what happens where a rank ends."""
+
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_runs import ANSWER, read_metrics
+
+from rllr.common import ranks
+from rllr.report.replay import replay
+from rllr.report.trail_format import files_in, read_trail
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+
+def command(processes, script, *flags):
+    start = [*TORCHRUN, str(processes)] if processes > 1 else [sys.executable]
+    return [*start, str(ROOT / script), *map(str, flags)]
+
+
+def environment():
+    keep = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return keep | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def launch(processes, script, *flags):
+    """A finished run: (exit code, stdout, stderr)."""
+    ended = subprocess.run(
+        command(processes, script, *flags), capture_output=True, text=True, env=environment(), timeout=300
+    )
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+def stages(toy):
+    """{script: flags}, with batches that no number of ranks divides, and a last one smaller than three."""
+    sft = [*toy.data, "--model", toy.base, "--epochs", 3, "--batch_size", 7, "--learning_rate", 1e-3, "--dropout", 0,
+           "--show", 0, *ANSWER]  # fmt: skip
+    rm = ["--policy", toy.sft, "--epochs", 2, "--learning_rate", 1e-3, "--dropout", 0, "--batch_size", 9, *ANSWER]
+    ppo = ["--policy", toy.sft, "--label_rm", toy.label_rm, "--steps", 3, "--rollout_prompts", 10, "--eval_rows", 8,
+           "--audit", "all", "--learning_rate", 1e-3, "--ppo_epochs", 2, "--answers_per_prompt", 2, "--temperature", 2,
+           "--micro_batch_size", 2, *ANSWER]  # fmt: skip
+    return {"train_sft.py": sft, "train_rm.py": rm, "train_ppo.py": ppo}
+
+
+def comparable(directory):
+    skipped = ("time/", "seconds", "act/tokens_per_second")
+    return [{k: v for k, v in line.items() if not k.startswith(skipped)} for line in read_metrics(directory)]
+
+
+def distance(first, second):
+    """The largest difference of two models' weights."""
+    first, second = (load_file(path / "model.safetensors") for path in (first, second))
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+@pytest.fixture(scope="module")
+def alone(toy, tmp_path_factory):
+    """A function of the script: (the directory of its run in one process, what it printed)."""
+    home = tmp_path_factory.mktemp("alone")
+
+    @functools.cache
+    def run_of(script):
+        code, output, error = launch(1, script, *stages(toy)[script], "--output_dir", home / script)
+        assert code == 0, error
+        return home / script, output
+
+    return run_of
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("processes", "script"),
+    [(2, "train_ppo.py"), *(pytest.param(n, script, marks=SLOW) for n, script in
+                            ((2, "train_sft.py"), (2, "train_rm.py"), (3, "train_sft.py"), (3, "train_rm.py"),
+                             (3, "train_ppo.py")))],
+)  # fmt: skip
+def test_several_processes_make_the_run_of_one(toy, alone, tmp_path, processes, script):
+    """The same answers, metrics and weights, but for rounding; and all of it printed and written once."""
+    code, output, error = launch(processes, script, *stages(toy)[script], "--output_dir", tmp_path / "run")
+    assert code == 0, error
+    one, printed = alone(script)
+    kept = {"train_ppo.py": "last"}.get(script, ".")
+    assert distance(one / kept, tmp_path / "run" / kept) < 1e-4
+    ours, theirs = comparable(one), comparable(tmp_path / "run")
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+    for a, b in zip(ours, theirs):
+        assert a == pytest.approx(b, rel=1e-3, abs=2e-4)
+    assert abs(len(output.splitlines()) - len(printed.splitlines())) < 4  # of other paths, settings fill other lines
+    names = {path.relative_to(one) for path in one.rglob("*")}
+    assert names == {path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*")}
+    if script == "train_rm.py":
+        assert (one / "pairs.jsonl").read_bytes() == (tmp_path / "run" / "pairs.jsonl").read_bytes()
+    if script == "train_ppo.py":
+        trails = [[read_trail(path) for path in files_in(directory)] for directory in (one, tmp_path / "run")]
+        answers = [[[sample["answer"] for sample in trail.samples] for trail in own] for own in trails]
+        assert answers[0] == answers[1] and replay(trails[1]).holds
+
+
+# ---- stopped, killed, resumed ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def running(processes, script, *flags):
+    """A run that goes on while the block runs."""
+    started = subprocess.Popen(
+        command(processes, script, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(), start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield started
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.communicate()
+
+
+def pid_of(parent, rank):
+    """The process of a rank, by its environment."""
+    wanted = f"RANK={rank}".encode()
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            status = (path / "status").read_text()
+            if f"PPid:\t{parent}\n" in status and wanted in (path / "environ").read_bytes().split(b"\0"):
+                return int(path.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def until(met, started, seconds=120):
+    for _ in range(int(seconds / 0.05)):
+        if met():
+            return
+        assert started.poll() is None, started.stderr.read()[-2000:]
+        time.sleep(0.05)
+    raise AssertionError("nothing came")
+
+
+def steps_done(directory):
+    path = directory / "metrics.jsonl"
+    return path.read_text().count("shape/reward") if path.exists() else 0
+
+
+def long_run(toy, directory, steps):
+    return ["--policy", toy.sft, "--reward", "gold", "--steps", steps, "--rollout_prompts", 8, "--eval_rows", 8,
+            "--save_every", 2, "--log_every", 1, "--show_every", 999, *ANSWER, "--output_dir", directory]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_in_one_sentence_and_it_goes_on(toy, tmp_path):
+    """Within a minute, without a hang; resumed on as many ranks, it is the run that nobody killed, to the bit."""
+    steps = 24
+    with running(2, "train_ppo.py", *long_run(toy, tmp_path / "run", steps)) as started:
+        until(lambda: steps_done(tmp_path / "run") >= 5, started)
+        os.kill(pid_of(started.pid, 1), signal.SIGKILL)
+        output, error = started.communicate(timeout=60)
+    assert started.returncode != 0 and steps_done(tmp_path / "run") < steps
+    assert error.count("another rank has ended") == 1 and "rllr" not in error.partition("Traceback")[2]
+    code, output, error = launch(2, "train_ppo.py", "--resume", tmp_path / "run")
+    assert code == 0, error
+    code, _, error = launch(2, "train_ppo.py", *long_run(toy, tmp_path / "whole", steps))
+    assert code == 0, error
+    assert distance(tmp_path / "run" / "last", tmp_path / "whole" / "last") == 0
+    assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_stop_stops_all_after_the_same_step_and_another_number_goes_on(toy, tmp_path):
+    with running(2, "train_ppo.py", *long_run(toy, tmp_path / "run", 400)) as started:
+        until(lambda: steps_done(tmp_path / "run") >= 3, started)
+        os.kill(started.pid, signal.SIGTERM)
+        output, error = started.communicate(timeout=60)
+    done = steps_done(tmp_path / "run")
+    assert error.count("finishing this step, then saving") == 1 and error.count(f"stopped after step {done}") == 1
+    code, output, error = launch(1, "train_ppo.py", "--resume", tmp_path / "run", "--steps", done + 2)
+    assert code == 0, error
+    assert "warning: processes 1, the run began with 2: equal to rounding from here on" in output
+
+
+@pytest.mark.slow
+def test_an_error_that_all_ranks_have_is_told_once(toy, tmp_path):
+    flags = long_run(toy, tmp_path / "run", 2)
+    code, output, error = launch(2, "train_ppo.py", *flags, "--minibatches", 8)
+    assert code != 0 and error.count("error: 2 processes share 1 answers of a minibatch; give fewer --minibatches") == 1
+    assert not (tmp_path / "run").exists()
+
+
+# ---- the parts -------------------------------------------------------------------------------------------------------
+
+
+def test_of_one_process_nothing_changes(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert ranks.count() == 1 and ranks.rank() == 0 and ranks.is_first()
+    assert ranks.share([1, 2, 3]) == [1, 2, 3] and ranks.each("a") == ["a"] and ranks.from_first(lambda: 3) == 3
+    tensor = torch.ones(2)
+    ranks.add(tensor)
+    ranks.wait()
+    assert tensor.tolist() == [1, 1] and ranks.total(2.5) == 2.5
+    state = torch.get_rng_state()
+    with ranks.own_dropout(0, 1):
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_shares_are_apart_and_make_the_whole(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    found = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        found.append(ranks.share(list(range(8))))
+    assert found == [[0, 3, 6], [1, 4, 7], [2, 5]]
+
+
+def test_each_rank_and_step_has_dropout_of_its_own(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    drawn, before = set(), torch.get_rng_state()
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        for step in (1, 2):
+            for _ in range(2):  # the same again
+                with ranks.own_dropout(7, step):
+                    drawn.add((rank, step, float(torch.rand(()))))
+    assert len(drawn) == 4 and torch.equal(torch.get_rng_state(), before)
