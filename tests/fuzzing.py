@@ -24,7 +24,7 @@ from rllr.data.rows import load_examples, load_pairs
 from rllr.model.peft_format import read_adapter_config
 from rllr.model.records import RECORD_FORMAT, read_record
 from rllr.ppo import AdaptiveKL
-from rllr.rationales.model_writer import read_cache
+from rllr.rationales.cached import read_cache
 from rllr.report.reward_report import load_statistics
 from rllr.run.checkpoint import MANIFEST, STATE, TENSORS, GlobalStreams, state_of, write_checkpoint
 from rllr.run.optimizer import Optimizer
