@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from ..metrics import CORRELATIONS
 from .fields import is_number
 
+MOST_DRAWN = 1e300  # beyond it a histogram has no width in float64
 MOST_POINTS = 1000  # of a curve; a longer one is thinned
 # Distinguishable with every kind of colour blindness, and on light and dark ground (Okabe and Ito's palette).
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
@@ -152,7 +153,7 @@ def score_figures(run, title) -> list[Figure]:
             continue
         scores = {right: [row["label_score"] for row in rows if row["right"] == right] for right in (1, 0)}
         every = np.array([float(row["label_score"]) for row in rows])
-        if not np.isfinite(every.max() - every.min()):
+        if np.abs(every).max() > MOST_DRAWN:
             continue
         edges = np.histogram_bin_edges(every, bins=40)
         traces, told = [], []
