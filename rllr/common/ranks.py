@@ -23,13 +23,16 @@ from .errors import RunError, may_tell
 LONGEST = timedelta(hours=12)  # that a rank waits for another: one of them may write rationales or checkpoints alone
 
 
+joined = False  # whether this process has met the others; a process group of somebody else's is not ours to use
+
+
 def count() -> int:
     """How many processes make this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if joined else 1
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+    return dist.get_rank() if joined else 0
 
 
 def is_first() -> bool:
@@ -37,29 +40,31 @@ def is_first() -> bool:
 
 
 def start():
-    """Meet the other ranks. Called once, before a run prints or reads anything."""
-    if count() == 1 or dist.is_initialized():
+    """Meet the other ranks, where torchrun has started this process. Called once, before a run prints or reads
+    anything."""
+    global joined
+    if joined or "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=LONGEST)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=LONGEST)
+    joined = True
     atexit.register(end)
     may_tell[:] = [first_to_fail]
 
 
 def end():
-    if dist.is_initialized():
+    global joined
+    if joined:
+        joined = False
         dist.destroy_process_group()
 
 
 def first_to_fail() -> bool:
     """Whether no other rank has failed before this one: what one rank tells of, the others need not repeat."""
-    if not dist.is_initialized():
-        return is_first()
     try:
         return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except Exception:  # the rank that keeps the store is gone, and told of it
+    except Exception:  # the rank that keeps the store is gone, and has told of it
         return is_first()
 
 
