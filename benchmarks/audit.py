@@ -7,22 +7,14 @@ first pair of steps is left out.
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import tempfile
 from pathlib import Path
 
-from common import write_result
+from common import step_times, write_result
 
 import train_ppo
-
-
-def step_times(directory):
-    """Seconds of each step, from the second on."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    seconds = {line["step"]: line["seconds"] for line in lines if "shape/reward" in line}
-    return {step: seconds[step] - seconds[step - 1] for step in seconds if step - 1 in seconds}
 
 
 def main():

@@ -188,6 +188,13 @@ def machine():
     )
 
 
+def step_times(directory):
+    """Seconds of each step, from the second on."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    seconds = {line["step"]: line["seconds"] for line in lines if "shape/reward" in line}
+    return {step: seconds[step] - seconds[step - 1] for step in seconds if step - 1 in seconds}
+
+
 def write_result(name, title, lines, record):
     """Append a section to benchmarks/results/<name>.md and a line to <name>.jsonl, and print both."""
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])

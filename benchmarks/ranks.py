@@ -8,7 +8,6 @@ in a step, by count of the tensors (a ring sends each of them twice, but for a s
 """
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -19,10 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import write_result
+from common import ROOT, step_times, write_result
 from safetensors import safe_open
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(processes, args, directory):
@@ -45,9 +42,8 @@ def run(processes, args, directory):
         time.sleep(0.2)
     if started.returncode:
         sys.exit(started.stderr.read()[-2000:])
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    seconds = {line["step"]: line["seconds"] for line in lines if "shape/reward" in line}
-    return [seconds[step] - seconds[step - 1] for step in seconds if step > 2], sorted(peaks.values())[-processes:]
+    times = [seconds for step, seconds in step_times(directory).items() if step > 2]
+    return times, sorted(peaks.values())[-processes:]
 
 
 def children(parent):

@@ -76,16 +76,6 @@ def share(items):
     return items[rank() :: count()]
 
 
-def gather(items, total) -> list:
-    """The whole list of `total`, on every rank, of which each has its `share`."""
-    if count() == 1:
-        return list(items)
-    whole: list = [None] * total
-    for number, part in enumerate(each(items)):
-        whole[number :: count()] = part
-    return whole
-
-
 def each(value) -> list:
     """What every rank has, by rank: [its own] with one process."""
     if count() == 1:
@@ -127,7 +117,7 @@ def add_gradients(parameters):
 
 def total(number) -> float:
     """The sum of a number over the ranks."""
-    return sum(each(number)) if count() > 1 else number
+    return sum(each(number))
 
 
 def wait():

@@ -96,8 +96,7 @@ class StopRequest:
 
     def agree(self):
         """What one rank was asked, all are asked: they stop after the same step."""
-        if ranks.count() > 1:
-            self.name = next(filter(None, ranks.each(self.name)), None)
+        self.name = next(filter(None, ranks.each(self.name)), None)
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():
@@ -233,9 +232,8 @@ class Run:
             if name == "loop" and loop.step > steps:
                 raise InputError(f"--resume {path}: {loop.step} steps are done, more than the {steps} asked for")
         for name, now in machine().items():
-            was = recorded["machine"].get(name, 1 if name == "processes" else None)
-            if now != was:
-                then = was
+            then = recorded["machine"].get(name, 1 if name == "processes" else None)
+            if now != then:
                 say(f"warning: {name} {now}, the run began with {then}: equal to rounding from here on, not to the bit")
         if changed:
             say(f"{recorded.get('steps')} -> {steps} steps: the learning rate follows a new schedule from here")
