@@ -33,6 +33,7 @@ from rllr.model.loading import fingerprint, load_policy, load_tokenizer
 from rllr.model.recompute import checkpoint_layers
 from rllr.model.records import check_same_task, policy_directory, read_record
 from rllr.model.roles import LoRAConfig, RolePolicy, check_lora, load_base, load_scalar_role, new_role
+from rllr.model.shards import loading_device, shard
 from rllr.model.trial import check_policy
 from rllr.pairs import LABEL_PAIRS, describe
 from rllr.rationales.factory import RationaleConfig
@@ -197,12 +198,13 @@ class Models:
     encoder: Encoder
     fingerprint: str  # of the policy's weights
 
-    def best(self, directory):
+    def best(self, directory, config):
         """The reward model as it was saved last: the best one."""
         ranks.wait()  # for the one that has saved it
         if self.base is not None:
             return load_scalar_role(RewardModel, self.base, directory, "best")
-        return RewardModel.from_pretrained(directory, device=self.policy.device)
+        device = loading_device(config, self.policy.device)
+        return shard(RewardModel.from_pretrained(directory, device=device), config)
 
 
 def load_models(run) -> Models:
@@ -212,10 +214,13 @@ def load_models(run) -> Models:
         base, found = load_base(config.policy, config, run.device)
         start, policy = new_role(base, "reward", config, config.seed), RolePolicy(base, None)
     else:
-        policy, start = (load_policy(config.policy, device=run.device) for _ in range(2))
-        base, found = None, fingerprint(policy)
+        device = loading_device(config, run.device)
+        policy = load_policy(config.policy, device=device)
+        base, found, policy = None, fingerprint(policy), shard(policy, config)
+        start = load_policy(config.policy, device=device)
     encoder = Encoder(load_tokenizer(config.policy), policy, run.clock)
-    return Models(policy, RewardModel.from_policy(start, seed=config.seed), base, encoder, found)
+    model = RewardModel.from_policy(start, seed=config.seed)
+    return Models(policy, model if config.lora_rank else shard(model, config), base, encoder, found)
 
 
 def check_held_out(run, models, held_rows, loop):
@@ -246,7 +251,7 @@ def check_held_out(run, models, held_rows, loop):
 def report(run, models, held, writer, sampled, parts):
     """What the best model is worth: by kind of pair, as a classifier, on sampled answers. Saved beside it."""
     config, directory = run.config, run.directory
-    model, (held_rows, held_pairs) = models.best(directory), held
+    model, (held_rows, held_pairs) = models.best(directory, config), held
     chosen, rejected = score_pairs(model, held_rows, models.encoder, config)
     show_pairs(held_pairs, chosen, rejected)
     found = {"pairs": pair_report(held_pairs, chosen, rejected)}

@@ -28,6 +28,7 @@ from rllr.model.loading import cast_parameters, fingerprint, load_policy, load_t
 from rllr.model.recompute import checkpoint_layers
 from rllr.model.records import save_policy
 from rllr.model.roles import DTYPES, LoRAConfig, check_lora, new_role
+from rllr.model.shards import loading_device, shard
 from rllr.model.trial import check_policy
 from rllr.rationales.factory import RationaleConfig, check_writer, default_writer, make_writer
 from rllr.run.optimizer import Optimizer, gradient_step, own_micro_batches
@@ -90,7 +91,8 @@ def load_model(run, splits):
         tiny_config = TinyConfig(epochs=run.config.tiny_epochs)
         model, tokenizer = build_tiny(splits, run.task, tiny_config, run.config.seed, run.device)
     else:
-        model, tokenizer = load_policy(source, device=run.device), load_tokenizer(source)
+        model = load_policy(source, device=loading_device(run.config, run.device))
+        tokenizer = load_tokenizer(source)
     return model, Encoder(tokenizer, model, run.clock)
 
 
@@ -165,6 +167,7 @@ def main(argv=None):
     base, encoder = load_model(run, splits)
     settle_rates(run, learning_rate=("sft", base))
     base_record = {"path": config.model, "fingerprint": fingerprint(base)}
+    base = shard(cast_parameters(base, DTYPES[config.base_dtype]), config)
     labelled = encoder.fit(splits.labelled, task, config.max_new_tokens, say)
     dev = encoder.fit(splits.eval[: config.eval_rows or None], task, config.max_new_tokens, say)
     rows = encode_answers(run, labelled, encoder)
@@ -174,9 +177,7 @@ def main(argv=None):
     if config.model == "tiny" and not (run.resumed and run.resumed.checkpoint):
         save_policy(base, encoder, run.directory / BASE, run.model_record(run.directory / BASE, stage="tiny"))
 
-    model = base
-    if config.lora_rank:
-        model = new_role(cast_parameters(base, DTYPES[config.base_dtype]), "sft", config, config.seed)
+    model = new_role(base, "sft", config, config.seed) if config.lora_rank else base
     set_dropout(base, config.dropout)
     if config.gradient_checkpointing:
         checkpoint_layers(backbone_of(model))

@@ -23,6 +23,7 @@ from .model.loading import cast_parameters, fingerprint, load_policy
 from .model.recompute import checkpoint_layers
 from .model.records import read_record
 from .model.roles import DTYPES, new_role
+from .model.shards import loading_device, shard
 from .run.optimizer import Optimizer, gradient_step, own_micro_batches
 
 SETTINGS = frozenset(  # of an SFT run, which `fine_tune` reads
@@ -69,11 +70,12 @@ def fine_tune(rows, encoder, settings, device, name=""):
     """
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        model = base = load_policy(settings.model, device=device)
+        base = load_policy(settings.model, device=loading_device(settings, device))
         if settings.base_fingerprint not in (None, fingerprint(base)):
             raise InputError(f"{settings.model}: not the weights that the policy was fine-tuned from; restore them")
+        model = base = shard(cast_parameters(base, DTYPES[settings.base_dtype]), settings)
         if settings.lora_rank:
-            model = new_role(cast_parameters(base, DTYPES[settings.base_dtype]), "sft", settings, settings.seed)
+            model = new_role(base, "sft", settings, settings.seed)
         set_dropout(base, settings.dropout)
         if settings.gradient_checkpointing:
             checkpoint_layers(backbone_of(model))
@@ -112,6 +114,7 @@ def cross_fitted_answers(run, encoder, rows, writer, ask):
     """
     config, task = run.config, run.task
     settings, folds = sft_recipe(config.policy, run.start_record), folds_of(rows, config.folds)
+    settings.shard, settings.precision = config.shard, config.precision  # of this run, not of the SFT run
     answers: dict[str, list] = {}
     for number, fold in enumerate(folds, start=1):
         others = [row for other in folds if other is not fold for row in other if writer.can_write(row)]

@@ -19,6 +19,7 @@ from .answers import read_answers
 from .common import ranks
 from .common.errors import InputError, RunError
 from .layout import Packed, batches_by_length
+from .model.shards import on_whole_weights
 from .run.optimizer import require_finite
 
 STATISTICS = "score_statistics.json"
@@ -167,6 +168,7 @@ class RewardModelScorer:
 
 
 @torch.no_grad()
+@on_whole_weights
 def score_rows(model, packed, batch_size=64):
     """A reward model's raw scores [B] of packed answers, rows of similar length together."""
     scores = torch.zeros(len(packed.sequences), device=packed.sequences.device)

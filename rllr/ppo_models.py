@@ -20,6 +20,7 @@ from .model.peft_format import is_adapter
 from .model.recompute import checkpoint_layers
 from .model.records import check_same_task, read_record
 from .model.roles import RolePolicy, load_base, load_scalar_role, new_role
+from .model.shards import loading_device, shard
 from .preview import sentence
 from .report.reward_report import load_statistics
 from .run.optimizer import Optimizer
@@ -97,8 +98,6 @@ def load_models(run) -> Models:
     value_model = load_value_model(config, device, base, policy_fingerprint, judges)
     for model in (policy, value_model) if config.gradient_checkpointing else ():
         checkpoint_layers(backbone_of(model))
-    if config.freeze_embeddings:
-        backbone_of(policy).get_input_embeddings().requires_grad_(False)
     settle_rates(run, learning_rate=("policy", policy), value_learning_rate=("value", value_model))
     updates, norm = config.steps * config.ppo_epochs * config.minibatches, config.max_grad_norm
     return Models(
@@ -121,9 +120,13 @@ def load_policy_and_reference(config, device):
     if config.lora_rank:
         base, policy_fingerprint = load_base(config.policy, config, device)
         return new_role(base, "policy", config, config.seed), RolePolicy(base, None), base, policy_fingerprint
+    device = loading_device(config, device)
     policy = load_policy(config.policy, device=device)
-    reference = load_policy(config.policy, device=device).requires_grad_(False)
-    return policy, reference, None, fingerprint(policy)
+    if config.freeze_embeddings:
+        backbone_of(policy).get_input_embeddings().requires_grad_(False)
+    policy_fingerprint, policy = fingerprint(policy), shard(policy, config)
+    reference = shard(load_policy(config.policy, device=device).requires_grad_(False), config)
+    return policy, reference, None, policy_fingerprint
 
 
 def name_judges(config, task):
@@ -174,7 +177,8 @@ def load_judges(config, tokenizer, device, base=None, policy_fingerprint=None, t
         if base is not None and is_adapter(directory):
             model = load_scalar_role(RewardModel, base, directory, f"{part}_rm", policy_fingerprint, f"--{part}_rm")
         else:
-            model = RewardModel.from_pretrained(directory, device=device)
+            frozen = RewardModel.from_pretrained(directory, device=loading_device(config, device)).requires_grad_(False)
+            model = shard(frozen, config)
         check_same_tokenizer(load_tokenizer(directory), tokenizer, where)
         scorer = by_part[part] = scorer_of(model, directory, config)
         if scorer.statistics and scorer.statistics.policy_fingerprint != policy_fingerprint:
@@ -213,26 +217,25 @@ def load_value_model(config, device, base=None, policy_fingerprint=None, judges=
     """
     of_reward = config.rationale_rm if config.reward == "rationale" else config.label_rm
     own_reward = config.reward == "gold" or ":" in config.reward or of_reward == RULE  # nothing to start from
+    loading_on = loading_device(config, device)
     source = config.value_init or (None if own_reward else of_reward)
     if source is None:
         say("value model: SFT backbone with a zero head")
-        on_base = base is not None
-        policy = (
-            new_role(base, "value", config, config.seed + 1) if on_base else load_policy(config.policy, device=device)
-        )
-        return ValueModel.from_policy(policy)
+        if base is not None:
+            return ValueModel.from_policy(new_role(base, "value", config, config.seed + 1))
+        return shard(ValueModel.from_policy(load_policy(config.policy, device=loading_on)), config)
     if base is None:
-        value_model = ValueModel.from_pretrained(source, device=device)
+        value_model = ValueModel.from_pretrained(source, device=loading_on)
     elif is_adapter(source):
         value_model = load_scalar_role(ValueModel, base, source, "value", policy_fingerprint, "value model:")
     else:  # the reward model's weights are the base of this one role
         scorers = judges.scorers if judges else {}
         own = [scorer.model.backbone for part, scorer in scorers.items() if source == getattr(config, f"{part}_rm")]
-        backbone = own[0] if own else load_backbone(source, device=device)
+        backbone = own[0] if own else shard(load_backbone(source, device=loading_on).requires_grad_(False), config)
         role = new_role(backbone, "value", config, config.seed + 1)
         value_model = ValueModel.with_head(backbone_of(role), read_head(source))
     if config.score_norm != "none" and not own_reward:
         statistics = load_statistics(source)
         value_model.rescale(statistics.mean, statistics.std)
     say(f"value model: from {source}")
-    return value_model
+    return shard(value_model, config) if base is None else value_model

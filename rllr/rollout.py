@@ -22,6 +22,7 @@ from .engine.sampling import Sampler
 from .layout import Packed, pack_sequences
 from .model.backbone import backbone_of, lm_logits
 from .model.precision import autocast
+from .model.shards import is_sharded, on_whole_weights
 
 ADMIT_SHARE = 0.125  # share of free slots at which new prompts are let in: in groups, as their forward stops the others
 STEPS_PER_LOOK = {"cpu": 1, "other": 8}  # steps between looks at which answers ended: a look waits for a GPU to finish
@@ -51,6 +52,7 @@ class Rollout:
 
 
 @torch.no_grad()
+@on_whole_weights
 def generate(
     model,
     prompts,
@@ -90,7 +92,7 @@ def generate(
     own = ranks.share(range(len(prompts)))  # of several ranks each writes the answers to its share of the prompts
     slots = max(1, min(batch_size, len(own) * answers_per_prompt, slots_within(cache_bytes, model, columns)))
     backbone, head = backbone_of(model), lambda hidden: lm_logits(model, hidden)
-    lives = records and kept.may_live(model, backbone, slots * bytes_per_slot(model, columns))
+    lives = records and not is_sharded(model) and kept.may_live(model, backbone, slots * bytes_per_slot(model, columns))
     sampler = Sampler(temperature, greedy, key=0 if greedy else draw_key(generator))
     was_training = model.training
     model.eval()

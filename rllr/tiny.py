@@ -139,7 +139,7 @@ def _warm_up(model, encoder, rows, passes, config, seed):
         total, count = 0.0, 0
         for batch in shuffled_batches(rows, config.batch_size, seed, epoch):
             own, tokens = ranks.share(batch), sum(len(after) for _, after in batch)
-            packed = [pack(own, encoder.pad_id, model.device)] if own else []
+            packed = [(pack(own, encoder.pad_id, model.device), 1.0)] if own else []
             loss, _ = gradient_step(
                 optimizer, packed, lambda packed, tokens=tokens: -token_logprobs(model, *packed).sum() / tokens
             )

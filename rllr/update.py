@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -10,9 +11,10 @@ from .common.errors import RunError
 from .common.log import say
 from .layout import Packed, micro_batches
 from .logprobs import token_logprobs, token_logprobs_and_entropy
+from .model.shards import gathered
 from .ppo import kl_estimate, policy_loss, value_loss
 from .rollout import Rollout
-from .run.optimizer import require_finite
+from .run.optimizer import in_step, require_finite
 
 # |ratio - 1| on the first minibatch, where the ratio must be 1: (mean, max) to warn at and to stop at.
 RATIO_WARN = {"fp32": (2e-5, 1e-3), "bf16": (2e-2, 0.5)}
@@ -123,14 +125,21 @@ def analyse(models, rollout, plan, config, names=()) -> Batch:
     empty = (torch.zeros(mask.shape, dtype=torch.float32, device=mask.device) for _ in range(4))
     logprobs, ref_logprobs, values, entropy = empty
     batch = Batch(rollout, list(names), logprobs, ref_logprobs, values, entropy)
-    for minibatch in plan[0]:
-        for rows in batch.micro_batches(minibatch, config):
-            packed = batch.packed.rows(rows)
-            width = packed.response_mask.shape[1]
-            scored = token_logprobs_and_entropy(models.policy, *packed, config.temperature)
-            batch.logprobs[rows, :width], batch.entropy[rows, :width] = scored
-            batch.ref_logprobs[rows, :width] = token_logprobs(models.reference, *packed, config.temperature)
-            batch.values[rows, :width] = models.value_model(*packed)
+
+    def fill(model, score, *tensors):
+        """This rank's rows of tensors [B, R], with what `score` gives of packed rows: a [b, r] for each of them."""
+        with gathered(model):
+            for rows in (rows for minibatch in plan[0] for rows in batch.micro_batches(minibatch, config)):
+                packed = batch.packed.rows(rows)
+                scored = score(*packed)
+                for tensor, of_rows in zip(tensors, scored if isinstance(scored, tuple) else (scored,), strict=True):
+                    tensor[rows, : of_rows.shape[1]] = of_rows
+
+    of_policy = partial(token_logprobs_and_entropy, models.policy, temperature=config.temperature)
+    of_reference = partial(token_logprobs, models.reference, temperature=config.temperature)
+    fill(models.policy, of_policy, batch.logprobs, batch.entropy)
+    fill(models.reference, of_reference, batch.ref_logprobs)
+    fill(models.value_model, models.value_model, batch.values)
     ranks.add(batch.logprobs, batch.ref_logprobs, batch.values, batch.entropy)  # 0 where another rank has scored
     require_finite(rollout.rollout_logprobs, "a sampled token's log-probability", batch.names)
     require_finite(batch.logprobs, "the policy's log-probability", batch.names)
@@ -195,7 +204,8 @@ def improve(models, batch, plan, config) -> dict:
     history: list[dict] = []  # one dict of statistics per minibatch
     for minibatch in (minibatch for epoch in plan for minibatch in epoch):
         token_count = batch.response_mask[minibatch].sum()
-        parts = [_losses(models, batch, rows, token_count, config) for rows in batch.micro_batches(minibatch, config)]
+        own = in_step(batch.micro_batches(minibatch, config), minibatch, config)
+        parts = [_losses(models, batch, rows, token_count, config, factor) for rows, factor in own]
         stats = _combine_all(parts)
         if not history:
             first_ratio_error = check_first_ratio(stats, config.precision)
@@ -235,15 +245,18 @@ def _combine(name, values):
     return torch.stack(values).max() if name.endswith("_max") else torch.stack(values).sum()
 
 
-def _losses(models, batch: Batch, rows, token_count, config):
-    """Backward of one micro-batch's share of both losses. Returns detached statistics that add up to the whole."""
+def _losses(models, batch: Batch, rows, token_count, config, factor=1.0):
+    """Backward of one micro-batch's share of both losses. Returns detached statistics that add up to the whole.
+
+    factor: 0 where this rank only keeps step with the others (`in_step`); its rows count elsewhere.
+    """
     packed = batch.packed.rows(rows)
     mask = packed.response_mask
     per_token: list = [batch.logprobs, batch.advantages, batch.values, batch.returns]
     old_logprobs, advantages, old_values, returns = (tensor[rows, : mask.shape[1]] for tensor in per_token)
 
     def share(x, mask):  # the minibatch's token mean, of which this micro-batch is a part
-        return x.masked_fill(~mask, 0.0).sum() / token_count
+        return x.masked_fill(~mask, 0.0).sum() * factor / token_count
 
     new_logprobs = token_logprobs(models.policy, *packed, config.temperature)
     loss, stats = policy_loss(new_logprobs, old_logprobs, advantages, mask, config.clip, reduce=share)
@@ -253,7 +266,8 @@ def _losses(models, batch: Batch, rows, token_count, config):
     critic_loss, critic_stats = value_loss(new_values, old_values, returns, mask, config.value_clip, reduce=share)
     require_finite(critic_loss, "the value loss", batch.names_of(rows))
     critic_loss.backward()
-    batch.seen.append((rows, new_logprobs.detach(), new_values.detach()))
+    if factor:
+        batch.seen.append((rows, new_logprobs.detach(), new_values.detach()))
     with torch.no_grad():
         error = ((new_logprobs - old_logprobs).masked_fill(~mask, 0.0).exp() - 1).abs()
     return {

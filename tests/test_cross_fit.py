@@ -123,7 +123,7 @@ def test_no_row_is_answered_by_a_policy_that_saw_it(toy, labelled, monkeypatch, 
         return {row.id: [Answer("", row.label if name == "fold 1" else None, False)] for row in examples}
 
     monkeypatch.setattr(cross_fit, "fine_tune", saw)
-    config = SimpleNamespace(policy=str(toy.sft), folds=3, max_new_tokens=12)
+    config = SimpleNamespace(policy=str(toy.sft), folds=3, max_new_tokens=12, shard=False, precision="fp32")
     job = SimpleNamespace(config=config, task=labelled.task, start_record=read_record(toy.sft), device="cpu")
     writer = make_writer("given", labelled.rows, labelled.task)
     answers = cross_fitted_answers(job, labelled.encoder, labelled.rows, writer, ask)

@@ -93,12 +93,16 @@ def test_a_gradient_step_adds_up_its_micro_batches():
     def loss_of(rows):
         return (model.weight * torch.tensor(rows, dtype=torch.float64)).sum() / 4
 
-    loss, norm = gradient_step(optimizer, [[1.0, 2.0], [5.0], [4.0]], loss_of)
+    loss, norm = gradient_step(optimizer, [([1.0, 2.0], 1.0), ([5.0], 1.0), ([7.0], 0.0), ([4.0], 1.0)], loss_of)
     assert (loss, float(norm)) == (2 * 12 / 4, 3.0) and model.weight.item() == 2.0 - 3.0
     before = model.weight.item()
     with pytest.raises(RunError, match=r"^the loss of b is nan \(prompt b\)"):
         gradient_step(
-            optimizer, [[1.0], [math.nan]], loss_of, "the loss of b", lambda rows: ["b" if rows != [1.0] else "a"]
+            optimizer,
+            [([1.0], 1.0), ([math.nan], 1.0)],
+            loss_of,
+            "the loss of b",
+            lambda rows: ["b" if rows != [1.0] else "a"],
         )
     assert model.weight.item() == before
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,21 +59,24 @@ def comparable(directory):
 
 def distance(first, second):
     """The largest difference of two models' weights."""
-    first, second = (load_file(path / "model.safetensors") for path in (first, second))
+    names = [path.name for path in sorted(first.glob("*.safetensors"))]
+    assert names == [path.name for path in sorted(second.glob("*.safetensors"))] != []
+    first, second = ({k: v for name in names for k, v in load_file(path / name).items()} for path in (first, second))
     assert first.keys() == second.keys()
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
 @pytest.fixture(scope="module")
 def alone(toy, tmp_path_factory):
-    """A function of the script: (the directory of its run in one process, what it printed)."""
+    """A function of the script and further flags: (the directory of its run in one process, what it printed)."""
     home = tmp_path_factory.mktemp("alone")
 
     @functools.cache
-    def run_of(script):
-        code, output, error = launch(1, script, *stages(toy)[script], "--output_dir", home / script)
+    def run_of(script, more=""):
+        directory = home / f"{script}{more}"
+        code, output, error = launch(1, script, *stages(toy)[script], *more.split(), "--output_dir", directory)
         assert code == 0, error
-        return home / script, output
+        return directory, output
 
     return run_of
 
@@ -80,17 +84,26 @@ def alone(toy, tmp_path_factory):
 SLOW = pytest.mark.slow
 
 
+SHARD, LORA = "--shard", "--lora_rank 4"
+CASES = [
+    (n, script, more)
+    for more in ("", SHARD)
+    for script in ("train_sft.py", "train_rm.py", "train_ppo.py")
+    for n in (2, 3)
+] + [(2, script, f"{SHARD} {LORA}") for script in ("train_sft.py", "train_rm.py", "train_ppo.py")]
+FAST = ((2, "train_ppo.py", ""), (2, "train_ppo.py", SHARD))
+
+
 @pytest.mark.parametrize(
-    ("processes", "script"),
-    [(2, "train_ppo.py"), *(pytest.param(n, script, marks=SLOW) for n, script in
-                            ((2, "train_sft.py"), (2, "train_rm.py"), (3, "train_sft.py"), (3, "train_rm.py"),
-                             (3, "train_ppo.py")))],
+    ("processes", "script", "more"), [case if case in FAST else pytest.param(*case, marks=SLOW) for case in CASES]
 )  # fmt: skip
-def test_several_processes_make_the_run_of_one(toy, alone, tmp_path, processes, script):
+def test_several_processes_make_the_run_of_one(toy, alone, tmp_path, processes, script, more):
     """The same answers, metrics and weights, but for rounding; and all of it printed and written once."""
-    code, output, error = launch(processes, script, *stages(toy)[script], "--output_dir", tmp_path / "run")
+    code, output, error = launch(
+        processes, script, *stages(toy)[script], *more.split(), "--output_dir", tmp_path / "run"
+    )
     assert code == 0, error
-    one, printed = alone(script)
+    one, printed = alone(script, more.removeprefix(SHARD))
     kept = {"train_ppo.py": "last"}.get(script, ".")
     assert distance(one / kept, tmp_path / "run" / kept) < 1e-4
     ours, theirs = comparable(one), comparable(tmp_path / "run")
@@ -185,6 +198,41 @@ def test_a_stop_stops_all_after_the_same_step_and_another_number_goes_on(toy, tm
     code, output, error = launch(1, "train_ppo.py", "--resume", tmp_path / "run", "--steps", done + 2)
     assert code == 0, error
     assert "warning: processes 1, the run began with 2: equal to rounding from here on" in output
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_to_the_bit_and_in_one_process_to_rounding(toy, tmp_path):
+    """Checkpoints and models hold whole weights, whoever wrote them."""
+    whole, again, alone = (tmp_path / name for name in ("whole", "again", "alone"))
+    flags = long_run(toy, whole, 5)
+    code, _, error = launch(2, "train_ppo.py", *flags, SHARD)
+    assert code == 0, error
+    for copy in (again, alone):
+        shutil.copytree(whole, copy)
+        newest = sorted((copy / "checkpoints").iterdir())[-1]
+        shutil.rmtree(newest)
+        shutil.rmtree(copy / "last")
+    code, output, error = launch(2, "train_ppo.py", "--resume", again)
+    assert code == 0 and "resumed from" in output and ": 4 of 5 steps are done" in output, error
+    assert distance(again / "last", whole / "last") == 0 and comparable(again) == comparable(whole)
+    code, output, error = launch(1, "train_ppo.py", "--resume", alone)
+    assert code == 0 and "warning: processes 1, the run began with 2: equal to rounding" in output, error
+    assert "warning: --shard without several processes" in output
+    assert distance(alone / "last", whole / "last") < 1e-5
+
+
+@pytest.mark.slow
+def test_a_killed_rank_of_a_sharded_run(toy, tmp_path):
+    """In the middle of FSDP's own collectives: one sentence, and the newest checkpoint goes on."""
+    with running(2, "train_ppo.py", *long_run(toy, tmp_path / "run", 400), SHARD) as started:
+        until(lambda: steps_done(tmp_path / "run") >= 5, started)
+        os.kill(pid_of(started.pid, 1), signal.SIGKILL)
+        output, error = started.communicate(timeout=60)
+    assert started.returncode != 0
+    assert error.count("another rank has ended") == 1 and "rllr" not in error.partition("Traceback")[2]
+    done = steps_done(tmp_path / "run")
+    code, output, error = launch(2, "train_ppo.py", "--resume", tmp_path / "run", "--steps", done + 1)
+    assert code == 0 and steps_done(tmp_path / "run") == done + 1, error
 
 
 @pytest.mark.slow

@@ -12,14 +12,17 @@ those of the whole batch without further ado. Rank 0 alone prints and writes.
 
 import atexit
 import os
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from .errors import RunError, may_tell
+from .errors import RunError, may_tell, out_of_memory
 
+LETTING_GO = 0.2  # seconds in which gloo's threads drop their last tensors: once Python has ended, that aborts
+OF_COLLECTIVES = ("gloo", "Gloo", "NCCL", "nccl", "Connection closed by peer")  # words of their errors
 LONGEST = timedelta(hours=12)  # that a rank waits for another: one of them may write rationales or checkpoints alone
 
 
@@ -57,6 +60,7 @@ def end():
     global joined
     if joined:
         joined = False
+        time.sleep(LETTING_GO)
         dist.destroy_process_group()
 
 
@@ -81,7 +85,7 @@ def each(value) -> list:
     if count() == 1:
         return [value]
     found: list = [None] * count()
-    with _others():
+    with telling_of_lost_ranks():
         dist.all_gather_object(found, value)
     return found
 
@@ -91,7 +95,7 @@ def from_first(make):
     if count() == 1:
         return make()
     box = [make() if is_first() else None]
-    with _others():
+    with telling_of_lost_ranks():
         dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -99,7 +103,7 @@ def from_first(make):
 def add(*tensors):
     """Sum each tensor over the ranks, in place."""
     if count() > 1:
-        with _others():
+        with telling_of_lost_ranks():
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
@@ -123,7 +127,7 @@ def total(number) -> float:
 def wait():
     """Until every rank has come here: what one has written, all can read."""
     if count() > 1:
-        with _others():
+        with telling_of_lost_ranks():
             dist.barrier()
 
 
@@ -140,10 +144,22 @@ def own_dropout(seed, step):
 
 
 @contextmanager
-def _others():
+def telling_of_lost_ranks():
     """Within: a rank that is gone is a RunError in words."""
     try:
         yield
     except RuntimeError as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise RunError(f"rank {rank()}: another rank has ended, which says why ({first:.80}).") from None
+        if isinstance(error, RunError) or out_of_memory(error):
+            raise
+        raise _lost(error) from None
+
+
+def lost_rank(error):
+    """The RunError that says so where an exception of FSDP's own collectives means that another rank is gone."""
+    ours = isinstance(error, RunError) or not isinstance(error, RuntimeError) or count() == 1
+    return _lost(error) if not ours and any(word in str(error) for word in OF_COLLECTIVES) else None
+
+
+def _lost(error):
+    first = (str(error).splitlines() or [""])[0]
+    return RunError(f"rank {rank()}: another rank has ended, which says why ({first:.80}).")

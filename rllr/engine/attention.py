@@ -125,9 +125,10 @@ def can_pack(backbone, longest=0):
     """Whether this model computes the same numbers for packed rows as for separate ones, up to `longest` tokens a row.
 
     The function tries this on the model itself: with rows of a few tokens and, if an attention window is shorter than
-    `longest`, with a row that is longer than that window. The backbone keeps the verdict. No random stream is used.
+    `longest`, with a row that is longer than that window. The backbone keeps the verdict, for every role on it. No
+    random stream is used.
     """
-    verdicts = backbone.__dict__.setdefault("_rllr_can_pack", {})
+    verdicts = _verdicts(backbone)
     if FORBIDDEN in verdicts or not takes_our_attention(backbone):
         return False
     exceeded = _window_exceeded(backbone, longest)
@@ -138,8 +139,12 @@ def can_pack(backbone, longest=0):
 
 def remember_packing(backbone, longest, verdict):
     """Store the verdict of another trial with rows of up to `longest` tokens. False forbids packing for good."""
-    verdicts = backbone.__dict__.setdefault("_rllr_can_pack", {})
+    verdicts = _verdicts(backbone)
     verdicts |= {_window_exceeded(backbone, longest): True} if verdict else {FORBIDDEN: True}
+
+
+def _verdicts(backbone):
+    return getattr(backbone, "shared_backbone", backbone).__dict__.setdefault("_rllr_can_pack", {})
 
 
 def _window_exceeded(backbone, longest):

@@ -28,6 +28,12 @@ def backbone_of(model):
     return decoder_of(model) if hasattr(model, "base_model_prefix") else getattr(model, "base_model", model)
 
 
+def shared_decoder(model):
+    """The decoder itself under a causal LM, a scalar head or a role; a role's base has it."""
+    backbone = backbone_of(model)
+    return getattr(backbone, "shared_backbone", backbone)
+
+
 def hidden_states(model, sequences):
     """Final hidden states [B, T, H] of right-padded sequences [B, T]; no mask is needed (see `rllr.layout`)."""
     backbone = backbone_of(model)

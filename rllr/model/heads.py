@@ -14,6 +14,7 @@ from .backbone import backbone_of, hidden_at, width_of
 from .loading import HEAD_BIAS, HEAD_WEIGHT, _require_model_directory, load_backbone, load_merged, read_head
 from .peft_format import is_adapter
 from .precision import autocast
+from .shards import on_whole_weights, whole_tensors
 
 
 class ScalarHeadModel(nn.Module):
@@ -24,9 +25,10 @@ class ScalarHeadModel(nn.Module):
     def __init__(self, backbone, head=None):
         super().__init__()
         self.backbone, self.config = backbone, backbone.config
-        self.head = head or nn.Linear(
-            width_of(backbone), 1, bias=self.has_bias, device=backbone.device, dtype=backbone.dtype
-        )
+        if head is None:
+            width = on_whole_weights(width_of)(backbone)
+            head = nn.Linear(width, 1, bias=self.has_bias, device=backbone.device, dtype=backbone.dtype)
+        self.head = head
 
     def read(self, packed, rows, positions):
         """The head's number at N places (row, position) of packed sequences -> [N], float32 at least."""
@@ -72,22 +74,26 @@ class ScalarHeadModel(nn.Module):
         no bias the directory loads as `AutoModelForSequenceClassification` with equal scores. That class reads the
         last token that is not `pad_token_id`, which therefore must differ from every stop id (`reward_pad_token_id`).
         """
+        head = {HEAD_WEIGHT: self.head.weight} | ({HEAD_BIAS: self.head.bias} if self.has_bias else {})
+        is_role = hasattr(self.backbone, "save_role")  # on a shared base
+        state = whole_tensors(head if is_role else self._classifier_state() | head)
         if not ranks.is_first():
             return
-        head = {HEAD_WEIGHT: self.head.weight} | ({HEAD_BIAS: self.head.bias} if self.has_bias else {})
         with disk_faults(f"model {path}"), saving_into(path) as temporary:
-            if hasattr(self.backbone, "save_role"):  # a role on a shared base
-                self.backbone.save_role(temporary, head)
+            if is_role:
+                self.backbone.save_role(temporary, state)
             else:
-                self._save_whole(temporary, head, pad_token_id)
+                self._save_whole(temporary, state, pad_token_id)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
 
-    def _save_whole(self, path, head, pad_token_id):
+    def _classifier_state(self):
+        """The decoder's weights under the names that they have in a sequence classifier."""
         causal_lm: Any = AutoModelForCausalLM._model_mapping[type(self.config)]
         prefix = causal_lm.base_model_prefix
-        state = {f"{prefix}.{name}": tensor for name, tensor in self.backbone.state_dict().items()}
-        state |= head
+        return {f"{prefix}.{name}": tensor for name, tensor in self.backbone.state_dict(keep_vars=True).items()}
+
+    def _save_whole(self, path, state, pad_token_id):
         write_safetensors(state, path / "model.safetensors")
         config = self.config.to_dict()
         classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES

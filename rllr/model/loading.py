@@ -29,6 +29,7 @@ from ..model.records import read_record
 from .backbone import decoder_name, decoder_of, hidden_states, lm_logits
 from .lora import merge_adapter
 from .peft_format import PREFIX, is_adapter, load_adapter, read_adapter_config
+from .shards import whole
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # the errors of transformers
 HEAD_WEIGHT, HEAD_BIAS = "score.weight", "score.bias"  # the names in transformers' sequence classifiers
@@ -256,7 +257,7 @@ def fingerprint(model):
     digest, state = hashlib.sha256(), model if isinstance(model, dict) else model.state_dict()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(whole(tensor.detach()).float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

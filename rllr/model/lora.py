@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import InputError
-from .backbone import backbone_of
+from .backbone import shared_decoder
+from .shards import whole
 
 DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("c_attn",), ("qkv_proj",))  # the first that a model has
 
@@ -76,14 +77,8 @@ def _key(path):
     return path.replace(".", "/")  # a ModuleDict allows no dots in names
 
 
-def _backbone(model):
-    """The decoder itself under a causal LM, a role or a scalar head."""
-    backbone = backbone_of(model)
-    return getattr(backbone, "shared_backbone", backbone)
-
-
 def _adapters(model):
-    return getattr(_backbone(model), "rllr_adapters", None)
+    return getattr(shared_decoder(model), "rllr_adapters", None)
 
 
 # ---- adding and switching --------------------------------------------------------------------------------------------
@@ -106,7 +101,7 @@ def add_adapter(model, name, rank, alpha, *, targets=None, seed=0, use_rslora=Fa
 
 def install(model, name, adapter) -> Adapter:
     """Put an existing adapter on a model under a name, with a hook on each module that has none. Freezes the model."""
-    backbone = _backbone(model)
+    backbone = shared_decoder(model)
     adapters = getattr(backbone, "rllr_adapters", None) or _Adapters()
     if name in adapters.by_name:
         raise ValueError(f"the model already has an adapter {name!r}")
@@ -184,7 +179,7 @@ def default_targets(model):
 
 def linear_modules(model):
     """{path in the decoder: module} of the modules that can be adapted."""
-    modules = _backbone(model).named_modules()
+    modules = shared_decoder(model).named_modules()
     return {path: module for path, module in modules if isinstance(module, (nn.Linear, Conv1D))}
 
 
@@ -218,9 +213,9 @@ def merged_weights(model, name):
     names = {id(module): path for path, module in model.named_modules()}
     merged = {}
     for path, pair in get_adapter(model, name).items():
-        module = _backbone(model).get_submodule(path)
+        module = shared_decoder(model).get_submodule(path)
         delta = pair.delta().T if isinstance(module, Conv1D) else pair.delta()
-        merged[f"{names[id(module)]}.weight"] = module.weight.to(delta.dtype) + delta
+        merged[f"{names[id(module)]}.weight"] = whole(module.weight).to(delta.dtype) + delta
     return merged
 
 

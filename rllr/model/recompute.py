@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..common.errors import InputError
 from ..engine.attention import attention_by
 from ..engine.linear import OneDnnLinear, fast_linears
+from .backbone import shared_decoder
 from .lora import checkpoint_contexts
 
 
@@ -23,7 +24,7 @@ def checkpoint_layers(backbone):
     For a role on a shared base this sets the layers of the base; several roles may ask for it. InputError for a model
     without such layers.
     """
-    backbone = getattr(backbone, "shared_backbone", backbone)
+    backbone = shared_decoder(backbone)
     layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise InputError(f"--gradient_checkpointing: {type(backbone).__name__} has no layers that can be checkpointed")

@@ -17,6 +17,7 @@ from ..common.files import (
     write_json,
 )
 from ..tasks import Task, load_task
+from .shards import is_sharded, whole_tensors
 
 BEST = "best"  # in a PPO run's directory: the policy that it hands back
 RECORD_FORMAT = 2  # of rllr.json; raised where what a run computes changes, with a line in CHANGELOG.md
@@ -119,11 +120,14 @@ def save_policy(model, encoder, path, record, merged=False, rows=None):
     Of an adapter on a shared base (`rllr.model.roles`) only the adapter, in PEFT's format; `merged`: the plain model.
     rows: hashes of the texts that trained and evaluated it (`Splits.text_hashes`). Of several ranks the first writes.
     """
+    state = model.merged_state() if merged else None
+    if state is None and is_sharded(model) and not hasattr(model, "shared_model"):  # of a role only the adapter is kept
+        state = whole_tensors(model.state_dict(keep_vars=True))
     if not ranks.is_first():
         return
     model.generation_config.eos_token_id = encoder.stop_ids if len(encoder.stop_ids) > 1 else encoder.stop_ids[0]
     with disk_faults(f"model {path}"), saving_into(path) as temporary:
-        (model.save_merged if merged else model.save_pretrained)(temporary)
+        (model.save_merged if merged else model.save_pretrained)(temporary, state_dict=state)
         encoder.tokenizer.save_pretrained(temporary)
         if rows:
             write_json(temporary / ROWS, rows)

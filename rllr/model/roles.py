@@ -20,6 +20,7 @@ from .backbone import decoder_of
 from .loading import cast_parameters, check_base, fingerprint, load_policy, read_head
 from .lora import add_adapter, get_adapter, merged_weights, use_adapter
 from .peft_format import load_adapter, save_adapter
+from .shards import loading_device, shard, whole
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -137,20 +138,23 @@ class RolePolicy(nn.Module):
         with use_adapter(self.shared_model, self.base_model.role):
             return self.shared_model(**inputs)
 
-    def save_pretrained(self, path):
+    def save_pretrained(self, path, state_dict=None):
         """The adapter in PEFT's format, with the stop ids."""
         self.base_model.save_role(path)
         self.generation_config.save_pretrained(path)
 
     def merged_state(self):
         """The state_dict of the plain model that base and adapter amount to: on the CPU, float32."""
-        state = self.shared_model.state_dict() | merged_weights(self.shared_model, self.base_model.role)
-        copies = {tensor.data_ptr(): tensor.detach().float().cpu() for tensor in state.values()}  # tied ones stay tied
-        return {name: copies[tensor.data_ptr()] for name, tensor in state.items()}
+        state = self.shared_model.state_dict(keep_vars=True)
+        state |= merged_weights(self.shared_model, self.base_model.role)
+        copies = {id(tensor): whole(tensor.detach()).float().cpu() for tensor in state.values()}  # tied ones stay tied
+        return {name: copies[id(tensor)] for name, tensor in state.items()}
 
-    def save_merged(self, path):
-        """The plain Hugging Face model that base and adapter amount to, merged in float32; the base stays as it is."""
-        self.shared_model.save_pretrained(path, state_dict=self.merged_state())
+    def save_merged(self, path, state_dict=None):
+        """The plain Hugging Face model that base and adapter amount to, merged in float32; the base stays as it is.
+
+        state_dict: `merged_state()`, where that was made already."""
+        self.shared_model.save_pretrained(path, state_dict=state_dict or self.merged_state())
         config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
         write_json(Path(path) / "config.json", config | {"dtype": "float32"})  # whatever the base has in memory
 
@@ -163,11 +167,11 @@ def load_base(path, config, device):
 
     InputError where its record names other weights than lie there now.
     """
-    model = load_policy(path, device=device).requires_grad_(False)
+    model = load_policy(path, device=loading_device(config, device)).requires_grad_(False)
     found, recorded = fingerprint(model), read_record(path).get("fingerprint")
     if recorded not in (None, found):
         raise InputError(f"--policy {path}: its weights are not those that its {RECORD} records; train it again")
-    return cast_parameters(model, DTYPES[config.base_dtype]), found
+    return shard(cast_parameters(model, DTYPES[config.base_dtype]), config), found
 
 
 def new_role(model, role, config, seed=0):

@@ -5,6 +5,8 @@ text that neither argument nor mask tells of. They would run through all stages 
 run's longest among them, are decoded token by token here, and compared.
 """
 
+from contextlib import nullcontext
+
 import torch
 
 from ..common.errors import InputError, out_of_memory
@@ -12,7 +14,9 @@ from ..engine.attention import backbone_alone, packs_like, remember_packing, tak
 from ..engine.decoder import Decoder
 from ..engine.limits import check_cache_support
 from ..engine.linear import packed_linears
-from .backbone import backbone_of, lm_logits
+from .backbone import backbone_of, lm_logits, shared_decoder
+from .precision import autocast
+from .shards import gathered, is_sharded
 
 DECODED = 4  # tokens of each row that are decoded one by one
 # KL divergence, in nats, of the sampled distribution from the forward's: what rounding gives is 1e-9 and 1e-3 at most.
@@ -58,8 +62,11 @@ def try_model(model, prompts, max_new_tokens, name, alike=()):
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        # A sharded model's layers are put together in the run's precision, which then is the precision of the trial.
+        exact = nullcontext() if is_sharded(model) else torch.autocast(model.device.type, enabled=False)
+        with torch.no_grad(), gathered(model), autocast(model.device), exact:
             divergence = _try(model, [torch.tensor(row, device=model.device) for row in rows], alike)
+            most = max(MOST_KL.get(weight.dtype, 0.1) for weight in shared_decoder(model).parameters())
     except Exception as error:
         if out_of_memory(error):
             raise
@@ -70,7 +77,7 @@ def try_model(model, prompts, max_new_tokens, name, alike=()):
         ) from error
     finally:
         model.train(was_training)
-    if not divergence <= MOST_KL.get(model.get_input_embeddings().weight.dtype, 0.1):
+    if not divergence <= most:
         raise InputError(
             f"{family} cannot be used: decoded token by token, with rows of {min(map(len, rows))} to "
             f"{max(map(len, rows))} tokens side by side, its distributions are {divergence:.2g} nats off those "

@@ -30,6 +30,7 @@ from ..common.files import (
     write_json,
     write_safetensors,
 )
+from ..model.shards import part_of, whole_tensors
 
 FORMAT = 1
 FOLDER, TENSORS, STATE, MANIFEST = "checkpoints", "state.safetensors", "state.json", "manifest.json"
@@ -63,7 +64,9 @@ def restore_part(part, state):
         for name, tensor in own.items():
             if (tensor.shape, tensor.dtype) != (state[name].shape, state[name].dtype):
                 raise ValueError(f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}")
-            tensor.copy_(state[name])
+            tensor.copy_(part_of(tensor, state[name]))
+    elif isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict(state | {"state": _own_moments(part, state["state"])})
     elif isinstance(part, torch.optim.lr_scheduler.LRScheduler):
         _restore_schedule(part, state["last_epoch"])
     elif isinstance(part, torch.Generator):
@@ -79,6 +82,16 @@ def restore_part(part, state):
             if own is not None and not isinstance(state[name], (float, int) if isinstance(own, float) else type(own)):
                 raise ValueError(f"{name} is a {type(state[name]).__name__}, not a {type(own).__name__}")
         vars(part).update(state)
+
+
+def _own_moments(optimizer, moments):
+    """An optimiser's state by number of its parameter: of sharded weights this rank's part."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def own(parameter, value):
+        return part_of(parameter, value) if getattr(value, "shape", None) == parameter.shape else value
+
+    return {i: {name: own(parameters[i], value) for name, value in of.items()} for i, of in moments.items()}
 
 
 def _restore_schedule(scheduler, steps):
@@ -164,13 +177,14 @@ def write_checkpoint(run_directory, step, state, keep_last):
     them).
 
     state: nested dicts and lists with tensors. RunError where the disk refuses; the older checkpoints are untouched
-    then. Of several ranks, which all have the same state, the first writes.
+    then. Of several ranks the first writes: all have the same state, or their parts of it (--shard).
     """
     path = checkpoint_path(run_directory, step)
-    if not ranks.is_first():
-        return path
     tensors: dict[str, torch.Tensor] = {}
     plain = split_tensors(state, tensors)
+    tensors = whole_tensors(tensors)
+    if not ranks.is_first():
+        return path
     others = [other for other in list_checkpoints(run_directory) if other != path]
     kept = f"The checkpoint before it is whole: {others[0]}." if others else ""
     with disk_faults(f"checkpoint {path}", kept), new_directory(path) as temporary:

@@ -7,6 +7,7 @@ import torch
 from ..common import ranks
 from ..common.errors import RunError
 from ..layout import micro_batches
+from ..model.shards import is_sharded, shards, whole
 
 
 class Optimizer:
@@ -51,8 +52,8 @@ class Optimizer:
     def clip_gradient(self):
         """Add up the ranks' shares of the gradient and scale it down to `max_grad_norm`. Returns the norm before;
         RunError if it is not finite."""
-        ranks.add_gradients(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        ranks.add_gradients(p for p in self.parameters if not is_sharded(p))  # those of sharded weights are added up
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if not torch.isfinite(norm):
             raise RunError(f"the gradient's norm is {norm.item()}; stopped before the update.")
         return norm
@@ -68,23 +69,36 @@ class Optimizer:
 
 
 def own_micro_batches(rows, settings):
-    """This rank's share of a batch, in micro-batches of --micro_batch_size rows or --tokens_per_batch tokens."""
+    """This rank's share of a batch, in micro-batches of --micro_batch_size rows or --tokens_per_batch tokens, as
+    `in_step` gives them."""
     own = ranks.share(rows)
-    if not own:  # a last batch of fewer rows than ranks
-        return []
-    return micro_batches(own, [row.length for row in own], settings.micro_batch_size, settings.tokens_per_batch)
+    if own:  # a last batch may have fewer rows than there are ranks
+        lengths = [row.length for row in own]
+        own = micro_batches(own, lengths, settings.micro_batch_size, settings.tokens_per_batch)
+    return in_step(own, rows, settings)
+
+
+def in_step(own, rows, settings):
+    """[(micro-batch, 1.0)] of this rank's share of a batch's rows; with --shard then (a row, 0.0) until every rank has
+    as many.
+
+    All ranks put a sharded layer together at once, so one with less to do goes through the model as often as the
+    others. The number is a factor of the loss: what fills up adds nothing.
+    """
+    most = max(ranks.each(len(own))) if shards(settings) else len(own)
+    return [(part, 1.0) for part in own] + [(rows[:1], 0.0)] * (most - len(own))
 
 
 def gradient_step(optimizer, micro_batches, loss_of, what="the loss", names_of=lambda rows: ()):
     """One optimiser step on a batch that comes in micro-batches: SFT, reward model and the tiny model's warm-up.
 
-    micro_batches: this rank's share of the batch. loss_of(micro_batch) gives its share of the batch's loss, so that any
-    split adds up to the same gradient. Returns (loss, gradient norm before clipping). RunError, with the rows' names,
-    before a step whose loss or gradient is not finite.
+    micro_batches: this rank's share of the batch, as `in_step` gives it. loss_of(micro_batch) gives its share of the
+    batch's loss, so that any split adds up to the same gradient. Returns (loss, gradient norm before clipping).
+    RunError, with the rows' names, before a step whose loss or gradient is not finite.
     """
     batch_loss = 0.0
-    for micro_batch in micro_batches:
-        loss = loss_of(micro_batch)
+    for micro_batch, factor in micro_batches:
+        loss = loss_of(micro_batch) * factor
         require_finite(loss, what, names_of(micro_batch))
         loss.backward()
         batch_loss += loss.item()

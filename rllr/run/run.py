@@ -33,6 +33,7 @@ from ..common.log import MetricsLog, say, show_config
 from ..data.splits import find_start, inherit
 from ..model.loading import allow_remote_code
 from ..model.records import check_same_task, make_record, policy_directory, settings_for_record, settings_of
+from ..model.shards import shards
 from .checkpoint import (
     STATE,
     WEIGHTY,
@@ -143,6 +144,8 @@ class Run:
         ranks.wait()  # before one of them opens the directory that another still checks
         device = set_up(config.precision, config.seed, config.deterministic)
         show_config(config.freeze(), f"train_{stage}")
+        if config.shard and not shards(config):
+            say("warning: --shard without several processes does nothing; torchrun starts them (docs/several-gpus.md)")
         return cls(stage, config, directory, task=task, start_record=record, resumed=resumed, device=device)
 
     def settle(self, why="", **late):
@@ -267,7 +270,11 @@ class Run:
             with ranks.own_dropout(self.config.seed, number):
                 yield
         except Exception as error:
-            saved = [_outcome(save) for save in (rescue, lambda: self._save_before(number - 1, light)) if save]
+            saves = [rescue, lambda: self._save_before(number - 1, light)]
+            if shards(self.config):  # no rank has all weights, and the others may not come to put them together
+                saves = [self._newest]
+            saved = [_outcome(save) for save in saves if save]
+            error = ranks.lost_rank(error) or error
             if out_of_memory(error):
                 error = RunError(f"{_first_words(error)}; go on with --resume and a smaller --tokens_per_batch.")
             if isinstance(error, (RunError, InputError)):

@@ -65,6 +65,9 @@ class TrainingConfig(RunConfig, ModelConfig):
     tokens_per_batch: int = flag(
         0, "padded tokens per forward; 0: no limit. It does not change the gradient either", at_least=0
     )
+    shard: bool = flag(
+        False, "under torchrun: each process keeps a part of every weight (FSDP), so that larger models fit"
+    )
     gradient_checkpointing: bool = flag(False, "compute layers again in backward instead of keeping their activations")
     max_new_tokens: int = flag(48, "longest answer, in tokens (256 in the paper)", above=0)
     eval_batch_size: int = flag(256, "prompts decoded, or rows scored, together", above=0)
