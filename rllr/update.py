@@ -252,11 +252,12 @@ def _losses(models, batch: Batch, rows, token_count, config, factor=1.0):
     """
     packed = batch.packed.rows(rows)
     mask = packed.response_mask
+    token_count = token_count / factor  # by 0: a share of infinitely many, so that these rows add nothing
     per_token: list = [batch.logprobs, batch.advantages, batch.values, batch.returns]
     old_logprobs, advantages, old_values, returns = (tensor[rows, : mask.shape[1]] for tensor in per_token)
 
     def share(x, mask):  # the minibatch's token mean, of which this micro-batch is a part
-        return x.masked_fill(~mask, 0.0).sum() * factor / token_count
+        return x.masked_fill(~mask, 0.0).sum() / token_count
 
     new_logprobs = token_logprobs(models.policy, *packed, config.temperature)
     loss, stats = policy_loss(new_logprobs, old_logprobs, advantages, mask, config.clip, reduce=share)

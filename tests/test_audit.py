@@ -111,8 +111,8 @@ def test_the_numbers_are_those_of_the_batch(toy, tmp_path, monkeypatch):
         kept.append(batch)
         return plain_improve(models, batch, plan, config)
 
-    def _losses(models, batch, rows, token_count, config):
-        found = plain_losses(models, batch, rows, token_count, config)
+    def _losses(models, batch, rows, token_count, config, factor):
+        found = plain_losses(models, batch, rows, token_count, config, factor)
         losses.append((rows, float(found["policy_loss"]), float(found["value_loss"]), float(found["clipfrac"])))
         return found
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from toy_runs import ANSWER, read_metrics
 from rllr.common import ranks
 from rllr.report.replay import replay
 from rllr.report.trail_format import files_in, read_trail
+from rllr.run.optimizer import in_step
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -30,7 +32,7 @@ def command(processes, script, *flags):
 
 def environment():
     keep = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
-    return keep | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return keep | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
 def launch(processes, script, *flags):
@@ -119,6 +121,14 @@ def test_several_processes_make_the_run_of_one(toy, alone, tmp_path, processes, 
         trails = [[read_trail(path) for path in files_in(directory)] for directory in (one, tmp_path / "run")]
         answers = [[[sample["answer"] for sample in trail.samples] for trail in own] for own in trails]
         assert answers[0] == answers[1] and replay(trails[1]).holds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_gradient_is_that_of_the_whole_batch(processes):
+    """To rounding, in float64, of every loss, with --shard and without: see `rank_gradients.py`."""
+    code, output, error = launch(processes, "tests/rank_gradients.py")
+    assert code == 0 and "192 gradients agree" in output, error
 
 
 # ---- stopped, killed, resumed ----------------------------------------------------------------------------------------
@@ -267,6 +277,18 @@ def test_shares_are_apart_and_make_the_whole(monkeypatch):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
         found.append(ranks.share(list(range(8))))
     assert found == [[0, 3, 6], [1, 4, 7], [2, 5]]
+
+
+def test_a_rank_with_less_to_do_keeps_step_where_weights_are_sharded(monkeypatch):
+    """Three ranks with two, one and no micro-batches: all go through the model twice, what fills up counts 0."""
+    monkeypatch.setattr(ranks, "count", lambda: 3)
+    monkeypatch.setattr(ranks, "each", lambda value: [2, 1, 0])
+    rows, sharded = ["a", "b", "c"], SimpleNamespace(shard=True)
+    assert in_step([["a"], ["b"]], rows, sharded) == [(["a"], 1.0), (["b"], 1.0)]
+    assert in_step([["c"]], rows, sharded) == [(["c"], 1.0), (["a"], 0.0)]
+    assert in_step([], rows, sharded) == [(["a"], 0.0), (["a"], 0.0)]
+    assert in_step([["c"]], rows, SimpleNamespace(shard=False)) == [(["c"], 1.0)]
+    assert in_step([], rows, SimpleNamespace(shard=False)) == []
 
 
 def test_each_rank_and_step_has_dropout_of_its_own(monkeypatch):

@@ -620,9 +620,11 @@ def test_dropout_in_the_policys_config_is_off_in_every_pass(toy, tmp_path):
 def test_a_ratio_that_is_not_one_stops_the_run(toy, tmp_path, monkeypatch, capsys):
     """What a dropout left on, or another temperature, would look like."""
     original = update.token_logprobs
-    monkeypatch.setattr(
-        update, "token_logprobs", lambda *given: original(*given) + (0.02 if torch.is_grad_enabled() else 0.0)
-    )
+
+    def shifted(*given, **more):
+        return original(*given, **more) + (0.02 if torch.is_grad_enabled() else 0.0)
+
+    monkeypatch.setattr(update, "token_logprobs", shifted)
     with pytest.raises(SystemExit) as stop:
         toy.ppo(tmp_path / "ppo", "--reward", "gold")
     message = capsys.readouterr().err

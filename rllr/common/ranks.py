@@ -3,11 +3,12 @@ does anything.
 
     torchrun --nproc_per_node 2 train_ppo.py ...
 
-Every rank has the same weights and the whole batch, and takes every decision by itself from the same numbers. What
-takes time is shared out: each rank answers its share of the prompts (`rollout.generate`), scores its share of the rows
-(`judge.score_rows`, `update.analyse`) and goes backward over its share of a batch; then answers, scores and gradients
-are put together on every rank. So token means, whitening, KL, score statistics, guard, metrics and the best policy are
-those of the whole batch without further ado. Rank 0 alone prints and writes.
+Every rank has the same weights (with --shard its part of them: `model.shards`) and the whole batch, and takes every
+decision by itself from the same numbers. What takes time is shared out: each rank answers its share of the prompts
+(`rollout.generate`), scores its share of the rows (`judge.score_rows`, `update.analyse`) and goes backward over its
+share of a batch; then answers, scores and gradients are put together on every rank. So token means, whitening, KL,
+score statistics, guard, metrics and the best policy are those of the whole batch without further ado. Rank 0 alone
+prints and writes.
 """
 
 import atexit

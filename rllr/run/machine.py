@@ -23,10 +23,11 @@ def machine():
     }
 
 
-def set_up(precision, seed, deterministic=False):
+def set_up(precision, seed, deterministic=False, spare_memory=False):
     """Set the precision of every forward, quiet the libraries, prepare the allocator; returns the device.
 
     deterministic: a GPU computes the same bits every time; an operation that cannot do so is named in a warning.
+    spare_memory: freed memory goes back to the system at once, which is what sharded weights are for; it takes time.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -34,14 +35,14 @@ def set_up(precision, seed, deterministic=False):
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    keep_freed_memory()
+    keep_freed_memory(2**17 if spare_memory else 2**30)
     torch.manual_seed(seed)
     set_precision(precision)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def keep_freed_memory():
-    """Ask glibc to keep freed blocks instead of giving each large tensor back to the kernel.
+def keep_freed_memory(limit=2**30):
+    """Ask glibc to keep freed blocks of up to `limit` bytes instead of giving each large tensor back to the kernel.
 
     On a CPU every step frees and takes the same large blocks. Without the page faults training ran a third faster
     (docs/performance.md). Without glibc this does nothing.
@@ -52,6 +53,6 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, limit = -1, -3, 2**30
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     mallopt(M_MMAP_THRESHOLD, limit)
     mallopt(M_TRIM_THRESHOLD, 2 * limit - 1)

@@ -142,7 +142,7 @@ class Run:
         if not resumed:
             check_run_directory(directory, config.overwrite, config.protected_paths())
         ranks.wait()  # before one of them opens the directory that another still checks
-        device = set_up(config.precision, config.seed, config.deterministic)
+        device = set_up(config.precision, config.seed, config.deterministic, spare_memory=shards(config))
         show_config(config.freeze(), f"train_{stage}")
         if config.shard and not shards(config):
             say("warning: --shard without several processes does nothing; torchrun starts them (docs/several-gpus.md)")
