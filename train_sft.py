@@ -149,10 +149,10 @@ def evaluate_epoch(run, model, encoder, dev, loop):
 
 def save_best(run, model, encoder, splits, base_record, scores):
     """The policy as the later stages read it; of an adapter the merged model, and the adapter beside it."""
-    merged, directory = run.config.lora_rank > 0, run.directory
-    settings = {"eval": scores, "fingerprint": fingerprint(model.merged_state() if merged else model)}
+    merged, directory = model.merged_state() if run.config.lora_rank else None, run.directory
+    settings = {"eval": scores, "fingerprint": fingerprint(model if merged is None else merged)}
     settings["base_fingerprint"] = base_record["fingerprint"]  # of what `rllr.cross_fit` starts from again
-    if merged:
+    if merged is not None:
         record = run.model_record(directory / "adapter", base=base_record, **settings)
         save_policy(model, encoder, directory / "adapter", record, rows=splits.text_hashes())
     save_policy(model, encoder, directory, run.model_record(directory, **settings), merged, splits.text_hashes())

@@ -6,6 +6,7 @@ fold are answered by a policy that SFT has made anew, with the same settings, of
 Chernozhukov et al., arXiv 1608.00060; out-of-fold predictions as in Wolpert 1992, stacked generalization.)
 """
 
+import gc
 import hashlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,4 +131,6 @@ def cross_fitted_answers(run, encoder, rows, writer, ask):
             f"{100 * share_right(fold, found):.1f} % of its samples on the other {len(fold)} rows are right"
         )
         answers |= found
+        del policy
+        gc.collect()  # what FSDP knows of a sharded model refers to itself
     return answers

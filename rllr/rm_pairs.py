@@ -12,6 +12,7 @@ from .cross_fit import cross_fitted_answers, sft_recipe, share_right
 from .data.rows import load_pairs
 from .grounding import grounded, known_means
 from .model.loading import check_same_tokenizer, load_policy, load_tokenizer
+from .model.shards import loading_device, shard
 from .pairs import (
     Pair,
     grounded_pairs,
@@ -81,7 +82,7 @@ def sample_pairs(run, models, parts, writer):
     if is_cross_fit_due(config, run.start_record, right):
         answers["labelled"] = cross_fitted_answers(run, models.encoder, parts["labelled"], writer, ask)
     if config.sampler:
-        sampler = load_policy(config.sampler, device=run.device)
+        sampler = shard(load_policy(config.sampler, device=loading_device(config, run.device)), config)
         check_same_tokenizer(load_tokenizer(config.sampler), models.encoder.tokenizer, f"--sampler {config.sampler}")
         for part, rows in parts.items():
             found = ask(sampler, rows, f"sampler {part}")

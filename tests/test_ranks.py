@@ -124,6 +124,23 @@ def test_several_processes_make_the_run_of_one(toy, alone, tmp_path, processes, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", ["", LORA])
+def test_layers_that_are_put_together_in_bfloat16(toy, tmp_path, more):
+    """As on a GPU: the stages run, and sampling, scoring and training agree as far as bfloat16 goes."""
+    flags = [SHARD, "--precision", "bf16", *more.split(), "--output_dir"]
+    for script, directory in (("train_rm.py", "rm"), ("train_ppo.py", "ppo")):
+        given = [script, *stages(toy)[script], *flags, tmp_path / directory]
+        code, output, error = launch(2, "tests/rank_low.py", *given)
+        assert code == 0, error
+    one = launch(1, "train_rm.py", *stages(toy)["train_rm.py"], *flags[1:], tmp_path / "one")
+    assert one[0] == 0, one[2]
+    losses = [[line["eval/loss"] for line in read_metrics(tmp_path / name, "eval/loss")] for name in ("rm", "one")]
+    assert losses[0] == pytest.approx(losses[1], abs=0.05) and losses[0][0] != losses[1][0]
+    step = read_metrics(tmp_path / "ppo", "improve/first_ratio_error")[0]
+    assert step["improve/first_ratio_error"] < 0.02 and step["analyse/logprob_gap"] < 0.05
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_the_gradient_is_that_of_the_whole_batch(processes):
     """To rounding, in float64, of every loss, with --shard and without: see `rank_gradients.py`."""

@@ -26,7 +26,8 @@ class ScalarHeadModel(nn.Module):
         super().__init__()
         self.backbone, self.config = backbone, backbone.config
         if head is None:
-            width = on_whole_weights(width_of)(backbone)
+            with autocast(backbone.device):  # in which sharded weights may be put together
+                width = on_whole_weights(width_of)(backbone)
             head = nn.Linear(width, 1, bias=self.has_bias, device=backbone.device, dtype=backbone.dtype)
         self.head = head
 

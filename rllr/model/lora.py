@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import InputError
 from .backbone import shared_decoder
-from .shards import whole
 
 DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("c_attn",), ("qkv_proj",))  # the first that a model has
 
@@ -207,16 +206,23 @@ def linear_shape(module):
 # ---- merging ---------------------------------------------------------------------------------------------------------
 
 
+def weight_deltas(model, name):
+    """{name in the model's state_dict: a function that gives what the adapter adds to that weight}."""
+    names = {id(module): path for path, module in model.named_modules()}
+    modules = ((shared_decoder(model).get_submodule(path), pair) for path, pair in get_adapter(model, name).items())
+    return {f"{names[id(module)]}.weight": partial(_stored_delta, module, pair) for module, pair in modules}
+
+
+def _stored_delta(module, pair):
+    """scale * B A as the module stores its weight."""
+    return pair.delta().T if isinstance(module, Conv1D) else pair.delta()
+
+
 @torch.no_grad()
 def merged_weights(model, name):
     """{name in the model's state_dict: W + scale * B A, at least float32}; the model does not change."""
-    names = {id(module): path for path, module in model.named_modules()}
-    merged = {}
-    for path, pair in get_adapter(model, name).items():
-        module = shared_decoder(model).get_submodule(path)
-        delta = pair.delta().T if isinstance(module, Conv1D) else pair.delta()
-        merged[f"{names[id(module)]}.weight"] = whole(module.weight).to(delta.dtype) + delta
-    return merged
+    deltas = {weight: delta() for weight, delta in weight_deltas(model, name).items()}
+    return {weight: model.get_parameter(weight).to(delta.dtype) + delta for weight, delta in deltas.items()}
 
 
 def merge_adapter(model, name):

@@ -114,20 +114,21 @@ def other_format(path, found, own, remedy):
     )
 
 
-def save_policy(model, encoder, path, record, merged=False, rows=None):
+def save_policy(model, encoder, path, record, merged=None, rows=None):
     """A policy as a plain Hugging Face directory with our record: weights, config, stop ids, tokenizer.
 
-    Of an adapter on a shared base (`rllr.model.roles`) only the adapter, in PEFT's format; `merged`: the plain model.
+    Of an adapter on a shared base (`rllr.model.roles`) only the adapter, in PEFT's format; with `merged`, its
+    `merged_state()`, the plain model.
     rows: hashes of the texts that trained and evaluated it (`Splits.text_hashes`). Of several ranks the first writes.
     """
-    state = model.merged_state() if merged else None
-    if state is None and is_sharded(model) and not hasattr(model, "shared_model"):  # of a role only the adapter is kept
+    state, is_role = merged, hasattr(model, "shared_model")  # of a role only the adapter is kept, which is whole
+    if not is_role and is_sharded(model):
         state = whole_tensors(model.state_dict(keep_vars=True))
     if not ranks.is_first():
         return
     model.generation_config.eos_token_id = encoder.stop_ids if len(encoder.stop_ids) > 1 else encoder.stop_ids[0]
     with disk_faults(f"model {path}"), saving_into(path) as temporary:
-        (model.save_merged if merged else model.save_pretrained)(temporary, state_dict=state)
+        (model.save_pretrained if merged is None else model.save_merged)(temporary, state_dict=state)
         encoder.tokenizer.save_pretrained(temporary)
         if rows:
             write_json(temporary / ROWS, rows)

@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..common import ranks
 from ..common.config import Settings, flag
 from ..common.errors import InputError
 from ..common.files import RECORD, write_json
 from ..model.records import read_record
 from .backbone import decoder_of
 from .loading import cast_parameters, check_base, fingerprint, load_policy, read_head
-from .lora import add_adapter, get_adapter, merged_weights, use_adapter
+from .lora import add_adapter, get_adapter, use_adapter, weight_deltas
 from .peft_format import load_adapter, save_adapter
 from .shards import loading_device, shard, whole
 
@@ -143,12 +144,24 @@ class RolePolicy(nn.Module):
         self.base_model.save_role(path)
         self.generation_config.save_pretrained(path)
 
+    @torch.no_grad()
     def merged_state(self):
-        """The state_dict of the plain model that base and adapter amount to: on the CPU, float32."""
-        state = self.shared_model.state_dict(keep_vars=True)
-        state |= merged_weights(self.shared_model, self.base_model.role)
-        copies = {id(tensor): whole(tensor.detach()).float().cpu() for tensor in state.values()}  # tied ones stay tied
-        return {name: copies[id(tensor)] for name, tensor in state.items()}
+        """The state_dict of the plain model that base and adapter amount to: on the CPU, float32. Of several ranks,
+        which must all call it, the first has it, the others nothing."""
+        deltas = weight_deltas(self.shared_model, self.base_model.role)
+        merged: dict[str, torch.Tensor] = {}
+        first_names: dict[int, str] = {}
+        for name, weight in self.shared_model.state_dict(keep_vars=True).items():  # one at a time: each is whole now
+            tied_to = first_names.setdefault(id(weight), name)
+            if name != tied_to and name not in deltas:
+                merged |= {name: merged[tied_to]} if ranks.is_first() else {}
+                continue
+            full = whole(weight.detach())
+            if name in deltas:
+                delta = deltas[name]()
+                full = full.to(delta.dtype) + delta
+            merged |= {name: full.float().cpu()} if ranks.is_first() else {}
+        return merged
 
     def save_merged(self, path, state_dict=None):
         """The plain Hugging Face model that base and adapter amount to, merged in float32; the base stays as it is.

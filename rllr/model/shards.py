@@ -15,9 +15,12 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..common import ranks
+from ..common.log import say
 from ..engine.attention import can_pack
 from ..engine.limits import windows_of
 from .backbone import shared_decoder
+
+LOW_ON = ("cuda",)  # devices that may put layers together in bfloat16: on a CPU a norm takes no such weights
 
 
 def shards(config):
@@ -34,44 +37,44 @@ def shard(model, config):
     """Keep this rank's part of a model's weights: a causal LM, a decoder with a scalar head or without. Returns the
     model.
 
-    Weights that are to be frozen, or of another dtype, must be so before. With --precision bf16 layers are put together
-    in bfloat16; embeddings, the last norm and the head stay float32, as under autocast. Without effect where the run
-    does not shard.
+    Weights that are to be frozen, or of another dtype, must be so before. With --precision bf16 on a GPU layers are put
+    together in bfloat16; embeddings, the last norm and the head stay float32. Without effect where the run does not
+    shard.
     """
     if not shards(config):
         return model
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     decoder = shared_decoder(model)
-    for window in (0, *windows_of(decoder.config).values()):  # tried now: no rank may go through a layer alone later
+    mesh = _mesh()
+    windows = windows_of(decoder.config).values() if mesh.device_type == "cpu" else ()  # a GPU does not pack long rows
+    for window in (0, *windows):  # tried now: no rank may go through a layer alone later
         can_pack(decoder, window + 1 if window else 0)
     is_decoder = decoder is model
     head = model.head if hasattr(model, "backbone") else None if is_decoder else model.get_output_embeddings()
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
-    low = torch.bfloat16 if config.precision == "bf16" else None
+    if not layers:
+        say(f"warning: --shard: {type(decoder).__name__} has no layers known here; an update puts all of it together")
+    low = torch.bfloat16 if config.precision == "bf16" and mesh.device_type in LOW_ON else None
     in_layers = MixedPrecisionPolicy(low, torch.float32 if low else None, cast_forward_inputs=False)
     for layer in layers:
-        fully_shard(layer, mesh=_mesh(), mp_policy=in_layers)
+        fully_shard(layer, mesh=mesh, mp_policy=in_layers)
     decoder.rllr_head = head  # for a moment, so that its weights, which may be the embeddings', go with the decoder's
-    fully_shard(decoder, mesh=_mesh(), mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    fully_shard(decoder, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     del decoder.rllr_head
     for part in (decoder, *layers):
         part.set_gradient_divide_factor(1.0)  # a sum: each rank's loss is its share of the whole batch's mean
         part.set_force_sum_reduction_for_comms(True)
-    decoder.rllr_shards, decoder.rllr_gathered = [decoder, *layers], 0
+    decoder.rllr_shards, decoder.rllr_gathered, decoder.rllr_low = [decoder, *layers], 0, low is not None
     return model
 
 
+@functools.cache
 def _mesh():
     """All ranks, in one dimension."""
-    if "mesh" not in _made:
-        from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import init_device_mesh
 
-        _made["mesh"] = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (ranks.count(),))
-    return _made["mesh"]
-
-
-_made: dict = {}
+    return init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (ranks.count(),))
 
 
 @contextmanager

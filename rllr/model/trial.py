@@ -16,7 +16,7 @@ from ..engine.limits import check_cache_support
 from ..engine.linear import packed_linears
 from .backbone import backbone_of, lm_logits, shared_decoder
 from .precision import autocast
-from .shards import gathered, is_sharded
+from .shards import gathered
 
 DECODED = 4  # tokens of each row that are decoded one by one
 # KL divergence, in nats, of the sampled distribution from the forward's: what rounding gives is 1e-9 and 1e-3 at most.
@@ -62,8 +62,9 @@ def try_model(model, prompts, max_new_tokens, name, alike=()):
     was_training = model.training
     model.eval()
     try:
-        # A sharded model's layers are put together in the run's precision, which then is the precision of the trial.
-        exact = nullcontext() if is_sharded(model) else torch.autocast(model.device.type, enabled=False)
+        # Layers that are put together in bfloat16 need autocast: they are tried in the precision of the run.
+        low = getattr(shared_decoder(model), "rllr_low", False)
+        exact = nullcontext() if low else torch.autocast(model.device.type, enabled=False)
         with torch.no_grad(), gathered(model), autocast(model.device), exact:
             divergence = _try(model, [torch.tensor(row, device=model.device) for row in rows], alike)
             most = max(MOST_KL.get(weight.dtype, 0.1) for weight in shared_decoder(model).parameters())

@@ -33,7 +33,7 @@ from ..common.log import MetricsLog, say, show_config
 from ..data.splits import find_start, inherit
 from ..model.loading import allow_remote_code
 from ..model.records import check_same_task, make_record, policy_directory, settings_for_record, settings_of
-from ..model.shards import shards
+from ..model.shards import shards, whole
 from .checkpoint import (
     STATE,
     WEIGHTY,
@@ -254,7 +254,8 @@ class Run:
         self.metrics.close()
         if out_of_memory(error):  # outside of a step
             raise RunError(
-                f"{_first_words(error)}; go on with --resume and a smaller --eval_batch_size. {self._newest()}"
+                f"{_first_words(error)}; go on with --resume and a smaller --eval_batch_size{self._room()}. "
+                f"{self._newest()}"
             ) from None
 
     @contextmanager
@@ -276,7 +277,9 @@ class Run:
             saved = [_outcome(save) for save in saves if save]
             error = ranks.lost_rank(error) or error
             if out_of_memory(error):
-                error = RunError(f"{_first_words(error)}; go on with --resume and a smaller --tokens_per_batch.")
+                error = RunError(
+                    f"{_first_words(error)}; go on with --resume and a smaller --tokens_per_batch{self._room()}."
+                )
             if isinstance(error, (RunError, InputError)):
                 raise RunError(" ".join([f"step {number}: {error}", *saved])) from None
             say(" ".join([f"step {number}: {type(error).__name__}.", *saved]))
@@ -291,6 +294,10 @@ class Run:
             weighty = {name: state_of(part) for name, part in self.parts.items() if isinstance(part, WEIGHTY)}
             path = self._write(step, light | weighty)
         return f"The state before it is in {path}."
+
+    def _room(self):
+        """What else makes room where weights are sharded: a pass without gradients has one whole model."""
+        return ", or --precision bf16, which halves the whole model of a rollout" if shards(self.config) else ""
 
     def _newest(self):
         newest = next((path for path in list_checkpoints(self.directory) if problem_with(path) is None), None)
@@ -330,7 +337,7 @@ class Run:
 def require_finite_weights(model, what, hint=lambda: ""):
     """RunError, with its name, where a trained weight is not finite: such a state must not replace a good one."""
     for name, weight in state_of(model).items():
-        if not torch.isfinite(weight).all():
+        if not whole(torch.isfinite(weight).all()):
             raise RunError(f"{what} is not finite ({name}); it is not saved. {hint()}".strip())
 
 
