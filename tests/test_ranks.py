@@ -20,6 +20,7 @@ from rllr.common import ranks
 from rllr.report.replay import replay
 from rllr.report.trail_format import files_in, read_trail
 from rllr.run.optimizer import in_step
+from rllr.run.run import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -294,6 +295,24 @@ def test_shares_are_apart_and_make_the_whole(monkeypatch):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
         found.append(ranks.share(list(range(8))))
     assert found == [[0, 3, 6], [1, 4, 7], [2, 5]]
+
+
+def test_a_signal_that_comes_while_the_ranks_agree_counts_the_next_time(monkeypatch):
+    """Rank 0 has told the others that it was asked nothing, then the signal comes: all go on, and stop after the next
+    step."""
+    request = StopRequest()
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+
+    def told(own):
+        if own is None:
+            request._asked(signal.SIGTERM, None)
+        return [own, None]
+
+    monkeypatch.setattr(ranks, "each", told)
+    assert request.agree() is None
+    assert request.agree() == request.agree() == "SIGTERM"
+    monkeypatch.setattr(ranks, "each", lambda own: [own, "SIGINT"])
+    assert StopRequest().agree() == "SIGINT"
 
 
 def test_a_rank_with_less_to_do_keeps_step_where_weights_are_sharded(monkeypatch):

@@ -96,8 +96,11 @@ class StopRequest:
             print(f"{self.name}: finishing this step, then saving; once more to stop at once", file=sys.stderr)
 
     def agree(self):
-        """What one rank was asked, all are asked: they stop after the same step."""
-        self.name = next(filter(None, ranks.each(self.name)), None)
+        """The signal that any rank has had, on all of them, so that they stop after the same step; None if none has.
+
+        `name` stays: a signal that comes while the ranks agree counts the next time.
+        """
+        return next(filter(None, ranks.each(self.name)), None)
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():
@@ -313,12 +316,11 @@ class Run:
     def checkpoint(self, step, last=False, must=False):
         """Write a checkpoint where one is due, or must be; Stopped, with the state saved, where a signal asked for
         it."""
-        every = self.config.save_every
-        self.request.agree()
-        if self.request.name or must or every and (last or step % every == 0):
+        every, asked = self.config.save_every, self.request.agree()
+        if asked or must or every and (last or step % every == 0):
             self._write(step, {name: state_of(part) for name, part in self.parts.items()})
-        if self.request.name and not last:
-            raise Stopped(f"{self.request.name}: stopped after step {step}; go on with --resume {self.directory}")
+        if asked and not last:
+            raise Stopped(f"{asked}: stopped after step {step}; go on with --resume {self.directory}")
 
     def _write(self, step, parts):
         for name, part in self.parts.items():
