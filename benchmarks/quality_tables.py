@@ -186,15 +186,25 @@ def summary(table, by_task):
     lines = [
         f"Means over {len(by_task)} tasks ({', '.join(by_task)}):",
         "",
-        "| method | accuracy | difference (95 % interval) | worst task |",
-        "|---|---|---|---|",
+        "| method | accuracy | difference (95 % interval) | worst task | macro F1, difference | no readable label |",
+        "|---|---|---|---|---|---|",
     ]
+    plain = mean_of(by_task, BASE, "macro_f1")
     for method, row in table.items():
         if "mean" in row:
             worst = min((task for task in row if task != "mean"), key=lambda task: row[task][1])
             tail = ["", ""] if method == BASE else [span(row["mean"]), f"{worst} {row[worst][1]:+.1f}"]
-            lines.append(markdown_row([METHODS[method], f"{row['mean'][0]:.1f}", *tail]))
+            by_class = mean_of(by_task, method, "macro_f1")
+            beside_plain = f"{by_class:.1f}" + (f", {by_class - plain:+.2f}" if method != BASE else "")
+            unread = f"{mean_of(by_task, method, 'parse_failures'):.1f} %"
+            lines.append(markdown_row([METHODS[method], f"{row['mean'][0]:.1f}", *tail, beside_plain, unread]))
     return lines
+
+
+def mean_of(by_task, method, name):
+    """A figure of a method in %: the mean over the tasks of its mean over the seeds."""
+    seeds = [np.mean([cell["methods"][method][name] for cell in cells]) for cells in by_task.values()]
+    return 100 * float(np.mean(seeds))
 
 
 def reach(table):

@@ -19,6 +19,7 @@ REMEDIES = "on-policy pairs, more labelled rows, a larger --kl_coef or a lower -
 FALSE_ALARMS = 0.08  # shared among a run's verdicts, see `fallen`; it makes less than 5 % of runs, for three reasons:
 # two looks in a row share a look, looks hang together, and a verdict asks for more than this one test
 UNGROUNDED = 3.0  # standard errors by which `grounded` must lie below the start's before a warning is due
+LEANING = 0.01  # of macro F1, by which it must have fallen before a warning is due
 
 
 # ---- mathematics -----------------------------------------------------------------------------------------------------
@@ -129,4 +130,17 @@ def grounded_sentence(start, now) -> str:
         f"warning: rationales stand in their texts less often than at the start: grounded fell by "
         f"{-100 * difference:.1f} points (standard error {100 * error:.1f}); the reward pays for labels, not for true "
         "explanations"
+    )
+
+
+def leaning_sentence(before, after) -> str | None:
+    """What it means where accuracy has risen and macro F1, in which every label counts alike, has fallen; None where it
+    has not. before, after: dev scores."""
+    falls = before["macro_f1"] - after["macro_f1"]
+    if after["accuracy"] <= before["accuracy"] or falls < LEANING:
+        return None
+    return (
+        "warning: accuracy rose, but macro F1 fell "
+        f"({100 * before['macro_f1']:.1f} -> {100 * after['macro_f1']:.1f} %): the policy that is handed back leans to "
+        "the larger classes; look at its labels (rllr.evaluate)"
     )

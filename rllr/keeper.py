@@ -14,7 +14,7 @@ from .data.met_rows import hashes_of, joined_hashes, recorded_hashes
 from .data.split_report import FEW_ROWS
 from .evaluate import show_samples
 from .grounding import grounded
-from .guard import REMEDIES, beats, grounded_sentence, hacking_sentence, paired
+from .guard import REMEDIES, beats, grounded_sentence, hacking_sentence, leaning_sentence, paired
 from .judge import read_samples
 from .metrics import CORRELATIONS, answer_metrics, metric_line, rank, row_values, tell_parse_failures
 from .model.records import BEST, save_policy
@@ -179,6 +179,9 @@ class Keeper:
         show_samples(run.task, self.dev, self.answers, 2)
         say(f"before  dev {metric_line(self.before())}\nafter   dev {metric_line(self.scores)}")
         say(f"saved {run.directory}/last and {run.directory}/{BEST}\n{self.handed_back()}")
+        leaning = leaning_sentence(self.before(), self.loop.best.get("scores", self.before()))
+        if leaning:
+            say(leaning)
 
     def handed_back(self):
         """Which policy is in <run>/best, and why, in one sentence."""

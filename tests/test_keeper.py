@@ -8,6 +8,7 @@ from toy_runs import read_metrics, run, told
 
 import rllr.update
 import train_ppo
+from rllr.keeper import Keeper
 from rllr.model.records import read_record
 
 HACKED = {0: (8, 0.0), 1: (8, 0.1), 2: (3, 0.5), 3: (3, 0.6)}  # {step: (of 8 dev rows right, score)}; after 3 as at 3
@@ -85,6 +86,23 @@ def test_the_warning_of_rationales_that_come_loose(toy, tmp_path, monkeypatch):
     monkeypatch.setattr("rllr.keeper.grounded", lambda task, row, answer: next(values))
     output = toy.ppo(tmp_path / "ppo", "--reward", "gold", "--eval_every", 1, steps=2)
     assert output.count("grounded fell by 100.0 points") == 1 and "step 1: warning: rationales" in output
+
+
+@pytest.mark.parametrize(("macro_f1", "warns"), [(0.589, True), (0.591, False)])
+def test_the_warning_of_a_policy_that_leans_to_the_larger_class(toy, tmp_path, monkeypatch, macro_f1, warns):
+    """Seven right instead of two, and a macro F1 that falls from 60 % by more than a point, or by less."""
+    told(monkeypatch, {0: (2, 0.0), 1: (7, 0.5)})
+    plain = Keeper.look
+
+    def look(self, step):
+        scores, found = plain(self, step)
+        self.scores = scores | {"macro_f1": macro_f1 if step else 0.6}
+        return self.scores, found
+
+    monkeypatch.setattr(Keeper, "look", look)
+    output = toy.ppo(tmp_path / "ppo", "--reward", "gold", steps=1)
+    assert ("warning: accuracy rose, but macro F1 fell (60.0 -> 58.9 %)" in output) == warns
+    assert "best: step 1" in output
 
 
 def test_doubling_nothing_is_refused(toy, tmp_path, capsys):
