@@ -61,13 +61,12 @@ def try_model(model, prompts, max_new_tokens, name, alike=()):
         raise InputError(f"{family} cannot be used: {error}") from None
     was_training = model.training
     model.eval()
+    # Layers that are put together in bfloat16 need autocast: they are tried in the precision of the run.
+    low = getattr(shared_decoder(model), "rllr_low", False)
     try:
-        # Layers that are put together in bfloat16 need autocast: they are tried in the precision of the run.
-        low = getattr(shared_decoder(model), "rllr_low", False)
         exact = nullcontext() if low else torch.autocast(model.device.type, enabled=False)
         with torch.no_grad(), gathered(model), autocast(model.device), exact:
             divergence = _try(model, [torch.tensor(row, device=model.device) for row in rows], alike)
-            most = max(MOST_KL.get(weight.dtype, 0.1) for weight in shared_decoder(model).parameters())
     except Exception as error:
         if out_of_memory(error):
             raise
@@ -78,7 +77,7 @@ def try_model(model, prompts, max_new_tokens, name, alike=()):
         ) from error
     finally:
         model.train(was_training)
-    if not divergence <= most:
+    if not divergence <= MOST_KL.get(torch.bfloat16 if low else model.get_input_embeddings().weight.dtype, 0.1):
         raise InputError(
             f"{family} cannot be used: decoded token by token, with rows of {min(map(len, rows))} to "
             f"{max(map(len, rows))} tokens side by side, its distributions are {divergence:.2g} nats off those "
