@@ -29,6 +29,7 @@ from rllr.model.heads import RewardModel
 from rllr.model.loading import load_policy, load_tokenizer
 from rllr.model.records import read_record
 from rllr.rationales import factory as rationales
+from rllr.report.ppo_step import idle_clip_sentence
 from rllr.rewards import pairwise_accuracy
 from rllr.run.optimizer import Optimizer
 
@@ -269,6 +270,30 @@ def test_ppo_steps_are_tied_together_by_the_metrics(gold_run):
         expected = line["judge/score"] - line["shape/kl_coef"] * line["analyse/kl_sequence"]
         assert line["shape/reward"] == pytest.approx(expected, abs=1e-4)
         assert line["judge/label_score"] == pytest.approx(line["judge/accuracy"])
+
+
+@pytest.mark.parametrize(
+    "clipfrac, moved, updates, told",
+    [
+        (0.0, 4e-5, 2, True),
+        (9e-4, 2.9e-4, 2, True),
+        (1e-3, 4e-5, 2, False),  # the clip acted
+        (0.0, 3e-4, 2, False),  # the policy moved
+        (0.0, 0.0, 1, False),  # the ratio of a rollout's only update is 1
+    ],
+)
+def test_a_rollout_whose_updates_are_small_is_told_of(clipfrac, moved, updates, told):
+    line = {"improve/clipfrac": torch.tensor(clipfrac), "improve/approx_kl": torch.tensor(moved)}
+    config = SimpleNamespace(ppo_epochs=1, minibatches=updates)
+    assert bool(idle_clip_sentence(line, config)) == told
+    assert idle_clip_sentence({"act/truncated": 0.0}, config) is None  # --on_ref_kl skip: there was no update
+
+
+def test_small_updates_are_told_of_at_the_first_look(toy, tmp_path):
+    small = toy.ppo(tmp_path / "small", "--reward", "gold", "--learning_rate", 1e-7, "--eval_every", 2, steps=4)
+    assert small.count("hint: this rollout moved the policy by") == 1 and "the clip met 0 of 1,000 tokens" in small
+    far = toy.ppo(tmp_path / "far", "--reward", "gold", "--learning_rate", 1e-2, "--eval_every", 2, steps=4)
+    assert "hint: this rollout" not in far
 
 
 REWARDS = {

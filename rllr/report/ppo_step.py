@@ -8,6 +8,9 @@ from ..grounding import grounded, known_means, means_by_right
 from ..metrics import tell_parse_failures
 from ..ppo import explained_variance, kl_estimate, masked_mean
 
+# Below both, a rollout's updates are so small that more of them gained (docs/demo.md).
+IDLE_CLIPFRAC, IDLE_KL = 1e-3, 3e-4
+
 
 def step_metrics(step, batch, samples, judges, judged, kl_coef):
     """Acts 1 to 5 in numbers, under the names that the README and the docs use."""
@@ -73,6 +76,21 @@ def step_line(step, steps, line):
     return f"step {step}/{steps}  {numbers}  parse failures {100 * float(line['act/parse_failures']):.1f} %"
 
 
+def idle_clip_sentence(line, config) -> str | None:
+    """What it means where a step's updates were so small that the clip did not act; None where it did.
+
+    line: the step's metrics. The only update of a rollout always has a ratio of 1, so there it means nothing.
+    """
+    clipped, moved = float(line.get("improve/clipfrac", 1.0)), float(line.get("improve/approx_kl", 1.0))
+    if config.ppo_epochs * config.minibatches == 1 or clipped >= IDLE_CLIPFRAC or moved >= IDLE_KL:
+        return None
+    return (
+        f"hint: this rollout moved the policy by {moved:.1g} nats a token, and the clip met {1000 * clipped:.2g} of "
+        "1,000 tokens: it could teach more. --ppo_epochs 2 or 3, more --minibatches (of 8 to 16 answers) or a higher "
+        "--learning_rate make more of it"
+    )
+
+
 def tell_step(run, step, line, times):
     """Write a step's metrics, and a line on the console every --log_every steps. times: seconds (`Clock.take`)."""
     shown = step % run.config.log_every == 0
@@ -81,6 +99,8 @@ def tell_step(run, step, line, times):
     if shown:
         tell_parse_failures(float(line["act/parse_failures"]), say, "sampled answers")
     run.metrics.write(line, step_line(step, run.config.steps, line) if shown else None)
+    if step == run.config.eval_every and (idle := idle_clip_sentence(line, run.config)):
+        say(idle)
 
 
 def show_rollout(run, step, samples, judged, scores):
