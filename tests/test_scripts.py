@@ -29,7 +29,7 @@ from rllr.model.heads import RewardModel
 from rllr.model.loading import load_policy, load_tokenizer
 from rllr.model.records import read_record
 from rllr.rationales import factory as rationales
-from rllr.report.ppo_step import idle_clip_sentence
+from rllr.report.ppo_step import first_look_at_full_rate, idle_clip_sentence
 from rllr.rewards import pairwise_accuracy
 from rllr.run.optimizer import Optimizer
 
@@ -289,9 +289,11 @@ def test_a_rollout_whose_updates_are_small_is_told_of(clipfrac, moved, updates, 
     assert idle_clip_sentence({"act/truncated": 0.0}, config) is None  # --on_ref_kl skip: there was no update
 
 
-def test_small_updates_are_told_of_at_the_first_look(toy, tmp_path):
+def test_small_updates_are_told_of_at_the_first_look_after_the_warm_up(toy, tmp_path):
     small = toy.ppo(tmp_path / "small", "--reward", "gold", "--learning_rate", 1e-7, "--eval_every", 2, steps=4)
     assert small.count("hint: this rollout moved the policy by") == 1 and "the clip met 0 of 1,000 tokens" in small
+    look = SimpleNamespace(eval_every=20, steps=250, warmup=0.1)
+    assert first_look_at_full_rate(look) == 40  # of 250 rollouts 25 warm up
     far = toy.ppo(tmp_path / "far", "--reward", "gold", "--learning_rate", 1e-2, "--eval_every", 2, steps=4)
     assert "hint: this rollout" not in far
 

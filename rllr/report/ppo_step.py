@@ -1,5 +1,7 @@
 """What a PPO step looks like from outside: the metrics of `metrics.jsonl`, a line, two samples."""
 
+import math
+
 import torch
 
 from ..common.files import disk_faults, write_safetensors
@@ -91,6 +93,11 @@ def idle_clip_sentence(line, config) -> str | None:
     )
 
 
+def first_look_at_full_rate(config):
+    """The step of the first look at dev that is not within --warmup, where updates are small on purpose."""
+    return config.eval_every * max(1, math.ceil(config.warmup * config.steps / config.eval_every))
+
+
 def tell_step(run, step, line, times):
     """Write a step's metrics, and a line on the console every --log_every steps. times: seconds (`Clock.take`)."""
     shown = step % run.config.log_every == 0
@@ -99,7 +106,7 @@ def tell_step(run, step, line, times):
     if shown:
         tell_parse_failures(float(line["act/parse_failures"]), say, "sampled answers")
     run.metrics.write(line, step_line(step, run.config.steps, line) if shown else None)
-    if step == run.config.eval_every and (idle := idle_clip_sentence(line, run.config)):
+    if step == first_look_at_full_rate(run.config) and (idle := idle_clip_sentence(line, run.config)):
         say(idle)
 
 
