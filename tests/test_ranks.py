@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from toy_runs import ANSWER, read_metrics
 
 from rllr.common import ranks
+from rllr.common.errors import RunError
 from rllr.report.replay import replay
 from rllr.report.trail_format import files_in, read_trail
 from rllr.run.optimizer import in_step
@@ -313,6 +314,22 @@ def test_a_signal_that_comes_while_the_ranks_agree_counts_the_next_time(monkeypa
     assert request.agree() == request.agree() == "SIGTERM"
     monkeypatch.setattr(ranks, "each", lambda own: [own, "SIGINT"])
     assert StopRequest().agree() == "SIGINT"
+
+
+@pytest.mark.parametrize(
+    ("ranks_of_run", "fails", "kept"), [(2, True, signal.SIG_IGN), (2, False, None), (1, True, None)]
+)
+def test_torchrun_cannot_cut_off_the_sentence_of_a_rank_that_lost_another(monkeypatch, ranks_of_run, fails, kept):
+    """On its way out of a failed run, a rank is sent SIGTERM: without effect, in a run of several processes alone."""
+    monkeypatch.setattr(ranks, "count", lambda: ranks_of_run)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        with contextlib.suppress(RunError), StopRequest():
+            if fails:
+                raise RunError("another rank has ended")
+        assert signal.getsignal(signal.SIGTERM) == (kept or before[0]) and signal.getsignal(signal.SIGINT) == before[1]
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
 
 
 def test_a_rank_with_less_to_do_keeps_step_where_weights_are_sharded(monkeypatch):

@@ -102,9 +102,11 @@ class StopRequest:
         """
         return next(filter(None, ranks.each(self.name)), None)
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, error, trace):
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            # A run that has lost a rank ends in one sentence: torchrun's SIGTERM to the others must not cut it off.
+            ending = number == signal.SIGTERM and error is not None and ranks.count() > 1
+            signal.signal(number, signal.SIG_IGN if ending else handler)
 
 
 class Run:
@@ -253,7 +255,7 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace):
-        self.request.__exit__()
+        self.request.__exit__(kind, error, trace)
         self.metrics.close()
         if out_of_memory(error):  # outside of a step
             raise RunError(
