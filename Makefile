@@ -21,7 +21,7 @@ $(VENV)/installed: requirements.txt requirements-test.txt constraints.txt
 demo: $(VENV)/installed
 	$(BIN)/python train_sft.py --overwrite --labelled 2000 --rationale_rows 500 --epochs 24 --batch_size 16 --eval_every 8 --eval_rows 400 --log_every 200 --show 1
 	$(BIN)/python train_rm.py --overwrite --pairs_per_row 2 --loss span --epochs 3 --patience 5 --batch_size 16 --checks_per_epoch 1 --dropout 0 --log_every 200
-	$(BIN)/python train_ppo.py --overwrite --steps 75 --rollout_prompts 128 --minibatches 16 --ppo_epochs 3 --learning_rate 1.5e-4 --value_learning_rate 1e-3 --warmup 0.1 --kl_coef 0.05 --eval_every 25 --eval_rows 1000 --audit every:25
+	$(BIN)/python train_ppo.py --overwrite --steps 64 --rollout_prompts 128 --minibatches 16 --ppo_epochs 3 --learning_rate 1.5e-4 --value_learning_rate 1e-3 --warmup 0.1 --eval_every 16 --eval_rows 1000 --audit every:32
 	$(BIN)/python -m rllr.evaluate --part test --models $(RUNS)/sft $(RUNS)/ppo-label $(RUNS)/ppo-label/last --output_dir $(RUNS)/evaluation --overwrite
 	$(BIN)/python -m rllr.report $(RUNS)
 

@@ -1,5 +1,5 @@
-"""`make demo` over seeds: what it hands back on test rows, beside an SFT that trains as long as all three stages, and
-one that learns the labels of all labelled rows without explaining them.
+"""`make demo` over seeds: what it hands back on test rows. Beside it: the same PPO with the mixed reward, an SFT that
+trains as long as all three stages, and one that learns the labels of all labelled rows without explaining them.
 
     python benchmarks/demo.py --seeds 0 1 2 --threads 1        # appends a line a seed to results/demo.jsonl
     python benchmarks/demo.py --tables                         # writes results/demo.md, made of those lines alone
@@ -27,7 +27,10 @@ NAMES = {
     "sft-label": "SFT, labels alone",
     "ppo-label": "RLLR, handed back",
     "ppo-label/last": "RLLR, last",
+    "ppo-mixed": "RLLR-mixed with the grounded rule, handed back",
+    "ppo-mixed/last": "RLLR-mixed with the grounded rule, last",
 }
+MIXED = ["--reward", "mixed", "--rationale_rm", "grounded"]
 
 
 def main():
@@ -37,6 +40,7 @@ def main():
     parser.add_argument("--runs", default="runs/demo-seeds")
     parser.add_argument("--tune", action="store_true", help="figures of dev, for seeds from 100 on; nothing is kept")
     parser.add_argument("--stages_alone", action="store_true", help="without the two SFTs they are compared with")
+    parser.add_argument("--mixed", action="store_true", help="PPO with the mixed reward, too")
     parser.add_argument("--tables", action="store_true")
     args = parser.parse_args()
     if any((seed >= FIRST_TUNING_SEED) != args.tune for seed in args.seeds):
@@ -69,6 +73,8 @@ def run_seed(args, seed, directory):
     script("sft", "train_sft.py")
     script("rm-label", "train_rm.py", *policy)
     script("ppo-label", "train_ppo.py", *policy, *label_rm)
+    if args.mixed:
+        script("ppo-mixed", "train_ppo.py", *policy, *label_rm, *MIXED)
     log = (directory / "sft.log").read_text(encoding="utf-8")
     warm_up = sum(float(found) for found in re.findall(r"nats per token +(\d+) s", log))  # of the tiny model
     took = stages.stages["sft"]
