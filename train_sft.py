@@ -21,7 +21,7 @@ from rllr.data.splits import FEWEST_ROWS, DataConfig, load_splits
 from rllr.evaluate import show_samples
 from rllr.layout import shuffled_batches
 from rllr.logprobs import sft_loss
-from rllr.metrics import answer_metrics, metric_line, rank, tell_parse_failures
+from rllr.metrics import answer_metrics, metric_line, rank, still_rising, tell_parse_failures
 from rllr.model.backbone import backbone_of
 from rllr.model.dropout import set_dropout
 from rllr.model.loading import cast_parameters, fingerprint, load_policy, load_tokenizer
@@ -147,6 +147,19 @@ def evaluate_epoch(run, model, encoder, dev, loop):
     return scores
 
 
+def rising_sentence(best, before, epochs, rows) -> str | None:
+    """What to try where dev was still rising when training ended, None where it was not. best, before: the scores of
+    the best epoch, and of the best one until that (None: there was none)."""
+    if before is None or best["epoch"] < epochs or "accuracy" not in best:  # a task may be judged by Pearson alone
+        return None
+    if not still_rising(best["accuracy"], before["accuracy"], rows):
+        return None
+    return (
+        f"hint: dev accuracy was still rising, from {100 * before['accuracy']:.1f} % after epoch {before['epoch']} to "
+        f"{100 * best['accuracy']:.1f} %: a larger --epochs may give a better policy"
+    )
+
+
 def save_best(run, model, encoder, splits, base_record, scores):
     """The policy as the later stages read it; of an adapter the merged model, and the adapter beside it."""
     merged, directory = model.merged_state() if run.config.lora_rank else None, run.directory
@@ -189,7 +202,8 @@ def main(argv=None):
     )  # fmt: skip
 
     # Where the loop stands: `batch` batches of `epoch` are done, with that summed loss and that many answer tokens.
-    loop = SimpleNamespace(step=0, epoch=0, batch=0, loss=0.0, tokens=0, best=None)
+    # best, before: the scores of the best epoch, and of the best one until that.
+    loop = SimpleNamespace(step=0, epoch=0, batch=0, loss=0.0, tokens=0, best=None, before=None)
     run.track(steps, loop, model=model, **optimizer.parts())
     with run, progress(total=steps, initial=loop.step, desc="sft") as bar:
         while loop.epoch < config.epochs:
@@ -215,10 +229,12 @@ def main(argv=None):
                 scores = evaluate_epoch(run, model, encoder, dev, loop)
                 # Of equals the later one, which learnt more.
                 if loop.best is None or rank(task, scores) >= rank(task, loop.best):
-                    loop.best = scores | {"epoch": loop.epoch + 1}
+                    loop.best, loop.before = scores | {"epoch": loop.epoch + 1}, loop.best
                     save_best(run, model, encoder, splits, base_record, loop.best)
             loop.epoch, loop.batch, loop.loss, loop.tokens = loop.epoch + 1, 0, 0.0, 0
     say(f"best epoch {loop.best['epoch']}: dev {metric_line(loop.best)}; saved {run.directory}")
+    if hint := rising_sentence(loop.best, loop.before, config.epochs, len(dev)):
+        say(hint)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,12 @@ def rank(task: Task, scores: dict) -> tuple:
     return scores[task.metric], -scores["parse_failures"], *others
 
 
+def still_rising(last: float, before: float, rows: int) -> bool:
+    """Whether accuracy at the last look at `rows` rows is above the best one before by more than a standard error of
+    it: training seems to have stopped on its way up."""
+    return last - before > (last * (1 - last) / rows) ** 0.5
+
+
 def bootstrap_interval(values, seed=0, resamples=1000):
     """95 % percentile interval of `values(rows)`, a function of drawn row indices; values.size rows. (low, high)."""
     rng = np.random.default_rng(seed)

@@ -298,6 +298,33 @@ def test_small_updates_are_told_of_at_the_first_look_after_the_warm_up(toy, tmp_
     assert "hint: this rollout" not in far
 
 
+@pytest.mark.parametrize(
+    ("accuracies", "told"),
+    [
+        # 24 dev rows: at 0.8 one standard error is sqrt(0.8 * 0.2 / 24) = 0.082
+        ((0.5, 0.8), "from 50.0 % after epoch 1 to 80.0 %"),
+        ((0.5, 0.71, 0.6, 0.8), "from 71.0 % after epoch 2 to 80.0 %"),  # the best before, not the look before
+        ((0.5, 0.73, 0.6, 0.8), None),
+        ((0.5, 0.8, 0.8), None),  # a tie keeps the later one, which has not risen
+        ((0.5, 0.9, 0.6), None),
+        ((0.8,), None),
+    ],
+)
+def test_sft_that_stops_on_its_way_up_is_told_of(toy, tmp_path, monkeypatch, accuracies, told):
+    """As a tiny model's SFT on real data did, and nothing said so."""
+    looks = iter(accuracies)
+    monkeypatch.setattr(train_sft, "evaluate_epoch", lambda *_: {
+        "accuracy": next(looks), "macro_f1": 0.5, "parse_failures": 0.0
+    })  # fmt: skip
+    output = run(train_sft.main, *toy.data, "--model", toy.base, "--epochs", len(accuracies), "--output_dir",
+                 tmp_path / "sft", *ANSWER)  # fmt: skip
+    assert ("hint: dev accuracy was still rising, " + told in output) if told else "hint" not in output
+
+
+def test_sft_that_is_judged_by_pearson_alone_has_no_hint():
+    assert train_sft.rising_sentence({"pearson": 0.9, "epoch": 2}, {"pearson": 0.1, "epoch": 1}, 2, 100) is None
+
+
 REWARDS = {
     "label": (set(), {"judge/label_clipped"}),
     "rationale": ({"judge/rationale_score"}, {"judge/rationale_clipped"}),
