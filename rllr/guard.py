@@ -123,13 +123,13 @@ def hacking_sentence(start, before, now, what="accuracy") -> str:
     )
 
 
-def grounded_sentence(start, now) -> str:
-    """How far `grounded` has fallen, and what that means."""
+def grounded_sentence(start, now, paid) -> str:
+    """How far `grounded` has fallen, and what that means. paid: whether the reward pays for it already."""
     difference, error = paired(now["grounded"], start["grounded"])
     return (
         f"warning: rationales stand in their texts less often than at the start: grounded fell by "
-        f"{-100 * difference:.1f} points (standard error {100 * error:.1f}); the reward pays for labels, not for true "
-        "explanations"
+        f"{-100 * difference:.1f} points (standard error {100 * error:.1f}); "
+        + ("the label pays more than that" if paid else "--reward mixed --rationale_rm grounded pays for it, too")
     )
 
 

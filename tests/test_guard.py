@@ -140,7 +140,9 @@ def test_the_sentences():
         "below it (standard error 0.7)"
     )
     loose = look(750) | {"grounded": [0.0] * 100 + [1.0] * 900}
-    assert "grounded fell by 10.0 points (standard error 0.9)" in guard.grounded_sentence(START, loose)
+    told = guard.grounded_sentence(START, loose, paid=False)
+    assert "grounded fell by 10.0 points (standard error 0.9); --reward mixed --rationale_rm grounded pays" in told
+    assert "--reward" not in guard.grounded_sentence(START, loose, paid=True)
 
 
 def test_the_guard_stands_on_numpy_alone():

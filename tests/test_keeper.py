@@ -81,11 +81,16 @@ def test_killed_and_resumed_the_guard_decides_the_same(toy, tmp_path, monkeypatc
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_the_warning_of_rationales_that_come_loose(toy, tmp_path, monkeypatch):
+@pytest.mark.parametrize("paid", [False, True])
+def test_the_warning_of_rationales_that_come_loose(toy, tmp_path, monkeypatch, paid):
+    """It names the reward that pays for them, unless that is paid already."""
     values = iter([1.0] * 8 + [0.0] * 16)
     monkeypatch.setattr("rllr.keeper.grounded", lambda task, row, answer: next(values))
-    output = toy.ppo(tmp_path / "ppo", "--reward", "gold", "--eval_every", 1, steps=2)
+    mixed = ["--reward", "mixed", "--label_rm", toy.label_rm, "--rationale_rm", "grounded"]
+    reward = mixed if paid else ["--reward", "gold"]
+    output = toy.ppo(tmp_path / "ppo", *reward, "--on_hacking", "ignore", "--eval_every", 1, steps=2)
     assert output.count("grounded fell by 100.0 points") == 1 and "step 1: warning: rationales" in output
+    assert ("--rationale_rm grounded pays for it, too" in output) != paid
 
 
 @pytest.mark.parametrize(("macro_f1", "warns"), [(0.589, True), (0.591, False)])
