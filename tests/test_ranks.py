@@ -21,7 +21,7 @@ from rllr.common.errors import RunError
 from rllr.report.replay import replay
 from rllr.report.trail_format import files_in, read_trail
 from rllr.run.optimizer import in_step
-from rllr.run.run import StopRequest
+from rllr.run.stop import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]

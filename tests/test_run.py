@@ -24,7 +24,7 @@ from rllr.common.config import parse_config
 from rllr.model.loading import load_policy
 from rllr.run.checkpoint import STATE, TENSORS, list_checkpoints, read_checkpoint, write_checkpoint  # fmt: skip
 from rllr.run.resume import find_run_to_resume
-from rllr.run.run import StopRequest
+from rllr.run.stop import StopRequest
 
 # ---- what --resume accepts and refuses
 

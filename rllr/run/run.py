@@ -17,9 +17,6 @@ In a script:
 import dataclasses
 import hashlib
 import json
-import signal
-import sys
-import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,6 +46,7 @@ from .checkpoint import (
 )
 from .machine import machine, set_up
 from .resume import RUN_FORMAT, find_run_to_resume
+from .stop import StopRequest
 from .trackers import Trackers, check_trackers, open_trackers
 
 
@@ -73,40 +71,6 @@ def _plain_fields(value):
 def is_tiny(config, record):
     """Whether a stage starts from a tiny model, or from one that an earlier stage made of it. record: of that model."""
     return getattr(config, "model", None) == "tiny" or bool(record.get("tiny", False))
-
-
-class StopRequest:
-    """Ctrl-C and SIGTERM, within the block, as a request: `name` says which came. A second one interrupts at once."""
-
-    def __init__(self):
-        self.name, self.before = None, {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._asked) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _asked(self, number, frame):
-        if self.name:
-            if ranks.count() > 1:  # torchrun passes on what a terminal has sent to every process already
-                return
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-        if ranks.is_first():
-            print(f"{self.name}: finishing this step, then saving; once more to stop at once", file=sys.stderr)
-
-    def agree(self):
-        """The signal that any rank has had, on all of them, so that they stop after the same step; None if none has.
-
-        `name` stays: a signal that comes while the ranks agree counts the next time.
-        """
-        return next(filter(None, ranks.each(self.name)), None)
-
-    def __exit__(self, kind, error, trace):
-        for number, handler in self.before.items():
-            # A run that has lost a rank ends in one sentence: torchrun's SIGTERM to the others must not cut it off.
-            ending = number == signal.SIGTERM and error is not None and ranks.count() > 1
-            signal.signal(number, signal.SIG_IGN if ending else handler)
 
 
 class Run:
