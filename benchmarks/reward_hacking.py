@@ -4,7 +4,7 @@
     python benchmarks/reward_hacking.py --figure                # draws docs/reward-hacking.svg from the stored data
 
 For each kind of `--label_pairs` a reward model and a PPO run with the settings of `make demo`; it looks at dev every 10
-updates and is never stopped. All else is equal. Finished stages do not run again. Writes
+rollouts and is never stopped. All else is equal. Finished stages do not run again. Writes
 benchmarks/results/reward-hacking.json; the drawing needs matplotlib.
 """
 
@@ -52,7 +52,7 @@ def measure(kind, stages, args):
 
 
 def draw(result):
-    """Left: best-of-n beside greedy; right: PPO's dev accuracy by update. One line per kind of pairs."""
+    """Left: best-of-n beside greedy; right: PPO's dev accuracy by rollout. One line per kind of pairs."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -73,7 +73,7 @@ def draw(result):
     ns = [p["n"] for p in curve]
     left.set_xticks(ns, [str(n) for n in ns])
     left.set(xlabel="n sampled answers, the best-scored one is taken", ylabel="right on dev (%)", title="Foretold")
-    right.set(xlabel="PPO updates", title="What PPO did")
+    right.set(xlabel="PPO rollouts", title="What PPO did")
     right.legend(frameon=False, loc="best")
     figure.savefig(FIGURE, metadata={"Date": None})
     print(f"drawn {FIGURE.relative_to(ROOT)}")
