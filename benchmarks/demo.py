@@ -113,6 +113,7 @@ def cell(method):
 def tables():
     """The Markdown page of all lines."""
     lines = [json.loads(line) for line in (RESULTS / "demo.jsonl").read_text().splitlines()]
+    lines.sort(key=lambda line: (line["threads"], line["seed"]))
     page = ["# `make demo` over seeds", ""]
     page += ["Accuracy in % on 2,000 test rows that chose nothing; grounded in brackets.", ""]
     page += ["| seed | threads | transformers | " + " | ".join(NAMES.values()) + " | handed back − SFT | seconds |"]
