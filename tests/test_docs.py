@@ -88,6 +88,7 @@ def test_flags_exist(page):
     known |= {"help", "config"}  # of every command
     known |= {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "ntasks", "gpus", "nodes"}  # torchrun, SLURM
     known |= {"dev_file", "seeds", "workers", "methods", "no_label_only", "jobs"}  # benchmarks/quality.py
+    known |= {"mixed"}  # benchmarks/demo.py
     known |= {"data", "all_labelled", "tune", "budget_s", "at_once", "run"}  # what benchmarks are given today
     known |= {"tiny", "sft", "rm", "ppo", "hidden_size", "heads", "layers"}  # what it hands on, and to whom
     commands = next(action for action in rllr.audit.make_parser()._actions if action.dest == "command").choices
