@@ -126,11 +126,15 @@ def tables():
         stages = sum(line["seconds"][stage] for stage in STAGES)
         version = line["machine"]["versions"]["transformers"]
         page += [f"| {line['seed']} | {line['threads']} | {version} | " + " | ".join(cells) + f" | {stages:.0f} |"]
-    page += ["", "| gain over SFT | mean | worst | runs |", "|---|---|---|---|"]
-    for name in list(NAMES)[1:]:
-        own = {(line["seed"], line["threads"]): line for line in reversed(lines)}.values()  # each once: its first run
-        gains = [100 * line["methods"][name]["difference"] for line in own if name in line["methods"]]
-        page += [f"| {NAMES[name]} | {sum(gains) / len(gains):+.1f} | {min(gains):+.1f} | {len(gains)} |"]
+    page += ["", "| gain over SFT | threads | mean | worst | runs |", "|---|---|---|---|---|"]
+    own = {(line["seed"], line["threads"]): line for line in reversed(lines)}.values()  # each once: its first run
+    for threads in sorted({line["threads"] for line in own}):
+        for name in list(NAMES)[1:]:
+            runs = [line["methods"] for line in own if line["threads"] == threads and name in line["methods"]]
+            gains = [100 * methods[name]["difference"] for methods in runs]
+            if gains:
+                mean = sum(gains) / len(gains)
+                page += [f"| {NAMES[name]} | {threads} | {mean:+.1f} | {min(gains):+.1f} | {len(gains)} |"]
     made = sorted({f"commit {line['commit']}, {json.dumps(line['machine'])}" for line in lines})
     return "\n".join([*page, "", "    python benchmarks/demo.py --seeds ... --threads ...", "", *made, ""])
 
