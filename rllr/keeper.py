@@ -18,7 +18,7 @@ from .guard import REMEDIES, beats, grounded_sentence, hacking_sentence, leaning
 from .judge import read_samples
 from .metrics import CORRELATIONS, answer_metrics, metric_line, rank, row_values, tell_parse_failures
 from .model.records import BEST, save_policy
-from .ppo_models import RULE, recorded_preview
+from .ppo_models import is_rule, recorded_preview
 from .preview import sentence
 from .report.looks import write_look
 from .report.ppo_step import write_batch
@@ -93,7 +93,7 @@ class Keeper:
             found = hacking_sentence(self.guard.start, before, look, self.name_of_rows)
             say(f"step {step}: {found}{self.react(step)}; what helps is {REMEDIES}")
         if self.guard.sees_less_grounded(look):
-            paid = self.run.config.reward == "mixed" and self.run.config.rationale_rm == RULE
+            paid = is_rule(self.run.config, "rationale")
             say(f"step {step}: {grounded_sentence(self.guard.start, look, paid)}")
         return {f"eval/{name}": value for name, value in scores.items()}
 
