@@ -8,9 +8,9 @@ Rows; --only names some of them, the first is always measured:
 
 limits    bandwidth of a copy and rate of a bf16 matrix product: what shares are of
 decode    64 rows x 128 new tokens, against transformers' generate
-update    forward and backward of 32 sequences
+update    forward and backward of 32 sequences, plain and as CUDA graphs (whatever the size)
 greedy    872 prompts x 48 tokens, this tree and the older one in turns
-scripts   steps of train_sft.py, train_rm.py and train_ppo.py, both trees in turns
+scripts   steps of train_sft.py, train_rm.py and train_ppo.py in turns: both trees, this one with --cuda_graphs, too
 mixed7b   an RLLR-mixed iteration with adapters on a 7B shape: seconds and peak memory per phase
 profile   kernels and host operations of decoding steps and of one PPO step; as text beside --out
 trl       a PPO step against TRL 1.12.0's, in turns (pip install trl==1.12.0 datasets); see gpu_trl.py
@@ -71,7 +71,7 @@ TINY = SimpleNamespace(
     mixed_prompts=4, mixed_tokens=6, mixed_micro=2, profile_steps=4, profile_prompts=4, profile_tokens=5,
     trl_steps=2,
 )  # fmt: skip
-LIMITS_S = {"limits": 60, "decode": 120, "update": 40, "greedy": 60, "scripts": 270, "mixed7b": 90, "profile": 60,
+LIMITS_S = {"limits": 60, "decode": 120, "update": 40, "greedy": 60, "scripts": 390, "mixed7b": 90, "profile": 60,
             "trl": 75, "compiled": 240}  # seconds that a row may take, at most  # fmt: skip
 FIRST_STEPS = 3  # of a stage, which record graphs, take memory and so on: left out of its medians
 
@@ -358,17 +358,37 @@ def update_shape(bench, shape):
         model.zero_grad(set_to_none=True)
         (-logprobs_of(model, rows).sum() / written).backward()
 
-    for _ in range(3):
-        bench.clocked(step)
-    times = [bench.clocked(step)[0] for _ in range(5)]
+    def timed():
+        bench.forget()
+        for _ in range(4):  # the third records
+            bench.clocked(step)
+        return [bench.clocked(step)[0] for _ in range(5)], bench.peak_gib()
+
+    (times, peak), (recorded, recorded_peak) = timed(), as_graphs(bench, timed)
     head = model.get_output_embeddings().weight.numel()
     body = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and "lm_head" not in n)
     rate = 6 * (body * real + head * written) / median(times)
     bench.write(
         "update", shape=shape, ms=round(1000 * median(times), 2), tflop_s=round(rate / 1e12, 1),
         share_of_product=round(rate / bench.limits["product"], 4), sequences=size.update_rows, real_tokens=real,
-        answer_tokens=written, padded_tokens=rows[0].numel(), seconds=rounded(times), peak_gib=bench.peak_gib(),
+        answer_tokens=written, padded_tokens=rows[0].numel(), seconds=rounded(times), peak_gib=peak,
+        ms_graphs=round(1000 * median(recorded), 2), times_graphs=round(median(times) / median(recorded), 2),
+        share_graphs=round(rate * median(times) / median(recorded) / bench.limits["product"], 4),
+        peak_graphs_gib=recorded_peak,
     )  # fmt: skip
+
+
+def as_graphs(bench, run):
+    """What `run()` gives with recorded passes of any size; without a GPU they are plain ones."""
+    from rllr.model import passes
+
+    worth, passes.WORTH = passes.WORTH, float("inf")
+    passes.set_recording(True)
+    try:
+        return run()
+    finally:
+        passes.set_recording(False)
+        passes.WORTH = worth
 
 
 # ---- the three scripts, and greedy answers, of both trees ------------------------------------------------------------
@@ -415,8 +435,8 @@ class Worker:
 
 
 def start_workers(bench):
-    """Both trees' processes, which import meanwhile. `now` is this tree."""
-    trees = {"now": ROOT}
+    """A process for each tree, which imports meanwhile. `now` is this tree, `graphs` too, with --cuda_graphs."""
+    trees = {"now": ROOT, "graphs": ROOT}
     if bench.args.old and Path(bench.args.old).is_dir():
         trees["old"] = Path(bench.args.old).resolve()
     bench.workers = {name: Worker(name, tree, bench.work) for name, tree in trees.items()}
@@ -482,9 +502,9 @@ def step_times(path, name):
 
 
 def scripts(bench):
-    """SFT of 32 rows a step, reward model of 32 pairs (64 sequences), PPO of 64 prompts; autocast, both trees in turns.
+    """SFT of 32 rows a step, reward model of 32 pairs (64 sequences), PPO of 64 prompts; autocast, trees in turns.
 
-    The second SFT run is shorter and only timed: reward model and PPO start from the first, in both from this tree's.
+    The second SFT run is shorter and only timed: reward model and PPO start from the first, in all from this tree's.
     """
     data, found = make_data(bench), {}
     try:
@@ -511,13 +531,14 @@ def run_stage(bench, stage, turn, worker, data, found):
                 "--eval_every", 1000, "--show_every", 1000],
     }[stage]  # fmt: skip
     argv += ["--output_dir", out, "--precision", bench.precision, "--seed", 0, "--save_every", 0]
+    argv += ["--cuda_graphs"] if worker.name == "graphs" else []
     try:
         answer = worker.ask(script=f"train_{stage}", argv=[str(argument) for argument in argv])
         medians = step_times(out / "metrics.jsonl", stage)
         medians |= {name: answer[name] for name in ("wall_s", "peak_gib") if name in answer}
         found.setdefault((stage, worker.name), []).append(medians)
         bench.write(stage, tree=worker.name, turn=turn, **medians)
-        if stage == "sft" and turn == 0 and worker is not now:  # from here on both have the same policy
+        if stage == "sft" and turn == 0 and worker is not now:  # from here on all have the same policy
             shutil.copy(now.folder / "sft0" / "model.safetensors", worker.folder / "sft0")
     except Exception as error:
         bench.write(stage, tree=worker.name, turn=turn, error=f"{type(error).__name__}: {error}"[-3000:])
@@ -525,14 +546,16 @@ def run_stage(bench, stage, turn, worker, data, found):
             raise
 
 
-def summarise(bench, stage, both):
-    """A stage's medians over the turns, and how many times faster this tree is. both: {tree: [medians of a run]}."""
+def summarise(bench, stage, found):
+    """A stage's medians over the turns, and how many times faster this tree is than the older one, and CUDA graphs than
+    none. found: {tree: [medians of a run]}."""
     line = {}
     for field in ("step_s", "rollout_s", "score_s", "update_s"):
-        values = {name: median([run[field] for run in runs if run.get(field)]) for name, runs in both.items()}
+        values = {name: median([run[field] for run in runs if run.get(field)]) for name, runs in found.items()}
         line |= {f"{field}_{name}": round(value, 4) for name, value in values.items() if value}
-        if values.get("now") and values.get("old"):
-            line[f"times_{field.removesuffix('_s')}"] = round(values["old"] / values["now"], 2)
+        for name, slow, fast in (("times", "old", "now"), ("times_graphs", "now", "graphs")):
+            if values.get(slow) and values.get(fast):
+                line[f"{name}_{field.removesuffix('_s')}"] = round(values[slow] / values[fast], 2)
     bench.write(f"{stage}-summary", **line)
 
 
@@ -545,7 +568,7 @@ def greedy(bench):
                "batch_size": size.greedy_batch, "repeats": 2, "bf16": bench.device == "cuda"}  # fmt: skip
     times = {}
     for turn in range(2):
-        order = list(bench.workers.values())
+        order = [worker for name, worker in bench.workers.items() if name != "graphs"]  # they are for training
         for worker in order if turn % 2 == 0 else order[::-1]:
             answer = worker.ask(greedy=request)
             first, *later = answer["answer"]["seconds"]

@@ -5,12 +5,18 @@ import torch
 import transformers
 from families import tiny_model
 from test_graphs import MORE
+from test_passes import assert_close, packed, train
 from test_rollout import naive_greedy
 
 import rllr.engine.kept
 import rllr.rollout
-from rllr.logprobs import token_logprobs
+from rllr.layout import Packed
+from rllr.logprobs import token_logprobs, token_logprobs_and_entropy
+from rllr.model.backbone import backbone_of
+from rllr.model.lora import add_adapter
+from rllr.model.passes import set_recording
 from rllr.model.precision import set_precision
+from rllr.model.roles import RolePolicy
 from rllr.rollout import generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -106,3 +112,85 @@ def test_a_kept_decoder_outlives_an_update_and_an_emptied_allocator(decoders):
     optimizer.step(), optimizer.zero_grad()
     torch.cuda.empty_cache()
     assert sample(model).responses() == first.responses() and len(decoders) == 1
+
+
+# ---- recorded passes of whole sequences (--cuda_graphs) --------------------------------------------------------------
+
+
+@pytest.fixture
+def recording():
+    set_recording(True)
+    yield
+    set_recording(False)
+
+
+def on_gpu(batch):
+    return Packed(*(tensor.cuda() for tensor in batch))
+
+
+def passes_of(model):
+    return vars(backbone_of(model))["_rllr_passes"]
+
+
+def test_training_by_recorded_passes_is_training_on_the_cpu(family, recording, recwarn):
+    """Two micro-batches a step, weights that change in place, two shapes: log-probabilities, gradients, weights."""
+    model, twin = (tiny_model(family).requires_grad_(True) for _ in range(2))
+    batches = [packed(width=width, seed=width) for width in (13, 13, 30, 13, 30, 13)]
+    seen, gradients = train(model.cuda(), [on_gpu(batch) for batch in batches])
+    expected, expected_gradients = train(twin, batches)
+    assert_close([x.cpu() for x in seen], expected, atol=1e-3)
+    assert_close([x.cpu() for x in gradients], expected_gradients, atol=2e-2)
+    assert_close([p.detach().cpu() for p in model.parameters()], twin.parameters(), atol=1e-3)
+    off = [str(w.message) for w in recwarn if "--cuda_graphs is off" in str(w.message)]
+    assert len(passes_of(model).recorded) == 2 and not off, off
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recorded_scoring_sees_weights_that_changed_in_place(recording, precision):
+    model, draw = tiny_model("llama").cuda().requires_grad_(True), torch.Generator("cuda").manual_seed(0)
+    set_precision(precision)
+    try:
+        for call in range(6):
+            batch = on_gpu(packed(seed=call))
+            found = token_logprobs_and_entropy(model, *batch)
+            set_recording(False)
+            expected = token_logprobs_and_entropy(model, *batch)
+            set_recording(True)
+            assert_close(found, expected, atol=1e-3 if precision == "fp32" else 0.3)
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.add_(0.05 * torch.randn(weight.shape, generator=draw, device="cuda"))
+    finally:
+        set_precision("fp32")
+    assert len(passes_of(model).recorded) == 1
+
+
+def test_adapters_learn_by_recorded_passes(recording):
+    base = tiny_model("llama").cuda().requires_grad_(False)
+    add_adapter(base, "policy", 4, 64)
+    policy, reference = RolePolicy(base, "policy"), RolePolicy(base, None)
+    optimizer = torch.optim.SGD(policy.parameters(), 0.05)
+    for call in range(6):
+        batch = on_gpu(packed(seed=call))
+        gradients = []
+        for recorded in (False, True):
+            set_recording(recorded)
+            optimizer.zero_grad()
+            (token_logprobs(policy, *batch) - token_logprobs(reference, *batch).detach()).sum().backward()
+            gradients.append([p.grad.clone() for p in policy.parameters()])
+        assert_close(*gradients, atol=1e-2)
+        optimizer.step()
+    assert len(passes_of(policy).recorded) == 1
+
+
+def test_recording_moves_no_random_stream_and_an_emptied_allocator_no_pass(recording):
+    model, batch = tiny_model("llama").cuda().requires_grad_(True), on_gpu(packed())
+    torch.cuda.manual_seed(3)
+    for _ in range(4):
+        found = token_logprobs(model, *batch)
+        found.sum().backward()
+    drawn = torch.rand(1, device="cuda")
+    torch.cuda.manual_seed(3)
+    assert torch.equal(torch.rand(1, device="cuda"), drawn)
+    torch.cuda.empty_cache()
+    assert_close([token_logprobs(model, *batch).detach()], [found.detach()])

@@ -37,7 +37,7 @@ def packed_attention(
 ):
     """Causal attention within each segment.
 
-    query [1, heads, N, D], key and value [1, kv heads, N, D] -> ([1, N, heads, D], None). segment_lens: the lengths of
+    query [B, heads, N, D], key and value [B, kv heads, N, D] -> ([B, N, heads, D], None). segment_lens: the lengths of
     the sequences, which sum to N. sliding_window: the number of tokens that a token sees, including itself.
     """
     _refuse_unknown(rest | {"attention_mask": attention_mask, "no segment_lens": None if segment_lens else True})
@@ -109,7 +109,8 @@ def attention_by(backbone, name):
 
 
 def packed_forward(backbone, input_ids, segment_lens, **arguments):
-    """Hidden states [1, N, H] of a packed row of ids [1, N]. segment_lens: the sequences' lengths, which sum to N."""
+    """Hidden states [B, N, H] of packed rows of ids [B, N]. segment_lens: the sequences' lengths, which sum to N, the
+    same in every row."""
     positions = torch.cat([torch.arange(length, device=input_ids.device) for length in segment_lens]).unsqueeze(0)
     with attention_by(backbone, PACKED):
         output = backbone(input_ids=input_ids, position_ids=positions, segment_lens=segment_lens, **arguments)

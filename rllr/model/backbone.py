@@ -8,6 +8,7 @@ import torch
 
 from ..engine.attention import can_pack, packed_forward
 from ..engine.linear import fast_linears
+from .passes import recorded_hidden
 
 PACK_BELOW = 0.8  # share of real tokens below which packing beats padding (attention runs per sequence then)
 
@@ -45,7 +46,7 @@ def hidden_at(model, packed, rows, positions):
     """Final hidden states [N, H] at N places (row, position) of packed sequences (`rllr.layout.Packed`).
 
     On CPU the padding is not even computed where the model's family allows it: the sequences go through packed, one
-    behind the other (`rllr.engine.attention`).
+    behind the other (`rllr.engine.attention`). On a GPU the pass may be a recorded one (`passes`).
     """
     backbone = backbone_of(model)
     sequences, lengths = packed.sequences, packed.lengths
@@ -55,7 +56,8 @@ def hidden_at(model, packed, rows, positions):
         with fast_linears(backbone):
             hidden = packed_forward(backbone, sequences[real].unsqueeze(0), lengths.tolist(), use_cache=False)
         return hidden[0, (lengths.cumsum(0) - lengths)[rows] + positions]
-    return hidden_states(model, sequences)[rows, positions]
+    hidden = recorded_hidden(backbone, sequences)
+    return (hidden_states(model, sequences) if hidden is None else hidden)[rows, positions]
 
 
 def lm_logits(model, hidden):

@@ -19,11 +19,16 @@ def set_precision(precision):
     _current["precision"] = precision
 
 
+def casts():
+    """Whether forwards compute their products in bfloat16."""
+    return _current["precision"] == "bf16"
+
+
 def autocast(device, cached=True):
     """The context of one forward pass on that device. With fp32 a caller's own autocast, if there is one, stays on.
 
     cached: whether a weight is cast once for the whole context, as PyTorch does it, or at every use.
     """
-    if _current["precision"] == "fp32":
+    if not casts():
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=cached)

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from ..common import ranks
+from ..model.passes import set_recording
 from ..model.precision import set_precision
 
 
@@ -23,11 +24,12 @@ def machine():
     }
 
 
-def set_up(precision, seed, deterministic=False, spare_memory=False):
+def set_up(precision, seed, deterministic=False, spare_memory=False, cuda_graphs=False):
     """Set the precision of every forward, quiet the libraries, prepare the allocator; returns the device.
 
     deterministic: a GPU computes the same bits every time; an operation that cannot do so is named in a warning.
     spare_memory: freed memory goes back to the system at once, which is what sharded weights are for; it takes time.
+    cuda_graphs: a GPU's passes of whole sequences are recorded (`model.passes`).
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -38,6 +40,7 @@ def set_up(precision, seed, deterministic=False, spare_memory=False):
     keep_freed_memory(2**17 if spare_memory else 2**30)
     torch.manual_seed(seed)
     set_precision(precision)
+    set_recording(cuda_graphs)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

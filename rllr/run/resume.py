@@ -23,7 +23,7 @@ FREE = set(
     "wandb endpoint_url endpoint_requests endpoint_timeout".split()
 )
 # these as well, with a warning: the numbers agree to rounding, no longer to the bit;
-ROUNDING = {"micro_batch_size", "tokens_per_batch", "gradient_checkpointing", "eval_batch_size", "shard"}
+ROUNDING = {"micro_batch_size", "tokens_per_batch", "gradient_checkpointing", "eval_batch_size", "shard", "cuda_graphs"}
 # these are compared by what they hold, not by name (`input_fingerprints`).
 BY_CONTENT = frozenset(
     "task train_file eval_file test_file dataset delimiter encoding model policy label_rm rationale_rm "

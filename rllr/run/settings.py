@@ -68,6 +68,9 @@ class TrainingConfig(RunConfig, ModelConfig):
     shard: bool = flag(
         False, "under torchrun: each process keeps a part of every weight (FSDP), so that larger models fit"
     )
+    cuda_graphs: bool = flag(
+        False, "on a GPU: scoring and training as CUDA graphs, too, which small models gain from; not measured yet"
+    )
     gradient_checkpointing: bool = flag(False, "compute layers again in backward instead of keeping their activations")
     max_new_tokens: int = flag(48, "longest answer, in tokens (256 in the paper)", above=0)
     eval_batch_size: int = flag(256, "prompts decoded, or rows scored, together", above=0)

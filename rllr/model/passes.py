@@ -1,0 +1,198 @@
+"""Passes of whole sequences, forward and backward, as CUDA graphs (`--cuda_graphs`).
+
+A pass of a small model is thousands of kernels that take a few microseconds each, and Python launches one after the
+other: while a 135M model was scored or trained on an H200, the GPU computed 13 % of the time. A recorded pass is one
+launch. PyTorch records it (`torch.cuda.make_graphed_callables`); this file says which passes, pads them to a few
+shapes, and sees to what a recorded pass must not do: read weights that were cast or have moved, draw random numbers
+that a run without it would not draw, or let the gradients of two micro-batches share memory.
+
+A pass computes the padded shape whether it is recorded yet or not, so what a run computes does not depend on when it
+was recorded.
+"""
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..engine.attention import can_pack, packed_forward
+from ..engine.limits import length_limit, text_config
+from .precision import autocast, casts
+
+# A pass is worth recording where launches take about as long as kernels: some sixty launches of 6 us a layer, and
+# 2 x weights x tokens operations at half of an H100's rate. Estimated, not measured.
+WORTH = 1e11  # weights of a layer x padded tokens
+SEEN = 2  # times that a shape runs without being recorded: it may not come again
+MOST = 12  # shapes recorded of one decoder; each keeps a gradient of all weights
+FREE_SHARE = 1 / 2  # of the GPU's memory must be free: recorded passes never give theirs back
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of a recorded pass, relative to the largest number; bf16 5e-2
+
+_current = {"recorded": False}
+
+
+def set_recording(recorded):
+    """Whether passes of whole sequences are recorded on a GPU from here on (`run.machine.set_up`)."""
+    _current["recorded"] = recorded
+
+
+def records_passes(device):
+    """Whether passes on this device become CUDA graphs."""
+    return _current["recorded"] and device.type == "cuda"
+
+
+def recorded_hidden(backbone, sequences):
+    """Final hidden states [B', T', H] of right-padded sequences [B, T], with B' >= B and T' >= T; None where passes
+    like this one are not recorded.
+
+    backbone: a decoder, or a role's view of one (`model.roles`). The result may lie in memory that the next pass
+    overwrites, so the caller takes from it what it needs.
+    """
+    if not records_passes(sequences.device):
+        return None
+    passes = vars(backbone).get("_rllr_passes")
+    if passes is None:
+        passes = vars(backbone)["_rllr_passes"] = _Passes(backbone)
+    return passes(backbone, sequences)
+
+
+class _Forward(nn.Module):
+    """What is recorded: ids [B, T] -> hidden states. Weights are cast at every use, as they change in place.
+
+    Where the family allows it each row is a packed row of one sequence: transformers builds a mask while it records,
+    and none while it doesn't, so that another attention would be computed.
+    """
+
+    def __init__(self, backbone, width):
+        super().__init__()
+        self.backbone, self.packs = backbone, can_pack(backbone, width)
+
+    def forward(self, ids):
+        with autocast(ids.device, cached=False):
+            if self.packs:
+                return packed_forward(self.backbone, ids, [ids.shape[1]], use_cache=False)
+            return self.backbone(input_ids=ids, use_cache=False).last_hidden_state
+
+
+class _Passes:
+    """The recorded passes of one decoder or role, by shape and mode."""
+
+    def __init__(self, backbone):
+        decoder = getattr(backbone, "shared_backbone", backbone)
+        config = text_config(decoder.config)
+        embeddings = {id(weight) for weight in decoder.get_input_embeddings().parameters()}
+        self.weights = list({id(w): w for part in (backbone, decoder) for w in part.parameters()}.values())
+        inner = sum(weight.numel() for weight in self.weights if id(weight) not in embeddings)
+        self.weights_per_layer = inner / max(1, getattr(config, "num_hidden_layers", 1))
+        self.limit = length_limit(decoder)[0]
+        self.usable = not _never(backbone, decoder)
+        self.forget()
+
+    def forget(self):
+        self.seen: dict[tuple, int] = {}
+        self.recorded: dict[tuple, Any] = {}  # what PyTorch made of the pass
+        self.places = self._places()
+        self.pool = self.open = None
+
+    def _places(self):
+        """Where the weights are, and which of them learn: what a recorded pass takes for granted."""
+        return [(weight.data_ptr(), weight.dtype, weight.requires_grad) for weight in self.weights]
+
+    def __call__(self, backbone, sequences):
+        rows, width = padded_shape(len(sequences), sequences.shape[1], self.limit)
+        as_asked = torch.is_autocast_enabled(sequences.device.type) == casts()  # not within a caller's own autocast
+        if not self.usable or not as_asked or rows * width * self.weights_per_layer > WORTH:
+            return None
+        if self.places != self._places():
+            self.forget()
+        ids = sequences.new_zeros(rows, width)
+        ids[: sequences.shape[0], : sequences.shape[1]] = sequences
+        with_gradient = torch.is_grad_enabled()
+        key = (rows, width, with_gradient, backbone.training, casts())
+        self.seen[key] = self.seen.get(key, 0) + 1
+        waits = self.open is not None and self.open() is not None  # an earlier pass whose backward is still to come
+        if key not in self.recorded and not waits and self.seen[key] > SEEN and self._has_room(ids.device):
+            self._record(key, backbone, ids)
+        if key not in self.recorded or waits:
+            return _Forward(backbone, width)(ids)
+        if with_gradient:
+            self._make_gradients()
+        hidden = self.recorded[key](ids)
+        if hidden.requires_grad:
+            self.open = weakref.ref(hidden.grad_fn)
+            hidden.register_hook(self._close)
+        return hidden
+
+    def _close(self, gradient):
+        """Backward has come as far as the pass's result."""
+        self.open = None
+
+    def _make_gradients(self):
+        """Zeros where there is no gradient yet. Autograd would else take the recorded backward's own memory for it, to
+        which the next micro-batch writes."""
+        for weight in self.weights:
+            if weight.requires_grad and weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+
+    def _has_room(self, device):
+        return len(self.recorded) < MOST and has_room(device)
+
+    def _record(self, key, backbone, ids):
+        """Record the pass of this shape, unless it cannot be, or gives other numbers than the plain one."""
+        forward, device = _Forward(backbone, ids.shape[1]), ids.device
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast(device, cached=False):
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                recorded = torch.cuda.make_graphed_callables(
+                    forward, (ids.clone(),), allow_unused_input=True, pool=self.pool
+                )
+                problem = "" if backbone.training else _differs(_Forward(backbone, ids.shape[1]), recorded, ids)
+        except (RuntimeError, AssertionError) as error:  # an operation that cannot be recorded, or no memory for it
+            problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if problem:
+            self.forget()
+            self.usable = False
+            warnings.warn(f"--cuda_graphs is off for {type(backbone).__name__}: {problem}", stacklevel=2)
+        else:
+            self.recorded[key] = recorded
+
+
+@torch.no_grad()
+def _differs(plain, recorded, ids):
+    """What is wrong with a recorded pass, in words; "" where it gives the numbers of the plain one."""
+    expected = plain(ids).clone()
+    found = recorded(ids)
+    tolerance = 5e-2 if casts() else TOLERANCE.get(expected.dtype, 5e-2)
+    error = float((found - expected).abs().max() / expected.abs().max())
+    return "" if error <= tolerance else f"a recorded pass is off by {error:.2g} of the largest number"
+
+
+def _never(backbone, decoder):
+    """Whether passes of this decoder are never recorded: its weights are put together for each pass, its layers are
+    computed again in backward, or its adapters are switched by hand, which no shape tells of."""
+    by_hand = backbone is decoder and hasattr(decoder, "rllr_adapters")
+    again = any("_rllr_checkpointed" in vars(module) for module in decoder.modules())
+    return by_hand or again or hasattr(decoder, "rllr_shards")
+
+
+def has_room(device):
+    """Whether so much memory is free that a recorded pass may keep some."""
+    if device.type != "cuda":
+        return True
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return free >= FREE_SHARE * total
+
+
+def padded_shape(rows, width, limit=None):
+    """(rows, columns) to compute for so many rows and columns: few shapes, each at most an eighth (and 15 columns)
+    larger than needed. limit: the model's, beyond which its attention may change."""
+    columns = _rounded(width, 16)
+    return _rounded(rows, 1), columns if limit is None or width > limit else min(columns, limit)
+
+
+def _rounded(number, least):
+    """The next multiple of `least`, or of an eighth of the power of two that is not above the number."""
+    step = max(least, 1 << max(0, number.bit_length() - 4))
+    return -(-number // step) * step
