@@ -27,6 +27,7 @@ from .rationales.factory import check_writer, default_label_pairs, default_write
 from .report.reward_report import sample_rows
 
 PAIR_FILES = ("pairs.jsonl", "pairs_held_out.jsonl")  # in the run's directory
+FEW_TOO_LONG = 0.005  # of the pairs; a sampled rationale with another label than its own may be a token too long
 LEARNT_BY_HEART = 0.5  # of wrong samples on held-out rows, below which those on labelled rows are too few
 
 
@@ -164,7 +165,7 @@ def make_pairs(run, models, labelled, held_out):
 
 def encode_pairs(pairs, encoder, max_new_tokens):
     """([`PairRow`], the pairs kept). Pairs longer than the context are dropped, counted and named; answers longer than
-    PPO will let any be are told of. InputError where no pair fits."""
+    PPO will let any be are told of where they are more than a few. InputError where no pair fits."""
     rows, kept, dropped, longest = [], [], [], []
     for pair in pairs:
         row = PairRow(
@@ -180,7 +181,7 @@ def encode_pairs(pairs, encoder, max_new_tokens):
             kept.append(pair)
             longest.append(max(len(row.chosen_ids), len(row.rejected_ids)))
     beyond = [length for length in longest if length > max_new_tokens]
-    if beyond:
+    if len(beyond) > FEW_TOO_LONG * len(pairs):
         say(
             f"warning: {len(beyond)} of {len(pairs)} pairs have an answer longer than "
             f"--max_new_tokens {max_new_tokens}, up to {max(beyond)} tokens: PPO would cut such "

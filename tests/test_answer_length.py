@@ -7,6 +7,8 @@ from toy_runs import ANSWER, TRAIN_ROWS, run, write_rows
 
 import train_sft
 from rllr.common.errors import InputError
+from rllr.pairs import Pair
+from rllr.rm_pairs import encode_pairs
 from rllr.tasks import Example, Task
 
 TASK = Task("t", ("good", "bad"), "{text}?")
@@ -74,3 +76,14 @@ def test_the_three_cases_in_a_run(toy, tmp_path, capsys):
         "error: row rows2.jsonl:8: the prompt template takes " in capsys.readouterr().err
         and not (tmp_path / "none").exists()
     )
+
+
+@pytest.mark.parametrize("long, said", [(0, False), (1, False), (2, True), (300, True)])
+def test_pairs_with_longer_answers_are_told_of_where_they_are_more_than_a_few(capsys, long, said):
+    """One of 300 is a sampled rationale with a label that is a token longer: nobody can do anything about it."""
+    answers = ["y" * 20 if row < long else "y" * 3 for row in range(300)]
+    pairs = [Pair(f"prompt {row}", "x" * 4, answer, "label") for row, answer in enumerate(answers)]
+    rows, kept = encode_pairs(pairs, encoder_of(toy_tokenizer(), context=64), 16)
+    assert len(rows) == len(kept) == 300
+    warning = f"warning: {long} of 300 pairs have an answer longer than --max_new_tokens 16, up to 21 tokens"
+    assert (warning in capsys.readouterr().out) == said
