@@ -94,6 +94,7 @@ class _Passes:
         self.recorded: dict[tuple, Any] = {}  # what PyTorch made of the pass
         self.places = self._places()
         self.pool = self.open = None
+        self.full = False
 
     def _places(self):
         """Where the weights are, and which of them learn: what a recorded pass takes for granted."""
@@ -136,7 +137,9 @@ class _Passes:
                 weight.grad = torch.zeros_like(weight)
 
     def _has_room(self, device):
-        return len(self.recorded) < MOST and has_room(device)
+        """Whether one more pass may be recorded. Where the GPU has once been too full it is not asked again."""
+        self.full = self.full or len(self.recorded) >= MOST or not has_room(device)
+        return not self.full
 
     def _record(self, key, backbone, ids):
         """Record the pass of this shape, unless it cannot be, or gives other numbers than the plain one."""
