@@ -9,6 +9,7 @@ Rows; --only names some of them, the first is always measured:
 limits    bandwidth of a copy and rate of a bf16 matrix product: what shares are of
 decode    64 rows x 128 new tokens, against transformers' generate
 update    forward and backward of 32 sequences, plain and as CUDA graphs (whatever the size)
+norms     what one kernel for a norm gives: decoding and update of the smallest shape with and without
 greedy    872 prompts x 48 tokens, this tree and the older one in turns
 scripts   steps of train_sft.py, train_rm.py and train_ppo.py in turns: both trees, this one with --cuda_graphs, too
 mixed7b   an RLLR-mixed iteration with adapters on a 7B shape: seconds and peak memory per phase
@@ -35,6 +36,7 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,8 +73,8 @@ TINY = SimpleNamespace(
     mixed_prompts=4, mixed_tokens=6, mixed_micro=2, profile_steps=4, profile_prompts=4, profile_tokens=5,
     trl_steps=2,
 )  # fmt: skip
-LIMITS_S = {"limits": 60, "decode": 120, "update": 40, "greedy": 60, "scripts": 390, "mixed7b": 90, "profile": 60,
-            "trl": 75, "compiled": 240}  # seconds that a row may take, at most  # fmt: skip
+LIMITS_S = {"limits": 60, "decode": 120, "update": 40, "norms": 40, "greedy": 60, "scripts": 390, "mixed7b": 90,
+            "profile": 60, "trl": 75, "compiled": 240}  # seconds that a row may take, at most  # fmt: skip
 FIRST_STEPS = 3  # of a stage, which record graphs, take memory and so on: left out of its medians
 
 
@@ -150,10 +152,12 @@ class Bench:
         self.sync()
         return time.perf_counter() - start, result
 
-    def model(self, shape, dtype="bfloat16", seed=0):
+    def model(self, shape, dtype="bfloat16", seed=0, fused=True):
         """A causal LM with random weights, made on the device. transformers' generate knows no end token of it."""
         import torch
         from transformers import AutoModelForCausalLM, LlamaConfig
+
+        from rllr.engine.norms import fuse_norms
 
         torch.manual_seed(seed)
         settings = SHAPES[shape]
@@ -165,6 +169,8 @@ class Bench:
             with torch.device(self.device):
                 model = AutoModelForCausalLM.from_config(config).eval()
             assert model.dtype == getattr(torch, dtype)
+            if fused and self.device == "cuda":
+                fuse_norms(model)  # as a model is loaded
             return model
         finally:
             torch.set_default_dtype(torch.float32)
@@ -344,19 +350,8 @@ def update(bench):
 
 def update_shape(bench, shape):
     """Products are counted of real tokens alone, the head's of answer tokens alone, attention's not at all."""
-    from either_tree import logprobs_of, packed_rows
-
-    size, draw, model = bench.size, random.Random("answers"), bench.model(shape).train()
-    vocab = model.config.vocab_size
-    prompts = bench.prompts(size.update_rows, vocab)
-    lengths = [max(1, min(size.answer_cap, int(draw.expovariate(1 / size.answer)))) for _ in prompts]
-    answers = [[draw.randrange(3, vocab) for _ in range(length)] for length in lengths]
-    rows = packed_rows(prompts, answers, bench.device)
-    written, real = sum(lengths), sum(lengths) + sum(map(len, prompts))
-
-    def step():
-        model.zero_grad(set_to_none=True)
-        (-logprobs_of(model, rows).sum() / written).backward()
+    size, model = bench.size, bench.model(shape).train()
+    step, rows, written, real = update_step(bench, model)
 
     def timed():
         bench.forget()
@@ -376,6 +371,49 @@ def update_shape(bench, shape):
         share_graphs=round(rate * median(times) / median(recorded) / bench.limits["product"], 4),
         peak_graphs_gib=recorded_peak,
     )  # fmt: skip
+
+
+def update_step(bench, model):
+    """(forward and backward of a batch, its rows, its answer tokens, all its tokens)."""
+    from either_tree import logprobs_of, packed_rows
+
+    size, draw, vocab = bench.size, random.Random("answers"), model.config.vocab_size
+    prompts = bench.prompts(size.update_rows, vocab)
+    lengths = [max(1, min(size.answer_cap, int(draw.expovariate(1 / size.answer)))) for _ in prompts]
+    answers = [[draw.randrange(3, vocab) for _ in range(length)] for length in lengths]
+    rows, written = packed_rows(prompts, answers, bench.device), sum(lengths)
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        (-logprobs_of(model, rows).sum() / written).backward()
+
+    return step, rows, written, written + sum(map(len, prompts))
+
+
+def norms(bench):
+    """Decoding and update of the smallest shape with transformers' own norms and with one kernel each, in turns."""
+    import torch
+
+    size, shape, times = bench.size, bench.size.shapes[0], {}
+    for turn in range(4):  # the first warms up
+        for name in ("plain", "fused"):
+            model = bench.model(shape, fused=name == "fused")
+            prompts = bench.prompts(size.rows, model.config.vocab_size)
+            draw = torch.Generator(bench.device).manual_seed(0)
+            written = partial(ours, bench, model, prompts, size.new_tokens, draw)
+            decoded = [bench.clocked(written)[0] for _ in range(2)]
+            step, *_ = update_step(bench, model.train())
+            updated = [bench.clocked(step)[0] for _ in range(4)]
+            if turn:
+                times.setdefault(f"decode_s_{name}", []).append(decoded[1])
+                times.setdefault(f"update_s_{name}", []).append(median(updated[1:]))
+            del model, step, written
+            bench.forget()
+    line = {name: round(median(values), 4) for name, values in times.items()}
+    gains = {
+        f"times_{what}": round(line[f"{what}_s_plain"] / line[f"{what}_s_fused"], 2) for what in ("decode", "update")
+    }
+    bench.write("norms", shape=shape, **line, **gains)
 
 
 def as_graphs(bench, run):
@@ -770,8 +808,8 @@ def trl(bench):
     against_trl(bench, Iteration)
 
 
-ROWS = {"limits": limits, "decode": decode, "update": update, "greedy": greedy, "scripts": scripts, "mixed7b": mixed7b,
-        "profile": profile, "trl": trl, "compiled": compiled}  # fmt: skip
+ROWS = {"limits": limits, "decode": decode, "update": update, "norms": norms, "greedy": greedy, "scripts": scripts,
+        "mixed7b": mixed7b, "profile": profile, "trl": trl, "compiled": compiled}  # fmt: skip
 
 
 def main():

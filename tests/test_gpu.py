@@ -10,9 +10,11 @@ from test_rollout import naive_greedy
 
 import rllr.engine.kept
 import rllr.rollout
+from rllr.engine.norms import fuse_norms
 from rllr.layout import Packed
 from rllr.logprobs import token_logprobs, token_logprobs_and_entropy
 from rllr.model.backbone import backbone_of
+from rllr.model.loading import load_policy
 from rllr.model.lora import add_adapter
 from rllr.model.passes import set_recording
 from rllr.model.precision import set_precision
@@ -112,6 +114,17 @@ def test_a_kept_decoder_outlives_an_update_and_an_emptied_allocator(decoders):
     optimizer.step(), optimizer.zero_grad()
     torch.cuda.empty_cache()
     assert sample(model).responses() == first.responses() and len(decoders) == 1
+
+
+def test_a_loaded_model_has_fused_norms_and_the_numbers_of_a_cpu(tmp_path):
+    """Logits and gradients."""
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    model, twin = load_policy(tmp_path, device="cuda"), load_policy(tmp_path)
+    assert fuse_norms(model) == 0 and fuse_norms(tiny_model("qwen3").cuda()) == 9
+    batch = packed()
+    for each, own in ((model, on_gpu(batch)), (twin, batch)):
+        token_logprobs(each.requires_grad_(True), *own).sum().backward()
+    assert_close([p.grad.cpu() for p in model.parameters()], [p.grad for p in twin.parameters()], atol=1e-2)
 
 
 # ---- recorded passes of whole sequences (--cuda_graphs) --------------------------------------------------------------

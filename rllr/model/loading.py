@@ -25,6 +25,7 @@ from ..common.errors import InputError
 from ..common.files import RECORD, is_lfs_pointer, path_from_record
 from ..common.log import say
 from ..engine.limits import text_config
+from ..engine.norms import fuse_norms
 from ..model.records import read_record
 from .backbone import decoder_name, decoder_of, hidden_states, lm_logits
 from .lora import merge_adapter
@@ -96,8 +97,16 @@ def load_policy(name_or_path, *, dtype=torch.float32, device="cpu", base=None):
         raise InputError(f"{name_or_path}: weights are missing ({missing}, ...): this is no causal LM's directory")
     if HEAD_WEIGHT in info["unexpected_keys"]:  # with tied embeddings nothing is missing
         raise InputError(f"{name_or_path}: holds a reward or value model ({HEAD_WEIGHT}), not a causal LM's weights")
-    model = _text_part(model, name_or_path).to(device).eval()
+    model = _placed(_text_part(model, name_or_path), device)
     _check_logits(model, name_or_path)
+    return model
+
+
+def _placed(model, device):
+    """A loaded model on its device, in eval mode."""
+    model = model.to(device).eval()
+    if torch.device(device).type == "cuda":
+        fuse_norms(model)
     return model
 
 
@@ -223,7 +232,7 @@ def load_backbone(path, *, dtype=torch.float32, device="cpu"):
         raise InputError(f"{path}: cannot be loaded: {_first_line(error)}") from error
     if info["missing_keys"]:
         raise InputError(f"{path}: weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}, ...")
-    return backbone.to(device).eval()
+    return _placed(backbone, device)
 
 
 def read_head(path):
