@@ -15,6 +15,7 @@ from .common import ranks
 from .engine import decoder as decoding
 from .engine import kept
 from .engine.attention import can_pack
+from .engine.cache import products_dtype
 from .engine.decoder import Decoder
 from .engine.limits import check_cache_support, length_limit, text_config
 from .engine.linear import packed_linears
@@ -192,9 +193,10 @@ def slots_within(cache_bytes, model, length):
 
 
 def bytes_per_slot(model, length):
-    """Of keys and values, in the weights' dtype."""
+    """Of keys and values, in the dtype of products."""
     config = text_config(model.config)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     per_token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
-    return per_token * length * next(model.parameters()).element_size()
+    with autocast(model.device):
+        return per_token * length * products_dtype(next(model.parameters())).itemsize

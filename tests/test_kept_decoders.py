@@ -20,9 +20,10 @@ import rllr.engine.decoder
 import rllr.engine.kept
 import rllr.rollout
 from rllr.engine.graphs import StepGraphs
+from rllr.logprobs import token_logprobs
 from rllr.model.lora import add_adapter, use_adapter
 from rllr.model.precision import set_precision
-from rllr.rollout import generate
+from rllr.rollout import bytes_per_slot, generate
 
 MORE = PROMPTS + [[row + 20] * (1 + row % 7) for row in range(9)]
 STOPS = list(range(2, 12))
@@ -130,6 +131,34 @@ def test_the_steps_of_a_kept_decoder_see_weights_that_changed_in_place(taped, mo
     assert len(taped) == 1
     same = [a == b for a, b in zip(found.responses(), expected.responses())]
     assert all(same) if precision == "fp32" else sum(same) >= len(same) - 2  # bf16 rounds by shape
+
+
+def test_under_autocast_keys_lie_as_attention_casts_them(taped):
+    """Rotary embeddings leave them in float32; each step would cast the whole cache."""
+    model = tiny_model("llama").requires_grad_(True)
+    full = bytes_per_slot(model, 128)
+    set_precision("bf16")
+    try:
+        rollout = sample(model)
+        ((_, decoder),) = rllr.engine.kept._kept.values()
+        slots = len(decoder.slot_ids)
+        assert decoder.cache.nbytes() == slots * bytes_per_slot(model, len(decoder.columns))
+        assert bytes_per_slot(model, 128) == full / 2 == 2 * 2 * 2 * 8 * 128 * 2  # keys and values, layers, heads, wide
+        scored = token_logprobs(model, *rollout.packed).detach()
+    finally:
+        set_precision("fp32")
+    assert {memory.dtype for layer in decoder.cache.layers for memory in (layer.keys, layer.values)} == {torch.bfloat16}
+    assert (rollout.rollout_logprobs - scored)[rollout.response_mask].abs().mean() < 0.1
+
+
+def test_a_step_makes_its_mask_once_and_not_in_every_layer(taped):
+    """Of a bool mask each layer would make a bias of its own."""
+    counts = []
+    for layers in (1, 3):
+        sample(tiny_model("llama", num_hidden_layers=layers))
+        operations = [str(operation) for operation, *_ in next(iter(taped[-1]._graphs.values())).operations]
+        counts.append(sum("where" in name or "masked_fill" in name for name in operations))
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ def slot_attention(
 ):
     """Attention of one query per slot.
 
-    query [B, heads, 1, D], key and value [B, kv heads, L, D], mask [B, 1, 1, L] -> ([B, 1, heads, D], None).
+    query [B, heads, 1, D], key and value [B, kv heads, L, D], mask [B, 1, 1, L] -> ([B, 1, heads, D], None). The mask
+    is a bias, or bool; where there are spans, bool.
 
     The query heads that share a key head become queries of that one head. transformers (until about 5.20) repeated the
     keys instead, which copies the whole cache in every layer of every step. spans: [(first slot, last slot + 1, largest
@@ -79,6 +80,8 @@ def slot_attention(
             pieces.append(_one_query_attention(scaled[first:end], k, v, attention_mask[first:end, :, 0, :width]))
         return torch.cat(pieces).unsqueeze(1).to(query.dtype), None
     queries = query.reshape(rows, key.shape[1], -1, size)
+    if attention_mask.dtype != torch.bool:
+        attention_mask = attention_mask.to(query.dtype)
     out = scaled_dot_product_attention(queries, key, value, attn_mask=attention_mask, scale=scaling)
     return out.reshape(rows, 1, heads, size), None
 

@@ -25,6 +25,12 @@ def cache_argument(backbone):
     return next(name for name in names if name in own)
 
 
+def products_dtype(tensor):
+    """The dtype in which products of this tensor are computed: its own, or autocast's."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
 class SlotCache(Cache):
     """The cache that a Hugging Face decoder writes its keys and values into.
 
@@ -97,16 +103,20 @@ class SlotCache(Cache):
 
 
 def _zeros(shape, like):
-    """Zeros with the dtype and device of `like`. On CPU numpy makes them, which takes memory when it is written."""
+    """Zeros on the device of `like`, in the dtype of its products. On CPU numpy makes them, which takes memory when it
+    is written."""
+    dtype = products_dtype(like)
     if like.device.type != "cpu":
-        return like.new_zeros(shape)
-    return torch.from_numpy(np.zeros((*shape, like.element_size()), dtype=np.uint8)).view(like.dtype).squeeze(-1)
+        return like.new_zeros(shape, dtype=dtype)
+    return torch.from_numpy(np.zeros((*shape, dtype.itemsize), dtype=np.uint8)).view(dtype).squeeze(-1)
 
 
 class SlotLayer(CacheLayerMixin):
     """The memory of one decoder layer: keys and values [slots, heads, length, head_dim], allocated at the first write.
 
-    The memory starts as zeros: a masked column is still multiplied by the softmax's 0, and 0 * NaN would be NaN.
+    Under autocast rotary embeddings leave keys in float32, and attention casts them: they lie here as it casts them,
+    else each step would cast all of them again. The memory starts as zeros: a masked column is still multiplied by the
+    softmax's 0, and 0 * NaN would be NaN.
     """
 
     is_sliding = False
@@ -130,7 +140,8 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         for memory, new in ((self.keys, key_states), (self.values, value_states)):
             heads, head_dim = memory.shape[1], memory.shape[3]
-            memory.view(-1, head_dim).index_copy_(0, self.cache.index(heads), new.reshape(-1, head_dim))
+            rows = new.reshape(-1, head_dim).to(memory.dtype)
+            memory.view(-1, head_dim).index_copy_(0, self.cache.index(heads), rows)
         if self.cache.rows is None:
             return key_states, value_states
         rows, width = self.cache.rows, self.cache.width

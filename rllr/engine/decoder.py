@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import torch
 
 from .attention import attending_to_slots, can_pack, packed_forward, takes_our_attention
-from .cache import SlotCache, cache_argument
+from .cache import SlotCache, cache_argument, products_dtype
 from .graphs import StepGraphs, shape_for
 from .linear import products_are_slow
 
@@ -147,6 +147,9 @@ class Decoder:
         self.cache.write_at(self.slot_ids[:rows].unsqueeze(1), positions, rows=rows, width=width)
         visible = self.columns[:width] <= positions  # [rows, width]
         mask = visible[:, None, None, :] if self.ready_mask else visible.long()
+        if self.own_attention and not spans:  # of a bool mask every layer would make this bias for itself
+            dtype = products_dtype(self.backbone.get_input_embeddings().weight)
+            mask = torch.zeros(mask.shape, dtype=dtype, device=self.device).masked_fill_(~mask, -torch.inf)
         ids, options = self.tokens[:rows].unsqueeze(1), {"spans": spans} if spans else {}
         with attending_to_slots(self.backbone) if self.own_attention else nullcontext():
             output = self.backbone(
