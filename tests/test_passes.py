@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from families import tiny_model
-from test_graphs import NoLooks
+from test_graphs import NoLooks, recordable  # noqa: F401
 from test_kept_decoders import Tape, move_weights
 from torch import nn
 from toy_runs import read_metrics, toy_runs
@@ -122,8 +122,9 @@ def assert_close(found, expected, atol=2e-5):
 # ---- numbers and gradients -------------------------------------------------------------------------------------------
 
 
-def test_training_by_recorded_passes_is_training(model, recorded):
+def test_training_by_recorded_passes_is_training(recordable, recorded):  # noqa: F811
     """Values and summed gradients of two micro-batches a step, weights that change in place, six steps, two shapes."""
+    model = recordable
     batches = [packed(width=width, seed=width) for width in (13, 13, 30, 13, 30, 13)]
     twin = tiny_model(model.config.model_type).requires_grad_(True)
     model.requires_grad_(True)
