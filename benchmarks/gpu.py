@@ -360,6 +360,7 @@ def update_shape(bench, shape):
         return [bench.clocked(step)[0] for _ in range(5)], bench.peak_gib()
 
     (times, peak), (recorded, recorded_peak) = timed(), as_graphs(bench, timed)
+    passes = vars(model.model).get("_rllr_passes")
     head = model.get_output_embeddings().weight.numel()
     body = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and "lm_head" not in n)
     rate = 6 * (body * real + head * written) / median(times)
@@ -369,7 +370,7 @@ def update_shape(bench, shape):
         answer_tokens=written, padded_tokens=rows[0].numel(), seconds=rounded(times), peak_gib=peak,
         ms_graphs=round(1000 * median(recorded), 2), times_graphs=round(median(times) / median(recorded), 2),
         share_graphs=round(rate * median(times) / median(recorded) / bench.limits["product"], 4),
-        peak_graphs_gib=recorded_peak,
+        peak_graphs_gib=recorded_peak, recorded_passes=len(passes.recorded) if passes else 0,
     )  # fmt: skip
 
 
@@ -574,6 +575,8 @@ def run_stage(bench, stage, turn, worker, data, found):
         answer = worker.ask(script=f"train_{stage}", argv=[str(argument) for argument in argv])
         medians = step_times(out / "metrics.jsonl", stage)
         medians |= {name: answer[name] for name in ("wall_s", "peak_gib") if name in answer}
+        if worker.name == "graphs":  # what could not be recorded would be timed as a plain pass
+            medians["graphs_off"] = worker.log.read_text(errors="replace").count("--cuda_graphs is off")
         found.setdefault((stage, worker.name), []).append(medians)
         bench.write(stage, tree=worker.name, turn=turn, **medians)
         if stage == "sft" and turn == 0 and worker is not now:  # from here on all have the same policy

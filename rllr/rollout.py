@@ -199,4 +199,4 @@ def bytes_per_slot(model, length):
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     per_token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
     with autocast(model.device):
-        return per_token * length * products_dtype(next(model.parameters())).itemsize
+        return per_token * length * products_dtype(model.get_input_embeddings().weight).itemsize

@@ -25,6 +25,7 @@ from .data.splits import DataConfig, load_splits
 from .layout import pack, shuffled_batches
 from .logprobs import token_logprobs
 from .model.dropout import set_dropout
+from .model.loading import placed
 from .model.records import make_record, save_policy
 from .rationales.words import words_of
 from .run.machine import set_up
@@ -74,7 +75,8 @@ def build_tiny(splits, task, config: TinyConfig, seed, device):
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-    ).to(device)
+    )
+    model = placed(model, device)
     say(f"tiny: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
     encoder = Encoder(tokenizer, model)
     texts, passes = _texts_to_read(examples, config.epochs, seed)

@@ -20,6 +20,7 @@ from rllr.model.passes import set_recording
 from rllr.model.precision import set_precision
 from rllr.model.roles import RolePolicy
 from rllr.rollout import generate
+from rllr.run.optimizer import Optimizer, gradient_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 STOPS = list(range(2, 12))
@@ -201,10 +202,35 @@ def test_recording_moves_no_random_stream_and_an_emptied_allocator_no_pass(recor
     model, batch = tiny_model("llama").cuda().requires_grad_(True), on_gpu(packed())
     torch.cuda.manual_seed(3)
     for _ in range(4):
-        found = token_logprobs(model, *batch)
-        found.sum().backward()
+        logprobs = token_logprobs(model, *batch)
+        logprobs.sum().backward()
+        found = logprobs.detach().clone()
+        del logprobs
+    assert len(passes_of(model).recorded) == 1
     drawn = torch.rand(1, device="cuda")
     torch.cuda.manual_seed(3)
     assert torch.equal(torch.rand(1, device="cuda"), drawn)
     torch.cuda.empty_cache()
-    assert_close([token_logprobs(model, *batch).detach()], [found.detach()])
+    assert_close([token_logprobs(model, *batch).detach()], [found])
+
+
+def test_a_pass_that_cannot_be_recorded_leaves_pytorch_as_it_was(recording, monkeypatch):
+    """The current stream, and random draws, which torch 2.11 refused after a recording that failed."""
+    model, batch, stream = tiny_model("llama").cuda(), on_gpu(packed()), torch.cuda.current_stream()
+    layer, plain = backbone_of(model).layers[1], backbone_of(model).layers[1].forward
+    monkeypatch.setattr(layer, "forward", lambda *args, **more: plain(*args, **more) if args[0].sum().item() else None)
+    with pytest.warns(UserWarning, match="--cuda_graphs is off"):
+        for _ in range(4):
+            found, _ = token_logprobs_and_entropy(model, *batch)
+    assert torch.cuda.current_stream() == stream and torch.rand(2, device="cuda").ne(0).all()
+    set_recording(False)
+    assert_close([found], [token_logprobs_and_entropy(model, *batch)[0]], atol=1e-3)
+
+
+def test_the_next_micro_batch_is_recorded_while_a_stage_adds_up_gradients(recording):
+    model = tiny_model("llama").cuda().requires_grad_(True)
+    optimizer = Optimizer(model, 1e-3, 10)
+    for _ in range(3):
+        micro_batches = [(on_gpu(packed(seed=part)), 1.0) for part in range(4)]
+        gradient_step(optimizer, micro_batches, lambda part: token_logprobs(model, *part).sum())
+    assert len(passes_of(model).recorded) == 1

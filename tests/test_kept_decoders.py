@@ -23,6 +23,7 @@ from rllr.engine.graphs import StepGraphs
 from rllr.logprobs import token_logprobs
 from rllr.model.lora import add_adapter, use_adapter
 from rllr.model.precision import set_precision
+from rllr.model.roles import RolePolicy
 from rllr.rollout import bytes_per_slot, generate
 
 MORE = PROMPTS + [[row + 20] * (1 + row % 7) for row in range(9)]
@@ -159,6 +160,25 @@ def test_a_step_makes_its_mask_once_and_not_in_every_layer(taped):
         operations = [str(operation) for operation, *_ in next(iter(taped[-1]._graphs.values())).operations]
         counts.append(sum("where" in name or "masked_fill" in name for name in operations))
     assert counts[0] == counts[1] > 0
+
+
+def test_under_autocast_no_layer_casts_the_mask(taped):
+    """Queries are float32 after rotary embeddings, attention computes in bfloat16: the mask comes in that."""
+    set_precision("bf16")
+    try:
+        sample(tiny_model("llama"), MORE[:6])
+    finally:
+        set_precision("fp32")
+    for (rows, width), tape in taped[-1]._graphs.items():
+        casts = [args[0].shape for operation, args, *_ in tape.operations if "_to_copy" in str(operation)]
+        assert casts and not [shape for shape in casts if tuple(shape) == (rows, 1, 1, width)]
+
+
+def test_bytes_of_a_slot_are_known_of_a_role_without_weights_of_its_own():
+    """The reference of a reward model with adapters; on a GPU its slots are counted."""
+    base = tiny_model("llama")
+    add_adapter(base, "one", 4, 64)
+    assert bytes_per_slot(RolePolicy(base, None), 10) == bytes_per_slot(base, 10) == 2 * 2 * 2 * 8 * 10 * 4
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import CONFIGS, tiny_model
 from torch import nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from rllr.engine.norms import fuse_norms
@@ -115,6 +116,22 @@ def test_norms_are_fused_once_and_under_autocast_keep_their_dtype():
         found, expected = (model.model(input_ids=IDS).last_hidden_state for model in models)
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, rtol=0, atol=0.1 * float(expected.abs().max()))
+
+
+def test_the_kernel_gets_bf16_as_it_is(monkeypatch):
+    """Autocast would cast it to float32 first, and the result back."""
+    norm, plain, given = tiny_model("llama").model.norm.bfloat16(), functional.rms_norm, []
+    fuse_norms(norm)
+
+    def noted(x, *more):
+        given.append((x.dtype, torch.is_autocast_enabled("cpu")))
+        return plain(x, *more)
+
+    monkeypatch.setattr(functional, "rms_norm", noted)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert norm(torch.randn(2, 32).bfloat16()).dtype == torch.bfloat16
+        norm.float()(torch.randn(2, 32))
+    assert given == [(torch.bfloat16, False), (torch.float32, True)]
 
 
 def test_on_a_cpu_a_loaded_model_has_its_own_norms(tmp_path):

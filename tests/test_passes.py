@@ -31,21 +31,21 @@ from rllr.model.lora import add_adapter
 from rllr.model.precision import set_precision
 from rllr.model.recompute import checkpoint_layers
 from rllr.model.roles import RoleBackbone, RolePolicy
-from rllr.run.optimizer import Optimizer
+from rllr.run.optimizer import Optimizer, gradient_step
 from rllr.run.run import _against_cuda_graphs
 
 
 class TapedGraph:
-    """In place of torch.cuda.CUDAGraph."""
+    """In place of torch.cuda.CUDAGraph. What is noted of it for the tests does not keep it."""
 
     made: list = []
 
     def __init__(self):
-        self.tape, self.replays = Tape(), 0
-        TapedGraph.made.append(self)
+        self.tape, self.noted = Tape(), SimpleNamespace(replays=0, operations=[])
+        TapedGraph.made.append(self.noted)
 
     def replay(self):
-        self.replays += 1
+        self.noted.replays += 1
         self.tape.replay()
 
 
@@ -55,6 +55,7 @@ def taping(graph, pool=None):
     with pytest.MonkeyPatch.context() as capturing, NoLooks(), graph.tape:
         capturing.setattr(transformers.utils.import_utils, "is_cuda_stream_capturing", lambda: True)
         yield
+    graph.noted.operations += [str(operation) for operation, *_ in graph.tape.operations]
     for _, _, _, found in graph.tape.operations:
         for tensor in torch.utils._pytree.tree_leaves(found):
             owns = isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor._base is None
@@ -64,7 +65,7 @@ def taping(graph, pool=None):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Passes as on a GPU, on tape; the graphs that were made."""
+    """Passes as on a GPU, on tape; what is noted of the graphs that were made."""
 
     def given(tape):  # where the inputs are: tensors that an operation took and none had made
         made = {t.data_ptr() for *_, found in tape.operations for t in leaves(found)}
@@ -103,6 +104,7 @@ def train(model, batches, learning_rate=0.01):
             logprobs = token_logprobs(model, *part)
             logprobs.sum().backward()
             seen.append(logprobs.detach().clone())
+            del logprobs  # a graph that is still there keeps a pass from being recorded
         optimizer.step()
     return seen, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
@@ -226,6 +228,30 @@ def test_a_pass_waits_for_the_backward_of_the_one_before(recorded):
     assert recorded[0].replays == before + 1
 
 
+def test_nothing_is_recorded_while_the_graph_of_a_plain_pass_is_still_there(recorded):
+    """Its nodes add gradients up on the stream of that pass, and a recording must not touch another stream."""
+    model = tiny_model("llama").requires_grad_(True)
+    for _ in range(5):
+        loss = token_logprobs(model, *packed()).sum()
+        loss.backward()
+    assert not recorded
+    del loss
+    for _ in range(2):
+        token_logprobs(model, *packed()).sum().backward()
+    assert len(recorded) == 2 and recorded[0].replays == 3  # with the comparison
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_a_stage_records_while_it_adds_up_micro_batches(recorded, parts):
+    """`gradient_step` lets go of each micro-batch's graph before the next one."""
+    model = tiny_model("llama").requires_grad_(True)
+    optimizer = Optimizer(model, 1e-3, 10)
+    for step in range(4):
+        micro_batches = [(packed(seed=part), 1.0) for part in range(parts)]
+        gradient_step(optimizer, micro_batches, lambda part: token_logprobs(model, *part).sum())
+        assert bool(recorded) == ((step + 1) * parts > 2)
+
+
 def test_a_pass_whose_result_is_thrown_away_is_not_waited_for(recorded):
     model = tiny_model("llama").requires_grad_(True)
     for _ in range(6):
@@ -288,6 +314,16 @@ def test_with_gradients_or_training_it_is_another_pass(recorded):
     assert len(vars(backbone_of(model))["_rllr_passes"].recorded) == 4
 
 
+def test_passes_are_recorded_anew_where_dropout_changes(recorded):
+    model = set_dropout(tiny_model("llama").requires_grad_(True), 0.0).train()
+    for _ in range(4):
+        found = token_logprobs(model, *packed()).detach()
+    set_dropout(model, 0.5)
+    drawn = [token_logprobs(model, *packed()).detach() for _ in range(4)]
+    assert len(recorded) == 4 and all((one - found).abs().max() > 0.1 for one in drawn)
+    assert (drawn[2] - drawn[3]).abs().max() > 0.1
+
+
 def test_weights_that_lie_elsewhere_or_no_longer_learn_are_recorded_anew(recorded):
     model = tiny_model("llama").requires_grad_(True)
     layer = backbone_of(model).layers[0].mlp.up_proj
@@ -295,9 +331,9 @@ def test_weights_that_lie_elsewhere_or_no_longer_learn_are_recorded_anew(recorde
     def run():
         for _ in range(4):
             model.zero_grad()
-            found = token_logprobs(model, *packed())
-            found.sum().backward()
-        assert_close([found.detach()], [plainly(token_logprobs, model, *packed()).detach()])
+            token_logprobs(model, *packed()).sum().backward()
+        found = token_logprobs(model, *packed()).detach()
+        assert_close([found], [plainly(token_logprobs, model, *packed()).detach()])
 
     run()
     layer.weight.data = -layer.weight.data
@@ -318,10 +354,12 @@ def without_room(model, monkeypatch):
 
 
 def checkpointed(model, monkeypatch):
+    token_logprobs(model, *packed())  # passes that there were already
     checkpoint_layers(backbone_of(model))
 
 
 def switched_by_hand(model, monkeypatch):
+    token_logprobs(model, *packed())
     add_adapter(model, "one", 4, 64)
 
 
@@ -334,9 +372,9 @@ def test_passes_that_are_not_recorded(recorded, monkeypatch, how):
     model = tiny_model("llama").requires_grad_(True)
     how(model, monkeypatch)
     for _ in range(5):
-        found = token_logprobs(model, *packed())
+        found = token_logprobs(model, *packed()).detach()
     assert not recorded
-    assert_close([found.detach()], [plainly(token_logprobs, model, *packed()).detach()])
+    assert_close([found], [plainly(token_logprobs, model, *packed()).detach()])
 
 
 def test_within_a_callers_own_autocast_nothing_is_recorded(recorded):
@@ -372,7 +410,7 @@ def test_a_pass_that_fails_or_gives_other_numbers_is_dropped(recorded, monkeypat
     words = {"cannot be recorded": "not permitted when stream is capturing$", "other numbers": "off by 0.1 of"}[fault]
     with pytest.warns(UserWarning, match=f"--cuda_graphs is off for LlamaModel: .*{words}") as caught:
         for _ in range(6):
-            found = token_logprobs(model, *packed())
+            found = token_logprobs(model, *packed()).detach()
     assert len(attempts) == 1 and len([w for w in caught if "cuda_graphs" in str(w.message)]) == 1
     assert_close([found.detach()], [plainly(token_logprobs, model, *packed()).detach()])
 
@@ -382,7 +420,7 @@ def test_a_recorded_pass_builds_no_mask(recorded):
     model = tiny_model("llama")
     for _ in range(4):
         token_logprobs_and_entropy(model, *packed())
-    names = [str(operation) for operation, *_ in recorded[0].tape.operations]
+    names = recorded[0].operations
     assert any("attention" in name for name in names) and not any("cumsum" in name for name in names)
 
 
@@ -392,7 +430,6 @@ def test_recorded_passes_go_with_their_model(recorded):
         token_logprobs(model, *packed()).sum().backward()
     gone = weakref.ref(backbone_of(model))
     del model
-    recorded.clear()
     gc.collect()
     assert gone() is None
 

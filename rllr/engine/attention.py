@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .cache import products_dtype
 from .limits import position_limits, text_config, windows_of
 
 PACKED, SLOTS = "rllr_packed", "rllr_slots"
@@ -81,7 +82,7 @@ def slot_attention(
         return torch.cat(pieces).unsqueeze(1).to(query.dtype), None
     queries = query.reshape(rows, key.shape[1], -1, size)
     if attention_mask.dtype != torch.bool:
-        attention_mask = attention_mask.to(query.dtype)
+        attention_mask = attention_mask.to(products_dtype(query))
     out = scaled_dot_product_attention(queries, key, value, attn_mask=attention_mask, scale=scaling)
     return out.reshape(rows, 1, heads, size), None
 

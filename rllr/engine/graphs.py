@@ -7,6 +7,7 @@ The decoder's step follows these rules on every device; only recording needs a G
 """
 
 import warnings
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 
@@ -39,10 +40,32 @@ class StepGraphs:
     def record(self, step, rows, width):
         """The graph, to be run by its `replay()`. Recording computes nothing. All shapes share one pool of memory."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        with recording(torch.device("cuda")), torch.cuda.graph(graph, pool=self._memory):
             step(rows, width)
         self._memory = graph.pool()
         return graph
+
+
+@contextmanager
+def recording(device):
+    """A block in which something is recorded: it moves no random stream, and where it fails PyTorch is put right again,
+    the current stream and (torch 2.11) a generator that takes every later draw for a part of the recording."""
+    on_gpu = device.type == "cuda"
+    try:
+        with torch.random.fork_rng([device] if on_gpu else []):
+            with torch.cuda.stream(torch.cuda.current_stream(device)) if on_gpu else nullcontext():
+                yield
+    except RuntimeError:
+        if on_gpu:
+            _record_something(device)
+        raise
+
+
+def _record_something(device):
+    """A recording that succeeds ends the one that did not."""
+    number, graph = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
+    with suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):
+        number.add_(1)
 
 
 def shape_for(live, slots, width, length):

@@ -5,6 +5,7 @@ model launches forward, almost half of its backward, and a small model waits for
 each way. On a CPU it has not, and nothing changes there.
 """
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -33,7 +34,14 @@ def _fused_norm(module, plain, offset, x, *more):
     weight = module.weight
     if more or x.dtype != weight.dtype or offset and weight.dtype != torch.float32:  # 1 + weight wants more than bf16
         return plain(x, *more)
-    return F.rms_norm(x, weight.shape, weight + offset if offset else weight, _epsilon(module)).to(x.dtype)
+    with _plain_precision(x):
+        return F.rms_norm(x, weight.shape, weight + offset if offset else weight, _epsilon(module))
+
+
+def _plain_precision(x):
+    """Under autocast PyTorch would cast other dtypes to float32 first, though the kernel adds up in float32 anyway."""
+    autocast_is_on = x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if autocast_is_on else nullcontext()
 
 
 @torch.no_grad()

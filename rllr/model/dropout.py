@@ -3,6 +3,7 @@
 from torch import nn
 
 from .backbone import backbone_of
+from .passes import forget_recorded
 
 
 def set_dropout(model, p):
@@ -22,6 +23,7 @@ def set_dropout(model, p):
             if isinstance(getattr(module, name, None), (int, float)):
                 setattr(module, name, value)
     _set_residual_dropout(backbone, p if by_hooks else 0.0)
+    forget_recorded(backbone)
     return model
 
 

@@ -97,12 +97,12 @@ def load_policy(name_or_path, *, dtype=torch.float32, device="cpu", base=None):
         raise InputError(f"{name_or_path}: weights are missing ({missing}, ...): this is no causal LM's directory")
     if HEAD_WEIGHT in info["unexpected_keys"]:  # with tied embeddings nothing is missing
         raise InputError(f"{name_or_path}: holds a reward or value model ({HEAD_WEIGHT}), not a causal LM's weights")
-    model = _placed(_text_part(model, name_or_path), device)
+    model = placed(_text_part(model, name_or_path), device)
     _check_logits(model, name_or_path)
     return model
 
 
-def _placed(model, device):
+def placed(model, device):
     """A loaded model on its device, in eval mode."""
     model = model.to(device).eval()
     if torch.device(device).type == "cuda":
@@ -232,7 +232,7 @@ def load_backbone(path, *, dtype=torch.float32, device="cpu"):
         raise InputError(f"{path}: cannot be loaded: {_first_line(error)}") from error
     if info["missing_keys"]:
         raise InputError(f"{path}: weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}, ...")
-    return _placed(backbone, device)
+    return placed(backbone, device)
 
 
 def read_head(path):

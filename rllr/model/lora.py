@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import InputError
 from .backbone import shared_decoder
+from .passes import forget_recorded
 
 DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("c_attn",), ("qkv_proj",))  # the first that a model has
 
@@ -105,6 +106,7 @@ def install(model, name, adapter) -> Adapter:
     if name in adapters.by_name:
         raise ValueError(f"the model already has an adapter {name!r}")
     model.requires_grad_(False)
+    forget_recorded(backbone)
     backbone.rllr_adapters, adapters.by_name[name] = adapters, adapter
     for path in {path for path, _ in adapter.items()} - adapters.hooked:
         backbone.get_submodule(path).register_forward_hook(partial(_add_delta, adapters, _key(path)))

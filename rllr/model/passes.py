@@ -10,6 +10,7 @@ A pass computes the padded shape whether it is recorded yet or not, so what a ru
 was recorded.
 """
 
+import gc
 import warnings
 import weakref
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from ..engine.attention import can_pack, packed_forward
+from ..engine.graphs import recording
 from ..engine.limits import length_limit, text_config
 from .precision import autocast, casts
 
@@ -29,12 +31,16 @@ MOST = 12  # shapes recorded of one decoder; each keeps a gradient of all weight
 FREE_SHARE = 1 / 2  # of the GPU's memory must be free: recorded passes never give theirs back
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of a recorded pass, relative to the largest number; bf16 5e-2
 
+MARK = "rllr"  # in the metadata of a node of autograd
+
 _current = {"recorded": False}
 
 
 def set_recording(recorded):
     """Whether passes of whole sequences are recorded on a GPU from here on (`run.machine.set_up`)."""
     _current["recorded"] = recorded
+    if recorded:  # the recorded backward adds gradients up on its own stream; PyTorch waits for it, and would say so
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
 
 
 def records_passes(device):
@@ -55,6 +61,13 @@ def recorded_hidden(backbone, sequences):
     if passes is None:
         passes = vars(backbone)["_rllr_passes"] = _Passes(backbone)
     return passes(backbone, sequences)
+
+
+def forget_recorded(backbone):
+    """Record a decoder's or role's passes anew: what they compute changes (dropout, checkpointing, adapters)."""
+    passes = vars(backbone).pop("_rllr_passes", None)
+    if passes is not None:
+        passes.begin()
 
 
 class _Forward(nn.Module):
@@ -86,15 +99,17 @@ class _Passes:
         inner = sum(weight.numel() for weight in self.weights if id(weight) not in embeddings)
         self.weights_per_layer = inner / max(1, getattr(config, "num_hidden_layers", 1))
         self.limit = length_limit(decoder)[0]
-        self.usable = not _never(backbone, decoder)
-        self.forget()
+        self.never = _never(backbone, decoder)
+        self.full = False  # no further pass is recorded: one could not be, or there is no room
+        self.begin()
 
-    def forget(self):
+    def begin(self):
+        """Forget what was recorded. It refers to itself in a circle: its memory is free once that is collected."""
         self.seen: dict[tuple, int] = {}
         self.recorded: dict[tuple, Any] = {}  # what PyTorch made of the pass
         self.places = self._places()
         self.pool = self.open = None
-        self.full = False
+        gc.collect()
 
     def _places(self):
         """Where the weights are, and which of them learn: what a recorded pass takes for granted."""
@@ -103,20 +118,22 @@ class _Passes:
     def __call__(self, backbone, sequences):
         rows, width = padded_shape(len(sequences), sequences.shape[1], self.limit)
         as_asked = torch.is_autocast_enabled(sequences.device.type) == casts()  # not within a caller's own autocast
-        if not self.usable or not as_asked or rows * width * self.weights_per_layer > WORTH:
+        if self.never or not as_asked or rows * width * self.weights_per_layer > WORTH:
             return None
         if self.places != self._places():
-            self.forget()
+            self.begin()
         ids = sequences.new_zeros(rows, width)
         ids[: sequences.shape[0], : sequences.shape[1]] = sequences
         with_gradient = torch.is_grad_enabled()
         key = (rows, width, with_gradient, backbone.training, casts())
         self.seen[key] = self.seen.get(key, 0) + 1
         waits = self.open is not None and self.open() is not None  # an earlier pass whose backward is still to come
-        if key not in self.recorded and not waits and self.seen[key] > SEEN and self._has_room(ids.device):
+        if key not in self.recorded and not waits and self.seen[key] > SEEN and self._may_record(ids.device):
             self._record(key, backbone, ids)
         if key not in self.recorded or waits:
-            return _Forward(backbone, width)(ids)
+            hidden = _Forward(backbone, width)(ids)
+            self._mark_graph(hidden)
+            return hidden
         if with_gradient:
             self._make_gradients()
         hidden = self.recorded[key](ids)
@@ -132,39 +149,62 @@ class _Passes:
     def _make_gradients(self):
         """Zeros where there is no gradient yet. Autograd would else take the recorded backward's own memory for it, to
         which the next micro-batch writes."""
-        for weight in self.weights:
-            if weight.requires_grad and weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
+        missing = [weight for weight in self.weights if weight.requires_grad and weight.grad is None]
+        for weight in missing:
+            weight.grad = torch.empty_like(weight)
+        if missing:
+            torch._foreach_zero_([weight.grad for weight in missing])
 
-    def _has_room(self, device):
-        """Whether one more pass may be recorded. Where the GPU has once been too full it is not asked again."""
-        self.full = self.full or len(self.recorded) >= MOST or not has_room(device)
+    def _may_record(self, device):
+        """Whether one more pass may be recorded now. A GPU that has once been too full is not asked again."""
+        if self.full or self._graph_is_alive():
+            return False
+        self.full = len(self.recorded) >= MOST or not has_room(device)
         return not self.full
+
+    # A plain pass whose graph is still there, as a loss that somebody holds keeps it, has nodes that add up the
+    # weights' gradients on the stream of that pass. Autograd would take them for the recorded backward, too, and a
+    # recording must not touch another stream. Once a backward is recorded its nodes stay, on the recording's stream.
+
+    def _mark_graph(self, hidden):
+        for node in self._last_nodes() if hidden.requires_grad else ():
+            node.metadata[MARK] = True
+
+    def _graph_is_alive(self):
+        has_backward = any(with_gradient for _, _, with_gradient, *_ in self.recorded)
+        return not has_backward and any(MARK in node.metadata for node in self._last_nodes())
+
+    def _last_nodes(self):
+        """The node that adds up the gradient of one weight that learns; none where no weight does."""
+        learning = next((weight for weight in self.weights if weight.requires_grad), None)
+        return [] if learning is None else [torch.autograd.graph.get_gradient_edge(learning).node]
 
     def _record(self, key, backbone, ids):
         """Record the pass of this shape, unless it cannot be, or gives other numbers than the plain one."""
-        forward, device = _Forward(backbone, ids.shape[1]), ids.device
+        plain, forward = (_Forward(backbone, ids.shape[1]) for _ in range(2))
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast(device, cached=False):
+            with recording(ids.device), autocast(ids.device, cached=False):
                 self.pool = self.pool or torch.cuda.graph_pool_handle()
                 recorded = torch.cuda.make_graphed_callables(
                     forward, (ids.clone(),), allow_unused_input=True, pool=self.pool
                 )
-                problem = "" if backbone.training else _differs(_Forward(backbone, ids.shape[1]), recorded, ids)
+                problem = _difference(plain, recorded, ids)
         except (RuntimeError, AssertionError) as error:  # an operation that cannot be recorded, or no memory for it
             problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if problem:
-            self.forget()
-            self.usable = False
+            self.begin()
+            self.full = True
             warnings.warn(f"--cuda_graphs is off for {type(backbone).__name__}: {problem}", stacklevel=2)
         else:
             self.recorded[key] = recorded
 
 
 @torch.no_grad()
-def _differs(plain, recorded, ids):
+def _difference(plain, recorded, ids):
     """What is wrong with a recorded pass, in words; "" where it gives the numbers of the plain one."""
+    torch.manual_seed(0)  # of dropout; `recording` gives the streams back
     expected = plain(ids).clone()
+    torch.manual_seed(0)
     found = recorded(ids)
     tolerance = 5e-2 if casts() else TOLERANCE.get(expected.dtype, 5e-2)
     error = float((found - expected).abs().max() / expected.abs().max())
@@ -183,6 +223,7 @@ def has_room(device):
     """Whether so much memory is free that a recorded pass may keep some."""
     if device.type != "cuda":
         return True
+    gc.collect()  # a model that was given up holds its passes, and they hold it
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     return free >= FREE_SHARE * total

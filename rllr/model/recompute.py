@@ -16,6 +16,7 @@ from ..engine.attention import attention_by
 from ..engine.linear import OneDnnLinear, fast_linears
 from .backbone import shared_decoder
 from .lora import checkpoint_contexts
+from .passes import forget_recorded
 
 
 def checkpoint_layers(backbone):
@@ -24,6 +25,7 @@ def checkpoint_layers(backbone):
     For a role on a shared base this sets the layers of the base; several roles may ask for it. InputError for a model
     without such layers.
     """
+    forget_recorded(backbone)
     backbone = shared_decoder(backbone)
     layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:

@@ -102,6 +102,7 @@ def gradient_step(optimizer, micro_batches, loss_of, what="the loss", names_of=l
         require_finite(loss, what, names_of(micro_batch))
         loss.backward()
         batch_loss += loss.item()
+        del loss  # and with it its graph, before the next micro-batch makes its own
     batch_loss, norm = ranks.total(batch_loss), optimizer.clip_gradient()
     optimizer.step()
     return batch_loss, norm
