@@ -135,7 +135,9 @@ def grounded_sentence(start, now, paid) -> str:
 
 def leaning_sentence(before, after) -> str | None:
     """What it means where accuracy has risen and macro F1, in which every label counts alike, has fallen; None where it
-    has not. before, after: dev scores."""
+    has not, or where the task does not report both (stsb). before, after: dev scores."""
+    if not {"accuracy", "macro_f1"} <= before.keys():
+        return None
     falls = before["macro_f1"] - after["macro_f1"]
     if after["accuracy"] <= before["accuracy"] or falls < LEANING:
         return None

@@ -29,6 +29,7 @@ from rllr.model.heads import RewardModel
 from rllr.model.loading import load_policy, load_tokenizer
 from rllr.model.records import read_record
 from rllr.rationales import factory as rationales
+from rllr.report import __main__ as report
 from rllr.report.ppo_step import first_look_at_full_rate, idle_clip_sentence
 from rllr.rewards import pairwise_accuracy
 from rllr.run.optimizer import Optimizer
@@ -830,3 +831,34 @@ def test_on_policy_pairs_are_sampled_once_and_kept(toy, tmp_path, more, kinds, w
     again = run(train_rm.main, "--resume", tmp_path / "rm", "--epochs", 2)
     assert "resumed from" in again and "right on the labelled rows" not in again
     assert pairs == [(tmp_path / "rm" / name).read_text() for name in ("pairs.jsonl", "pairs_held_out.jsonl")]
+
+
+@pytest.mark.parametrize("metrics", ["[pearson]", "[spearman, accuracy]", "[macro_f1]"])
+def test_every_stage_takes_a_task_whose_metrics_are_others(toy, tmp_path, metrics):
+    """A scale, as stsb's: accuracy and macro F1 are not among what is measured."""
+    task, names = tmp_path / "scale.yaml", {"good": "1", "bad": "0"}
+    first = metrics.strip("[]").split(",")[0]
+    task.write_text(
+        f'name: scale\nlabels: ["0", "1"]\nprompt: "{{text}}"\nordinal: true\nmetric: {first}\nmetrics: {metrics}\n'
+    )
+    rows = [{"text": row["text"], "label": names[row["label"]]} for row in TRAIN_ROWS + DEV_ROWS]
+    data = ["--task", task, "--train_file", write_rows(tmp_path / "train.jsonl", rows[:-16])]
+    data += [
+        "--eval_file",
+        write_rows(tmp_path / "dev.jsonl", rows[-16:]),
+        "--labelled",
+        40,
+        "--rationales",
+        "evidence",
+    ]
+    out, base = tmp_path / "runs", tmp_path / "base"
+    shutil.copytree(toy.base, base, ignore=shutil.ignore_patterns("rllr.json"))  # a model that knows no task
+    more = ["--max_new_tokens", 24, "--output_dir"]
+    run(train_sft.main, *data, "--model", base, "--epochs", 3, "--batch_size", 8, *more, out / "sft")
+    run(train_rm.main, "--policy", out / "sft", "--epochs", 1, "--preview_rows", 8, *more, out / "rm-label")
+    ppo = ["--policy", out / "sft", "--label_rm", out / "rm-label", "--steps", 2, "--rollout_prompts", 8]
+    output = run(train_ppo.main, *ppo, *more, out / "ppo-label")
+    assert re.search(rf"after +dev .*{first} ", output) and (out / "ppo-label" / "best").is_dir()
+    assert first in run(evaluate.main, "--models", out / "sft", out / "ppo-label", *more, out / "evaluation")
+    run(report.main, out)
+    assert (out / "report.html").stat().st_size > 10_000
