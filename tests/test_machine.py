@@ -17,7 +17,8 @@ def test_deterministic_algorithms_and_a_fixed_number_of_slots(monkeypatch):
     config = SimpleNamespace(
         num_attention_heads=4, num_key_value_heads=None, hidden_size=64, head_dim=None, num_hidden_layers=2
     )
-    model = SimpleNamespace(device=torch.device("cuda"), config=config, parameters=lambda: iter([torch.zeros(1)]))
+    embeddings = SimpleNamespace(weight=torch.zeros(1))
+    model = SimpleNamespace(device=torch.device("cuda"), config=config, get_input_embeddings=lambda: embeddings)
     per_answer = 2 * 2 * 4 * 16 * 10 * 4  # keys and values, layers, heads, head size, columns, bytes
     try:
         counts = []

@@ -16,7 +16,7 @@ NEAR_BOUND = 1e-6  # a decision this near to its bound, relative above 1, may fa
 MAY_CHANGE = set(
     "save_every keep_last steps epochs log_every show show_every max_ref_kl on_ref_kl on_hacking audit tensorboard "
     "wandb endpoint_url endpoint_requests endpoint_timeout micro_batch_size tokens_per_batch gradient_checkpointing "
-    "eval_batch_size shard".split()
+    "eval_batch_size shard cuda_graphs".split()
 )
 
 # In the order of derivation: {quantity: how it follows}.
