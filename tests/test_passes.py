@@ -31,8 +31,8 @@ from rllr.model.lora import add_adapter
 from rllr.model.precision import set_precision
 from rllr.model.recompute import checkpoint_layers
 from rllr.model.roles import RoleBackbone, RolePolicy
+from rllr.run.machine import against_cuda_graphs
 from rllr.run.optimizer import Optimizer, gradient_step
-from rllr.run.run import _against_cuda_graphs
 
 
 class TapedGraph:
@@ -476,4 +476,4 @@ def test_a_run_says_where_it_records_nothing(tmp_path):
         ("gradient_checkpointing", "with --gradient_checkpointing"),
     ):
         config = SimpleNamespace(**settings | ({on: True} if on else {}))
-        assert _against_cuda_graphs(config, torch.device("cuda")) == words
+        assert against_cuda_graphs(config, torch.device("cuda")) == words

@@ -68,6 +68,8 @@ class Decoder:
         and recorded steps. widest: the columns that a step of this call may see, so that what it computes does not
         depend on how many there are."""
         self.backbone, self.head, self.sampler, self.widest = backbone, head, sampler, widest
+        if self.own_attention:
+            self.bias_dtype = products_dtype(backbone.get_input_embeddings().weight)
         if self.graphs:
             self.key.fill_(sampler.key)
             sampler.key = self.key
@@ -148,8 +150,7 @@ class Decoder:
         visible = self.columns[:width] <= positions  # [rows, width]
         mask = visible[:, None, None, :] if self.ready_mask else visible.long()
         if self.own_attention and not spans:  # of a bool mask every layer would make this bias for itself
-            dtype = products_dtype(self.backbone.get_input_embeddings().weight)
-            mask = torch.zeros(mask.shape, dtype=dtype, device=self.device).masked_fill_(~mask, -torch.inf)
+            mask = torch.zeros(mask.shape, dtype=self.bias_dtype, device=self.device).masked_fill_(~mask, -torch.inf)
         ids, options = self.tokens[:rows].unsqueeze(1), {"spans": spans} if spans else {}
         with attending_to_slots(self.backbone) if self.own_attention else nullcontext():
             output = self.backbone(

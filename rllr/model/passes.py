@@ -67,7 +67,7 @@ def forget_recorded(backbone):
     """Record a decoder's or role's passes anew: what they compute changes (dropout, checkpointing, adapters)."""
     passes = vars(backbone).pop("_rllr_passes", None)
     if passes is not None:
-        passes.begin()
+        passes.drop()
 
 
 class _Forward(nn.Module):
@@ -104,11 +104,15 @@ class _Passes:
         self.begin()
 
     def begin(self):
-        """Forget what was recorded. It refers to itself in a circle: its memory is free once that is collected."""
+        """As before the first pass."""
         self.seen: dict[tuple, int] = {}
         self.recorded: dict[tuple, Any] = {}  # what PyTorch made of the pass
         self.places = self._places()
         self.pool = self.open = None
+
+    def drop(self):
+        """Forget what was recorded. It refers to itself in a circle: its memory is free once that is collected."""
+        self.begin()
         gc.collect()
 
     def _places(self):
@@ -121,7 +125,7 @@ class _Passes:
         if self.never or not as_asked or rows * width * self.weights_per_layer > WORTH:
             return None
         if self.places != self._places():
-            self.begin()
+            self.drop()
         ids = sequences.new_zeros(rows, width)
         ids[: sequences.shape[0], : sequences.shape[1]] = sequences
         with_gradient = torch.is_grad_enabled()
@@ -167,17 +171,17 @@ class _Passes:
     # recording must not touch another stream. Once a backward is recorded its nodes stay, on the recording's stream.
 
     def _mark_graph(self, hidden):
-        for node in self._last_nodes() if hidden.requires_grad else ():
-            node.metadata[MARK] = True
+        if hidden.requires_grad:
+            self._notes_of_last_node()[MARK] = True
 
     def _graph_is_alive(self):
         has_backward = any(with_gradient for _, _, with_gradient, *_ in self.recorded)
-        return not has_backward and any(MARK in node.metadata for node in self._last_nodes())
+        return not has_backward and MARK in self._notes_of_last_node()
 
-    def _last_nodes(self):
-        """The node that adds up the gradient of one weight that learns; none where no weight does."""
+    def _notes_of_last_node(self):
+        """What is noted at the node that adds up the gradient of one weight that learns; {} where no weight does."""
         learning = next((weight for weight in self.weights if weight.requires_grad), None)
-        return [] if learning is None else [torch.autograd.graph.get_gradient_edge(learning).node]
+        return {} if learning is None else torch.autograd.graph.get_gradient_edge(learning).node.metadata
 
     def _record(self, key, backbone, ids):
         """Record the pass of this shape, unless it cannot be, or gives other numbers than the plain one."""
@@ -192,7 +196,7 @@ class _Passes:
         except (RuntimeError, AssertionError) as error:  # an operation that cannot be recorded, or no memory for it
             problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if problem:
-            self.begin()
+            self.drop()
             self.full = True
             warnings.warn(f"--cuda_graphs is off for {type(backbone).__name__}: {problem}", stacklevel=2)
         else:

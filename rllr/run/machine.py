@@ -44,6 +44,13 @@ def set_up(precision, seed, deterministic=False, spare_memory=False, cuda_graphs
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def against_cuda_graphs(config, device):
+    """Why --cuda_graphs would record nothing; "" where it does."""
+    if device.type != "cuda":
+        return "without a GPU"
+    return next((f"with --{name}" for name in ("shard", "gradient_checkpointing") if getattr(config, name)), "")
+
+
 def keep_freed_memory(limit=2**30):
     """Ask glibc to keep freed blocks of up to `limit` bytes instead of giving each large tensor back to the kernel.
 

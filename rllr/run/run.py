@@ -44,7 +44,7 @@ from .checkpoint import (
     step_of,
     write_checkpoint,
 )
-from .machine import machine, set_up
+from .machine import against_cuda_graphs, machine, set_up
 from .resume import RUN_FORMAT, find_run_to_resume
 from .stop import StopRequest
 from .trackers import Trackers, check_trackers, open_trackers
@@ -111,13 +111,12 @@ class Run:
         if not resumed:
             check_run_directory(directory, config.overwrite, config.protected_paths())
         ranks.wait()  # before one of them opens the directory that another still checks
-        device = set_up(
-            config.precision, config.seed, config.deterministic, shards(config), cuda_graphs=config.cuda_graphs
-        )
+        switches = {"spare_memory": shards(config), "cuda_graphs": config.cuda_graphs}
+        device = set_up(config.precision, config.seed, config.deterministic, **switches)
         show_config(config.freeze(), f"train_{stage}")
         if config.shard and not shards(config):
             say("warning: --shard without several processes does nothing; torchrun starts them (docs/several-gpus.md)")
-        if config.cuda_graphs and (against := _against_cuda_graphs(config, device)):
+        if config.cuda_graphs and (against := against_cuda_graphs(config, device)):
             say(f"warning: --cuda_graphs does nothing {against}")
         return cls(stage, config, directory, task=task, start_record=record, resumed=resumed, device=device)
 
@@ -304,13 +303,6 @@ class Run:
             self.record["first_checkpoint"] = step
             self._write_record()
         return path
-
-
-def _against_cuda_graphs(config, device):
-    """Why --cuda_graphs would record nothing; "" where it does."""
-    if device.type != "cuda":
-        return "without a GPU"
-    return next((f"with --{name}" for name in ("shard", "gradient_checkpointing") if getattr(config, name)), "")
 
 
 def require_finite_weights(model, what, hint=lambda: ""):
