@@ -111,8 +111,7 @@ class Run:
         if not resumed:
             check_run_directory(directory, config.overwrite, config.protected_paths())
         ranks.wait()  # before one of them opens the directory that another still checks
-        switches = {"spare_memory": shards(config), "cuda_graphs": config.cuda_graphs}
-        device = set_up(config.precision, config.seed, config.deterministic, **switches)
+        device = set_up(config.precision, config.seed, config.deterministic, shards(config), config.cuda_graphs)
         show_config(config.freeze(), f"train_{stage}")
         if config.shard and not shards(config):
             say("warning: --shard without several processes does nothing; torchrun starts them (docs/several-gpus.md)")
