@@ -11,7 +11,7 @@ decode    64 rows x 128 new tokens, against transformers' generate
 update    forward and backward of 32 sequences, plain and as CUDA graphs (whatever the size)
 norms     what one kernel for a norm gives: decoding and update of the smallest shape with and without
 greedy    872 prompts x 48 tokens, this tree and the older one in turns
-scripts   steps of train_sft.py, train_rm.py and train_ppo.py in turns: both trees, this one with --cuda_graphs, too
+scripts   steps of train_sft.py, train_rm.py and train_ppo.py in turns: both trees, this one without CUDA graphs, too
 mixed7b   an RLLR-mixed iteration with adapters on a 7B shape: seconds and peak memory per phase
 profile   kernels and host operations of decoding steps and of one PPO step; as text beside --out
 trl       a PPO step against TRL 1.12.0's, in turns (pip install trl==1.12.0 datasets); see gpu_trl.py
@@ -169,11 +169,11 @@ class Bench:
             with torch.device(self.device):
                 model = AutoModelForCausalLM.from_config(config).eval()
             assert model.dtype == getattr(torch, dtype)
-            if fused and self.device == "cuda":
-                fuse_norms(model)  # as a model is loaded
-            return model
         finally:
             torch.set_default_dtype(torch.float32)
+        if fused and self.device == "cuda":
+            fuse_norms(model)  # as a model is loaded
+        return model
 
     def prompts(self, count, vocab, shortest=None, longest=None):
         draw = random.Random("prompts")
@@ -474,8 +474,8 @@ class Worker:
 
 
 def start_workers(bench):
-    """A process for each tree, which imports meanwhile. `now` is this tree, `graphs` too, with --cuda_graphs."""
-    trees = {"now": ROOT, "graphs": ROOT}
+    """A process for each tree, which imports meanwhile. `now` is this tree, `plain` too, with --cuda_graphs never."""
+    trees = {"now": ROOT, "plain": ROOT}
     if bench.args.old and Path(bench.args.old).is_dir():
         trees["old"] = Path(bench.args.old).resolve()
     bench.workers = {name: Worker(name, tree, bench.work) for name, tree in trees.items()}
@@ -570,12 +570,12 @@ def run_stage(bench, stage, turn, worker, data, found):
                 "--eval_every", 1000, "--show_every", 1000],
     }[stage]  # fmt: skip
     argv += ["--output_dir", out, "--precision", bench.precision, "--seed", 0, "--save_every", 0]
-    argv += ["--cuda_graphs"] if worker.name == "graphs" else []
+    argv += ["--cuda_graphs", "never"] if worker.name == "plain" else []
     try:
         answer = worker.ask(script=f"train_{stage}", argv=[str(argument) for argument in argv])
         medians = step_times(out / "metrics.jsonl", stage)
         medians |= {name: answer[name] for name in ("wall_s", "peak_gib") if name in answer}
-        if worker.name == "graphs":  # what could not be recorded would be timed as a plain pass
+        if worker.name == "now":  # what could not be recorded would be timed as a plain pass
             medians["graphs_off"] = worker.log.read_text(errors="replace").count("--cuda_graphs is off")
         found.setdefault((stage, worker.name), []).append(medians)
         bench.write(stage, tree=worker.name, turn=turn, **medians)
@@ -588,13 +588,13 @@ def run_stage(bench, stage, turn, worker, data, found):
 
 
 def summarise(bench, stage, found):
-    """A stage's medians over the turns, and how many times faster this tree is than the older one, and CUDA graphs than
-    none. found: {tree: [medians of a run]}."""
+    """A stage's medians over the turns, and how many times faster this tree is than the older one, and than
+    without CUDA graphs. found: {tree: [medians of a run]}."""
     line = {}
     for field in ("step_s", "rollout_s", "score_s", "update_s"):
         values = {name: median([run[field] for run in runs if run.get(field)]) for name, runs in found.items()}
         line |= {f"{field}_{name}": round(value, 4) for name, value in values.items() if value}
-        for name, slow, fast in (("times", "old", "now"), ("times_graphs", "now", "graphs")):
+        for name, slow, fast in (("times", "old", "now"), ("times_graphs", "plain", "now")):
             if values.get(slow) and values.get(fast):
                 line[f"{name}_{field.removesuffix('_s')}"] = round(values[slow] / values[fast], 2)
     bench.write(f"{stage}-summary", **line)
@@ -609,7 +609,7 @@ def greedy(bench):
                "batch_size": size.greedy_batch, "repeats": 2, "bf16": bench.device == "cuda"}  # fmt: skip
     times = {}
     for turn in range(2):
-        order = [worker for name, worker in bench.workers.items() if name != "graphs"]  # they are for training
+        order = [worker for name, worker in bench.workers.items() if name != "plain"]
         for worker in order if turn % 2 == 0 else order[::-1]:
             answer = worker.ask(greedy=request)
             first, *later = answer["answer"]["seconds"]
@@ -865,12 +865,15 @@ def run_row(bench, row):
     if row in ("mixed7b", "profile", "trl", "compiled"):
         for worker in bench.workers.values():  # their memory and their kernels are out of the way
             worker.close()
+    from rllr.model.passes import set_recording
+
     allowed = min(bench.left(), LIMITS_S[row])
     if allowed < 5:
         bench.write(row, error="left out: the budget is spent")
         return
     start = time.monotonic()
     try:
+        set_recording(row in ("mixed7b", "profile", "trl"))  # as the scripts do
         with at_most(allowed):
             ROWS[row](bench)
     except (Exception, OutOfTime) as error:

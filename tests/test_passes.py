@@ -22,6 +22,7 @@ from torch import nn
 from toy_runs import read_metrics, toy_runs
 
 import rllr.model.passes as passes
+from rllr.common import ranks
 from rllr.layout import pack_sequences
 from rllr.logprobs import token_logprobs, token_logprobs_and_entropy
 from rllr.model.backbone import backbone_of
@@ -31,7 +32,7 @@ from rllr.model.lora import add_adapter
 from rllr.model.precision import set_precision
 from rllr.model.recompute import checkpoint_layers
 from rllr.model.roles import RoleBackbone, RolePolicy
-from rllr.run.machine import against_cuda_graphs
+from rllr.run.machine import wants_cuda_graphs
 from rllr.run.optimizer import Optimizer, gradient_step
 
 
@@ -446,12 +447,16 @@ def test_nothing_is_said_where_all_is_well(recorded):
 
 
 @pytest.mark.parametrize("flags", [[], ["--lora_rank", 4, "--minibatches", 2, "--micro_batch_size", 2]])
-def test_ppo_by_recorded_passes_is_ppo(recorded, tmp_path, flags):
+def test_ppo_by_recorded_passes_is_ppo(recorded, monkeypatch, tmp_path, flags):
+    """Which it is by default; with --cuda_graphs never nothing is recorded."""
+    monkeypatch.setattr(passes, "records_passes", lambda device: passes._current["recorded"])
     toy = toy_runs()
     settings = [*flags, "--label_rm", toy.label_rm, "--ppo_epochs", 3]
-    toy.ppo(tmp_path / "graphs", *settings, "--cuda_graphs", steps=3)
+    toy.ppo(tmp_path / "graphs", *settings, steps=3)
     assert sum(graph.replays for graph in recorded) > 20
-    plainly(lambda: toy.ppo(tmp_path / "plain", *settings, steps=3))
+    replays = sum(graph.replays for graph in recorded)
+    toy.ppo(tmp_path / "plain", *settings, "--cuda_graphs", "never", steps=3)
+    assert sum(graph.replays for graph in recorded) == replays
     names = (
         "judge/score",
         "analyse/kl_sequence",
@@ -465,15 +470,10 @@ def test_ppo_by_recorded_passes_is_ppo(recorded, tmp_path, flags):
         assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], rel=2e-3, abs=2e-5)
 
 
-def test_a_run_says_where_it_records_nothing(tmp_path):
-    toy = toy_runs()
-    output = toy.ppo(tmp_path / "ppo", "--label_rm", toy.label_rm, "--cuda_graphs", steps=1)
-    assert "warning: --cuda_graphs does nothing without a GPU\n" in output
-    settings = {"shard": False, "gradient_checkpointing": False}
-    for on, words in (
-        (None, ""),
-        ("shard", "with --shard"),
-        ("gradient_checkpointing", "with --gradient_checkpointing"),
-    ):
-        config = SimpleNamespace(**settings | ({on: True} if on else {}))
-        assert against_cuda_graphs(config, torch.device("cuda")) == words
+def test_a_run_records_unless_it_must_not(monkeypatch):
+    def wanted(**settings):
+        return wants_cuda_graphs(SimpleNamespace(**{"cuda_graphs": "auto", "deterministic": False} | settings))
+
+    assert wanted() and not wanted(cuda_graphs="never") and not wanted(deterministic=True)
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    assert not wanted()

@@ -53,7 +53,7 @@ def _offset_of(module):
     if _epsilon(module) is None or not module.weight.dtype.is_floating_point or module.weight.is_meta:
         return None
     weight = module.weight.float()
-    x = torch.linspace(-2, 3, 3 * len(weight), device=weight.device).view(3, -1)
+    x = torch.linspace(-2, 3, 3 * len(weight), device=weight.device, dtype=torch.float32).view(3, -1)
     expected = module(x).float()
     for offset in (0.0, 1.0):
         found = F.rms_norm(x, weight.shape, weight + offset, _epsilon(module))

@@ -44,11 +44,10 @@ def set_up(precision, seed, deterministic=False, spare_memory=False, cuda_graphs
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def against_cuda_graphs(config, device):
-    """Why --cuda_graphs would record nothing; "" where it does."""
-    if device.type != "cuda":
-        return "without a GPU"
-    return next((f"with --{name}" for name in ("shard", "gradient_checkpointing") if getattr(config, name)), "")
+def wants_cuda_graphs(config):
+    """Whether passes of whole sequences are recorded where a GPU is. Not if every bit counts, as a recorded kernel may
+    add up in another order, and not among several processes, which nobody has tried."""
+    return config.cuda_graphs == "auto" and not config.deterministic and ranks.count() == 1
 
 
 def keep_freed_memory(limit=2**30):

@@ -44,7 +44,7 @@ from .checkpoint import (
     step_of,
     write_checkpoint,
 )
-from .machine import against_cuda_graphs, machine, set_up
+from .machine import machine, set_up, wants_cuda_graphs
 from .resume import RUN_FORMAT, find_run_to_resume
 from .stop import StopRequest
 from .trackers import Trackers, check_trackers, open_trackers
@@ -111,12 +111,11 @@ class Run:
         if not resumed:
             check_run_directory(directory, config.overwrite, config.protected_paths())
         ranks.wait()  # before one of them opens the directory that another still checks
-        device = set_up(config.precision, config.seed, config.deterministic, shards(config), config.cuda_graphs)
+        graphs = wants_cuda_graphs(config)
+        device = set_up(config.precision, config.seed, config.deterministic, shards(config), graphs)
         show_config(config.freeze(), f"train_{stage}")
         if config.shard and not shards(config):
             say("warning: --shard without several processes does nothing; torchrun starts them (docs/several-gpus.md)")
-        if config.cuda_graphs and (against := against_cuda_graphs(config, device)):
-            say(f"warning: --cuda_graphs does nothing {against}")
         return cls(stage, config, directory, task=task, start_record=record, resumed=resumed, device=device)
 
     def settle(self, why="", **late):

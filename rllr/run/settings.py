@@ -68,8 +68,8 @@ class TrainingConfig(RunConfig, ModelConfig):
     shard: bool = flag(
         False, "under torchrun: each process keeps a part of every weight (FSDP), so that larger models fit"
     )
-    cuda_graphs: bool = flag(
-        False, "on a GPU: scoring and training as CUDA graphs, too, which small models gain from; not measured yet"
+    cuda_graphs: str = flag(
+        "auto", "on a GPU: scoring and training of small models as CUDA graphs, too", choices=("auto", "never")
     )
     gradient_checkpointing: bool = flag(False, "compute layers again in backward instead of keeping their activations")
     max_new_tokens: int = flag(48, "longest answer, in tokens (256 in the paper)", above=0)
