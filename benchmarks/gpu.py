@@ -419,15 +419,16 @@ def norms(bench):
 
 def as_graphs(bench, run):
     """What `run()` gives with recorded passes of any size; without a GPU they are plain ones."""
+    from rllr.engine import graphs
     from rllr.model import passes
 
-    worth, passes.WORTH = passes.WORTH, float("inf")
+    worth, graphs.WORTH = graphs.WORTH, float("inf")
     passes.set_recording(True)
     try:
         return run()
     finally:
         passes.set_recording(False)
-        passes.WORTH = worth
+        graphs.WORTH = worth
 
 
 # ---- the three scripts, and greedy answers, of both trees ------------------------------------------------------------

@@ -101,6 +101,7 @@ def test_recorded_steps_that_live_on_see_weights_that_changed_in_place(decoders,
             with torch.no_grad():
                 for weight in model.parameters():
                     weight.add_(0.05 * torch.randn(weight.shape, generator=draw, device="cuda"))
+        assert decoders[0].graphs.count_of(decoders[0]._read_prompts)  # prompts are recorded, too
     finally:
         set_precision("fp32")
         rllr.engine.kept._kept.clear()

@@ -54,7 +54,7 @@ class TapedGraphs(StepGraphs):
 
     def __init__(self):
         super().__init__()
-        self.recorded, self.decoder = [], None
+        self.recorded, self.prompts, self.decoder = [], [], None
         TapedGraphs.made.append(self)
 
     def record(self, step, rows, width):
@@ -66,7 +66,7 @@ class TapedGraphs(StepGraphs):
             step(rows, width)
         for x, old in zip(state, before):
             x.copy_(old)
-        self.recorded.append((rows, width))
+        (self.recorded if step.__name__ == "_step" else self.prompts).append((rows, width))
         return tape
 
 
@@ -116,6 +116,26 @@ def test_one_decoder_serves_many_calls_with_changing_weights_prompts_and_seeds(t
         move_weights(model, call)
     assert len(taped) == 1
     assert len(taped[0].recorded) == len(set(taped[0].recorded)) < 5  # each shape once, in the first calls
+    assert len(taped[0].prompts) == len(set(taped[0].prompts)) and (6, 16) in taped[0].prompts
+
+
+def test_prompts_of_a_shape_are_recorded_when_they_come_the_third_time(taped, monkeypatch):
+    """Other prompts of other lengths, weights that move; not many shapes; none where the GPU has no room."""
+    model = tiny_model("llama")
+    for call in range(5):
+        prompts = [prompt[call % 2 :] or [7] for prompt in MORE[:6]]
+        assert_same(sample(model, prompts, call), anew(model, prompts, call, monkeypatch=monkeypatch))
+        assert taped[0].prompts == [(6, 16)] * (call > 1)
+        move_weights(model, call)
+    monkeypatch.setattr(rllr.engine.decoder, "MOST", 1)
+    for _ in range(4):
+        sample(model, [[9] * 20] * 6)
+    assert len(taped) == 1 and taped[0].prompts == [(6, 16)]
+    rllr.engine.kept._kept.clear()
+    monkeypatch.setattr(rllr.engine.decoder, "has_room", lambda device: False)
+    for _ in range(4):
+        sample(model, MORE[:6])
+    assert len(taped) == 2 and not taped[1].prompts and taped[1].recorded
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -169,7 +189,7 @@ def test_under_autocast_no_layer_casts_the_mask(taped):
         sample(tiny_model("llama"), MORE[:6])
     finally:
         set_precision("fp32")
-    for (rows, width), tape in taped[-1]._graphs.items():
+    for (_, rows, width), tape in taped[-1]._graphs.items():
         casts = [args[0].shape for operation, args, *_ in tape.operations if "_to_copy" in str(operation)]
         assert casts and not [shape for shape in casts if tuple(shape) == (rows, 1, 1, width)]
 
@@ -223,7 +243,8 @@ def test_a_shorter_call_computes_what_it_would_without_the_longer_one_before(tap
     assert after.responses() == alone.responses()
     assert torch.equal(after.rollout_logprobs, alone.rollout_logprobs)
     # 384 columns, as many as it has, where the longer call's would be 512
-    assert {width for _, width in taped[0]._seen} == {384} and {width for _, width in taped[1]._seen} == {384, 640}
+    steps, more_steps = ({width for name, _, width in graphs._seen if name == "_step"} for graphs in taped)
+    assert steps == {384} and more_steps == {384, 640}
 
 
 def test_nothing_of_a_call_is_left_a_nan_least_of_all(taped, monkeypatch):

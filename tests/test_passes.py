@@ -21,6 +21,7 @@ from test_kept_decoders import Tape, move_weights
 from torch import nn
 from toy_runs import read_metrics, toy_runs
 
+import rllr.engine.graphs as graphs
 import rllr.model.passes as passes
 from rllr.common import ranks
 from rllr.layout import pack_sequences
@@ -345,7 +346,7 @@ def test_weights_that_lie_elsewhere_or_no_longer_learn_are_recorded_anew(recorde
 
 
 def large(model, monkeypatch):
-    monkeypatch.setattr(passes, "WORTH", 1000)
+    monkeypatch.setattr(graphs, "WORTH", 1000)
 
 
 def without_room(model, monkeypatch):
@@ -388,6 +389,7 @@ def test_within_a_callers_own_autocast_nothing_is_recorded(recorded):
 
 def test_without_the_flag_or_a_gpu_nothing_is_recorded():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    passes.set_recording(False)
     assert not passes.records_passes(cuda)
     passes.set_recording(True)
     try:

@@ -7,14 +7,16 @@ computed as well, but nothing reads their results.
 """
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
 from .attention import attending_to_slots, can_pack, packed_forward, takes_our_attention
 from .cache import SlotCache, cache_argument, products_dtype
-from .graphs import StepGraphs, shape_for
+from .graphs import StepGraphs, has_room, padded_width, shape_for, weights_per_layer, worth_recording
 from .linear import products_are_slow
 
+WARM, MOST = 2, 8  # times that a shape of prompts runs before it is recorded, and shapes recorded, at most
 SPAN = 16  # slots whose keys and values are read in one piece: about as much as a core's cache holds
 
 
@@ -49,6 +51,9 @@ class Decoder:
         self.ended = torch.zeros(slots, dtype=torch.bool, device=device)
         self.columns = torch.arange(columns, device=device)
         self.slot_ids = torch.arange(slots, device=device)
+        self.prompt_ids = torch.zeros(slots, columns, **long)  # of prompts that go through the model now
+        self.prompt_lens, self.prompt_slots = (torch.zeros(slots, **long) for _ in range(2))
+        self.last_hidden: Any = None  # [slots, H], of their last tokens
         self.key = torch.zeros((), **long)  # of the sampler, where recorded steps read it
         self.owners = []  # of each live slot: the owner that `admit` got
         # The positions as Python numbers, so that no step must read them from the device. For an answer that has ended
@@ -59,7 +64,7 @@ class Decoder:
         # (alibi) must get the 2-D one.
         self.ready_mask = takes_our_attention(backbone)
         self.own_attention = can_pack(backbone, length)
-        self.packs_prompts = self.own_attention and device.type == "cpu"
+        self.packs_prompts = self.own_attention and device.type == "cpu" and not self.graphs
         self.in_pieces = self.own_attention and device.type == "cpu" and products_are_slow()
         self.begin(backbone, head, sampler, columns)
 
@@ -70,6 +75,7 @@ class Decoder:
         self.backbone, self.head, self.sampler, self.widest = backbone, head, sampler, widest
         if self.own_attention:
             self.bias_dtype = products_dtype(backbone.get_input_embeddings().weight)
+            self.weights_per_layer = weights_per_layer(getattr(backbone, "shared_backbone", backbone))
         if self.graphs:
             self.key.fill_(sampler.key)
             sampler.key = self.key
@@ -122,12 +128,30 @@ class Decoder:
             self.cache.write_at(slots.repeat_interleave(lengths).unsqueeze(0), columns)
             hidden = packed_forward(self.backbone, ids, lens, **self.with_cache)
             return hidden[0, lengths.cumsum(0) - 1]
-        width = max(lens)
-        ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=self.device)
-        columns = self.columns[:width].expand(len(prompts), -1)
-        self.cache.write_at(slots.unsqueeze(1).expand(-1, width), columns)
-        hidden = self.backbone(input_ids=ids, **self.with_cache).last_hidden_state
-        return hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
+        rows, width = len(prompts), padded_width(max(lens), self.widest) if self.graphs else max(lens)
+        ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
+        self.prompt_ids[:rows, :width] = ids.to(self.device)
+        self.prompt_lens[:rows], self.prompt_slots[:rows] = lengths, slots
+        read, graphs = self._read_prompts, self.graphs
+        if graphs and self.own_attention and worth_recording(self.weights_per_layer, rows * width):
+            graphs(read, rows, width, WARM, lambda: graphs.count_of(read) < MOST and has_room(self.device))
+        else:
+            read(rows, width)
+        return self.last_hidden[:rows]
+
+    def _read_prompts(self, rows, width):
+        """Run the prompts in `prompt_ids` through the model. As `_step`, it can be recorded; transformers builds a mask
+        while it is, and none while it isn't, so that our attention is asked where it can be."""
+        ids, columns = self.prompt_ids[:rows, :width], self.columns[:width].expand(rows, -1)
+        self.cache.write_at(self.prompt_slots[:rows].unsqueeze(1).expand(-1, width), columns)
+        if self.graphs and self.own_attention:
+            hidden = packed_forward(self.backbone, ids, [width], **self.with_cache)
+        else:
+            hidden = self.backbone(input_ids=ids, **self.with_cache).last_hidden_state
+        last = hidden[self.slot_ids[:rows], self.prompt_lens[:rows] - 1]
+        if self.last_hidden is None:
+            self.last_hidden = last.new_zeros(len(self.slot_ids), last.shape[-1])
+        self.last_hidden[:rows] = last
 
     @torch.no_grad()
     def step(self):

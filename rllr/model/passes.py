@@ -19,16 +19,12 @@ import torch
 from torch import nn
 
 from ..engine.attention import can_pack, packed_forward
-from ..engine.graphs import recording
-from ..engine.limits import length_limit, text_config
+from ..engine.graphs import eighth, has_room, padded_width, recording, weights_per_layer, worth_recording
+from ..engine.limits import length_limit
 from .precision import autocast, casts
 
-# A pass is worth recording where launches take about as long as kernels: some sixty launches of 6 us a layer, and
-# 2 x weights x tokens operations at half of an H100's rate. Estimated, not measured.
-WORTH = 1e11  # weights of a layer x padded tokens
 SEEN = 2  # times that a shape runs without being recorded: it may not come again
 MOST = 12  # shapes recorded of one decoder; each keeps a gradient of all weights
-FREE_SHARE = 1 / 2  # of the GPU's memory must be free: recorded passes never give theirs back
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of a recorded pass, relative to the largest number; bf16 5e-2
 
 MARK = "rllr"  # in the metadata of a node of autograd
@@ -93,11 +89,8 @@ class _Passes:
 
     def __init__(self, backbone):
         decoder = getattr(backbone, "shared_backbone", backbone)
-        config = text_config(decoder.config)
-        embeddings = {id(weight) for weight in decoder.get_input_embeddings().parameters()}
         self.weights = list({id(w): w for part in (backbone, decoder) for w in part.parameters()}.values())
-        inner = sum(weight.numel() for weight in self.weights if id(weight) not in embeddings)
-        self.weights_per_layer = inner / max(1, getattr(config, "num_hidden_layers", 1))
+        self.weights_per_layer = weights_per_layer(decoder)
         self.limit = length_limit(decoder)[0]
         self.never = _never(backbone, decoder)
         self.full = False  # no further pass is recorded: one could not be, or there is no room
@@ -108,6 +101,7 @@ class _Passes:
         self.seen: dict[tuple, int] = {}
         self.recorded: dict[tuple, Any] = {}  # what PyTorch made of the pass
         self.places = self._places()
+        self.lent: list = []  # weights whose gradients may lie in the memory of a recorded backward
         self.pool = self.open = None
 
     def drop(self):
@@ -122,7 +116,7 @@ class _Passes:
     def __call__(self, backbone, sequences):
         rows, width = padded_shape(len(sequences), sequences.shape[1], self.limit)
         as_asked = torch.is_autocast_enabled(sequences.device.type) == casts()  # not within a caller's own autocast
-        if self.never or not as_asked or rows * width * self.weights_per_layer > WORTH:
+        if self.never or not as_asked or not worth_recording(self.weights_per_layer, rows * width):
             return None
         if self.places != self._places():
             self.drop()
@@ -139,7 +133,7 @@ class _Passes:
             self._mark_graph(hidden)
             return hidden
         if with_gradient:
-            self._make_gradients()
+            self._free_gradients()
         hidden = self.recorded[key](ids)
         if hidden.requires_grad:
             self.open = weakref.ref(hidden.grad_fn)
@@ -150,14 +144,17 @@ class _Passes:
         """Backward has come as far as the pass's result."""
         self.open = None
 
-    def _make_gradients(self):
-        """Zeros where there is no gradient yet. Autograd would else take the recorded backward's own memory for it, to
-        which the next micro-batch writes."""
-        missing = [weight for weight in self.weights if weight.requires_grad and weight.grad is None]
-        for weight in missing:
-            weight.grad = torch.empty_like(weight)
-        if missing:
-            torch._foreach_zero_([weight.grad for weight in missing])
+    def _free_gradients(self):
+        """Move gradients out of recorded memory, before the next micro-batch's backward writes there: autograd takes
+        that memory for the gradient of a weight that has none yet, which spares a stage without micro-batches a copy of
+        all weights."""
+        lying = [weight for weight in self.lent if weight.grad is not None]
+        if lying:
+            found = [weight.grad for weight in lying]
+            for weight in lying:
+                weight.grad = torch.empty_like(weight.grad)
+            torch._foreach_copy_([weight.grad for weight in lying], found)
+        self.lent = [weight for weight in self.weights if weight.requires_grad and weight.grad is None]
 
     def _may_record(self, device):
         """Whether one more pass may be recorded now. A GPU that has once been too full is not asked again."""
@@ -223,24 +220,7 @@ def _never(backbone, decoder):
     return by_hand or again or hasattr(decoder, "rllr_shards")
 
 
-def has_room(device):
-    """Whether so much memory is free that a recorded pass may keep some."""
-    if device.type != "cuda":
-        return True
-    gc.collect()  # a model that was given up holds its passes, and they hold it
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    return free >= FREE_SHARE * total
-
-
 def padded_shape(rows, width, limit=None):
     """(rows, columns) to compute for so many rows and columns: few shapes, each at most an eighth (and 15 columns)
     larger than needed. limit: the model's, beyond which its attention may change."""
-    columns = _rounded(width, 16)
-    return _rounded(rows, 1), columns if limit is None or width > limit else min(columns, limit)
-
-
-def _rounded(number, least):
-    """The next multiple of `least`, or of an eighth of the power of two that is not above the number."""
-    step = max(least, 1 << max(0, number.bit_length() - 4))
-    return -(-number // step) * step
+    return eighth(rows), padded_width(width, limit)
