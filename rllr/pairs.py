@@ -14,6 +14,7 @@ with the text, tells the sides apart. docs/reward-hacking.md has the measurement
 import hashlib
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ LABEL_PAIRS = ("on_policy", "independent", "paper", "drawn")  # on_policy: writt
 DRAWN_SHARE = 0.5  # with "drawn": label pairs with a random basis on the wrong side; the others are as in the paper
 INDEPENDENT_SHARE = 0.9  # with "independent": label pairs with random bases; the others are as in the paper
 SAME_RATIONALE_SHARE = 0.5  # independent pairs in which both sides have the same basis
+FLIPPED_WHOLE_SHARE = 0.5  # flipped pairs whose rejected rationale argues for the wrong label, too
 SAMPLED_SHARE = 0.7  # on-policy pairs whose right side is a sample, too; the others have the written gold answer
 GROUNDED_GAP = 0.5  # by which the share of words that stand in the text differs between a grounded pair's sides
 OTHER_TEXT_SHARE = 0.5  # rationale-sensitive pairs whose worse rationale is from another text
@@ -82,9 +84,10 @@ def on_policy_pairs(examples, task, writer, answers, *, seed=0):
     answers: {row id: [`rllr.answers.Answer`]}, several sampled by the policy for each row. Each distinct one with a
     wrong label is rejected against a sample with the gold label or, without one and in some other cases, against the
     written gold answer, if its row has a rationale (kind label/on_policy). One right sample of each row is preferred to
-    itself with a wrong label (label/flipped). Samples without a readable label, and those that the length limit cut,
-    make no pair. The pairs of a row depend only on the seed, the row and its samples; a row whose samples are all right
-    gives one pair, and none at all is no error.
+    itself with a wrong label (label/flipped); in half of these the rationale is `relabelled`, too, since one that
+    contradicts its label is seen to be wrong without a look at the text. Samples without a readable label, and those
+    that the length limit cut, make no pair. The pairs of a row depend only on the seed, the row and its samples; a row
+    whose samples are all right gives one pair, and none at all is no error.
     """
     pairs = []
     for example in examples:
@@ -99,10 +102,28 @@ def on_policy_pairs(examples, task, writer, answers, *, seed=0):
                 chosen = rng.choice(right) if sampled else written
                 pairs.append(Pair(prompt, chosen, rejected, "label/on_policy"))
         if right:
-            chosen = rng.choice(right)
-            flipped = task.render_answer(rng.choice(task.wrong_labels(gold)), split_answer(task, chosen)[0])
-            pairs.append(Pair(prompt, chosen, flipped, "label/flipped"))
+            chosen, label = rng.choice(right), rng.choice(task.wrong_labels(gold))
+            rationale = split_answer(task, chosen)[0]
+            if rng.random() < FLIPPED_WHOLE_SHARE:
+                rationale = relabelled(rationale, gold, label)
+            pairs.append(Pair(prompt, chosen, task.render_answer(label, rationale), "label/flipped"))
     return pairs
+
+
+def relabelled(rationale, old, new):
+    """The rationale with two labels exchanged wherever it names one, as a whole word of any case; of labels that are
+    numbers its last mention alone, as others may count something. Unchanged where it names neither."""
+    names = sorted(map(re.escape, (old, new)), key=len, reverse=True)  # the longer first: one may contain the other
+    whole_word = rf"(?<![A-Za-z0-9_])(?:{'|'.join(names)})(?![A-Za-z0-9_])"  # a language without spaces has none
+    found = list(re.finditer(whole_word, rationale, re.IGNORECASE))
+    if not any(character.isalpha() for character in old + new):
+        found = found[-1:]
+    for match in reversed(found):
+        word = new if match[0].lower() == old.lower() else old
+        if match[0] not in (old, new):  # it begins a sentence, or the task writes its labels in another case
+            word = word[:1].upper() + word[1:] if match[0][:1].isupper() else word.lower()
+        rationale = rationale[: match.start()] + word + rationale[match.end() :]
+    return rationale
 
 
 def grounded_pairs(examples, task, writer, answers, grounded, *, seed=0):

@@ -20,6 +20,7 @@ from rllr.pairs import (
     on_policy_pairs,
     rationale_sensitive_pairs,
     read_pairs,
+    relabelled,
     split_by_prompt,
     write_pairs,
 )  # fmt: skip
@@ -372,6 +373,37 @@ def test_a_right_sample_is_preferred_to_itself_with_a_wrong_label():
     answer = [Answer("war\nLabel: world", "world", False)]
     flipped = {on_policy_pairs([news], AGNEWS, Scripted(), {"b": answer}, seed=seed)[0].rejected for seed in range(40)}
     assert flipped == {f"war\nLabel: {label}" for label in ("business", "sports", "technology")}
+
+
+def test_half_of_the_flipped_rationales_argue_for_the_wrong_label_too():
+    """The others contradict themselves, as an answer must not."""
+    answers = {f"r{i}": said("dull, so negative\nLabel: negative") for i in range(400)}
+    many = [Example(name, f"text {name}", label="negative") for name in answers]
+    sides = Counter(pair.rejected for pair in on_policy_pairs(many, SST2, Speechless(), answers))
+    assert set(sides) == {"dull, so negative\nLabel: positive", "dull, so positive\nLabel: positive"}
+    assert 165 < sides["dull, so positive\nLabel: positive"] < 235  # half of 400, +- 3.5 standard errors of 10
+
+
+@pytest.mark.parametrize(
+    "rationale, old, new, expected",
+    [
+        ("the word dull suggests negative", "negative", "positive", "the word dull suggests positive"),
+        ("Negative, not positive: NEGATIVE", "negative", "positive", "Positive, not negative: Positive"),
+        ("negatives are nonnegative_s", "negative", "positive", "negatives are nonnegative_s"),
+        ("they say the same", "equivalent", "not equivalent", "they say the same"),
+        ("not equivalent, far from equivalent", "equivalent", "not equivalent", "equivalent, far from not equivalent"),
+        ("so it is spam mail", "spam", "spam mail", "so it is spam"),
+        ("so it is spam", "Spam", "Ham", "so it is ham"),
+        ("Spam", "Spam", "Ham", "Ham"),
+        ("4 words of 5, so 4", "4", "5", "4 words of 5, so 5"),
+        ("c++ (a.b)", "c++", "a.b", "a.b (c++)"),
+        ("\u8bf4\u662f\u6b63\u9762\u7684", "\u6b63\u9762", "\u8d1f\u9762", "\u8bf4\u662f\u8d1f\u9762\u7684"),
+        ("sport and world", "world", "business", "sport and business"),
+        ("", "a", "b", ""),
+    ],
+)  # fmt: skip
+def test_labels_are_exchanged_where_a_rationale_names_them(rationale, old, new, expected):
+    assert relabelled(rationale, old, new) == expected
 
 
 def test_samples_without_a_label_and_cut_ones_make_no_pair():
