@@ -866,12 +866,12 @@ def run_row(bench, row):
     if row in ("mixed7b", "profile", "trl", "compiled"):
         for worker in bench.workers.values():  # their memory and their kernels are out of the way
             worker.close()
-    from rllr.model.passes import set_recording
-
     allowed = min(bench.left(), LIMITS_S[row])
     if allowed < 5:
         bench.write(row, error="left out: the budget is spent")
         return
+    from rllr.model.passes import set_recording
+
     start = time.monotonic()
     try:
         set_recording(row in ("mixed7b", "profile", "trl"))  # as the scripts do

@@ -14,14 +14,13 @@ with the text, tells the sides apart. docs/reward-hacking.md has the measurement
 import hashlib
 import json
 import random
-import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .common.errors import InputError
 from .common.files import write_lines
-from .tasks import split_answer
+from .tasks import same_word, split_answer, whole_words
 
 LABEL_PAIRS = ("on_policy", "independent", "paper", "drawn")  # on_policy: written pairs and the policy's own samples
 DRAWN_SHARE = 0.5  # with "drawn": label pairs with a random basis on the wrong side; the others are as in the paper
@@ -113,17 +112,18 @@ def on_policy_pairs(examples, task, writer, answers, *, seed=0):
 def relabelled(rationale, old, new):
     """The rationale with two labels exchanged wherever it names one, as a whole word of any case; of labels that are
     numbers its last mention alone, as others may count something. Unchanged where it names neither."""
-    names = sorted(map(re.escape, (old, new)), key=len, reverse=True)  # the longer first: one may contain the other
-    whole_word = rf"(?<![A-Za-z0-9_])(?:{'|'.join(names)})(?![A-Za-z0-9_])"  # a language without spaces has none
-    found = list(re.finditer(whole_word, rationale, re.IGNORECASE))
+    named = whole_words((old, new), letters="[A-Za-z0-9_]")  # others may stand beside it, in a language without spaces
+    start = 0
     if not any(character.isalpha() for character in old + new):
-        found = found[-1:]
-    for match in reversed(found):
-        word = new if match[0].lower() == old.lower() else old
-        if match[0] not in (old, new):  # it begins a sentence, or the task writes its labels in another case
-            word = word[:1].upper() + word[1:] if match[0][:1].isupper() else word.lower()
-        rationale = rationale[: match.start()] + word + rationale[match.end() :]
-    return rationale
+        start = max((match.start() for match in named.finditer(rationale)), default=0)
+
+    def exchanged(match):
+        word = new if same_word(match[0]) == same_word(old) else old
+        if match[0] in (old, new):
+            return word  # else it begins a sentence, or the task writes its labels in another case
+        return word[:1].upper() + word[1:] if match[0][:1].isupper() else word.lower()
+
+    return rationale[:start] + named.sub(exchanged, rationale[start:])
 
 
 def grounded_pairs(examples, task, writer, answers, grounded, *, seed=0):

@@ -29,6 +29,13 @@ def same_word(word: str) -> str:
     return unicodedata.normalize("NFC", word).strip().casefold()
 
 
+def whole_words(words, letters=r"\w") -> re.Pattern:
+    """What finds these words, of any case, where they stand alone; of words that contain each other ("not duplicate",
+    "duplicate") the longer one. letters: what must not stand beside a word, as a character class's pattern."""
+    longest_first = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    return re.compile(f"(?<!{letters})(?:{longest_first})(?!{letters})", re.IGNORECASE)
+
+
 @dataclass(frozen=True)
 class Example:
     """One row of data: a text (or pair), its label if it is known, and its rationales.

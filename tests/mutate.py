@@ -25,13 +25,16 @@ from _pytest.runner import runtestprotocol  # noqa: E402
 import rllr.best_of  # noqa: E402
 import rllr.data.met_rows  # noqa: E402
 import rllr.data.splits  # noqa: E402
+import rllr.engine.graphs  # noqa: E402
 import rllr.guard  # noqa: E402
 import rllr.layout  # noqa: E402
 import rllr.logprobs  # noqa: E402
+import rllr.model.backbone  # noqa: E402
 import rllr.pairs  # noqa: E402
 import rllr.ppo  # noqa: E402
 import rllr.rewards  # noqa: E402
 import rllr.run.rates  # noqa: E402
+import rllr.tasks  # noqa: E402
 
 UNITS = "ppo rewards layout logprobs pairs best_of set_aside rates guard"
 FILES = [f"test_{name}.py" for name in UNITS.split()]
@@ -243,17 +246,20 @@ MUTANTS = [
     ("pairs.on_policy_pairs", "or not written", ""),
     ("pairs.on_policy_pairs", "if sampled or written:", "if True:"),
     ("pairs.on_policy_pairs", "rng.random() < FLIPPED_WHOLE_SHARE", "True"),
-    ("pairs.relabelled", "reversed(found)", "found"),
-    ("pairs.relabelled", "found = found[-1:]", "pass"),
-    ("pairs.relabelled", "match[0] not in (old, new)", "False"),
-    ("pairs.relabelled", ", reverse=True", ""),
+    ("pairs.relabelled", "same_word(match[0]) == same_word(old)", "match[0] == old"),
+    ("pairs.relabelled", "start = max(", "max("),
+    ("pairs.relabelled", "match[0] in (old, new)", "True"),
+    ("tasks.whole_words", ", reverse=True", ""),
+    ("tasks.whole_words", "(?<!{letters})", ""),
+    ("tasks.whole_words", "(?!{letters})", ""),
     ("pairs._written", "if writer.can_write(example) else None", "if True else None"),
     ("pairs.grounded_pairs", "example, text) or 0.0", "example, text) or 1.0"),
     ("run.rates.default_rate", "max(1.0, weights / 1e6)", "(weights / 1e6)"),
     ("run.rates.default_rate", "** 0.5", "** 0.45"),
     ("run.rates.default_rate", "min(rate * ADAPTERS[role], peak * ADAPTERS_MOST)", "rate * ADAPTERS[role]"),
-    ("run.rates.decoder_weights", "if weight is not embeddings", ""),
-    ("run.rates.decoder_weights", 'getattr(backbone, "shared_backbone", backbone)', "backbone"),
+    ("engine.graphs.inner_weights", "if weight is not embeddings", ""),
+    ("run.rates.decoder_weights", "shared_decoder(model)", "model"),
+    ("model.backbone.shared_decoder", 'getattr(backbone, "shared_backbone", backbone)', "backbone"),
 ]
 
 

@@ -135,7 +135,7 @@ def test_few_shapes(live, slots, width, length, shape):
 
 
 def test_a_model_that_cannot_be_recorded_decodes_without(graphed, monkeypatch):
-    """One warning, no second attempt, the same answers; prompts that cannot be recorded leave the step its graphs."""
+    """Of prompts and of the step one warning each, no second attempt, the same answers."""
     attempts = []
 
     def refuse(self, step, rows, width):

@@ -390,6 +390,7 @@ def test_half_of_the_flipped_rationales_argue_for_the_wrong_label_too():
         ("the word dull suggests negative", "negative", "positive", "the word dull suggests positive"),
         ("Negative, not positive: NEGATIVE", "negative", "positive", "Positive, not negative: Positive"),
         ("negatives are nonnegative_s", "negative", "positive", "negatives are nonnegative_s"),
+        ("nonnegative", "negative", "positive", "nonnegative"),
         ("they say the same", "equivalent", "not equivalent", "they say the same"),
         ("not equivalent, far from equivalent", "equivalent", "not equivalent", "equivalent, far from not equivalent"),
         ("so it is spam mail", "spam", "spam mail", "so it is spam"),

@@ -13,10 +13,10 @@ import torch
 
 from .attention import attending_to_slots, can_pack, packed_forward, takes_our_attention
 from .cache import SlotCache, cache_argument, products_dtype
-from .graphs import StepGraphs, has_room, padded_width, shape_for, weights_per_layer, worth_recording
+from .graphs import WARM, StepGraphs, has_room, padded_width, shape_for, weights_per_layer, worth_recording
 from .linear import products_are_slow
 
-WARM, MOST = 2, 8  # times that a shape of prompts runs before it is recorded, and shapes recorded, at most
+MOST = 8  # shapes of prompts that are recorded
 SPAN = 16  # slots whose keys and values are read in one piece: about as much as a core's cache holds
 
 
@@ -64,6 +64,8 @@ class Decoder:
         # (alibi) must get the 2-D one.
         self.ready_mask = takes_our_attention(backbone)
         self.own_attention = can_pack(backbone, length)
+        if self.own_attention:
+            self.weights_per_layer = weights_per_layer(getattr(backbone, "shared_backbone", backbone))
         self.packs_prompts = self.own_attention and device.type == "cpu" and not self.graphs
         self.in_pieces = self.own_attention and device.type == "cpu" and products_are_slow()
         self.begin(backbone, head, sampler, columns)
@@ -75,7 +77,6 @@ class Decoder:
         self.backbone, self.head, self.sampler, self.widest = backbone, head, sampler, widest
         if self.own_attention:
             self.bias_dtype = products_dtype(backbone.get_input_embeddings().weight)
-            self.weights_per_layer = weights_per_layer(getattr(backbone, "shared_backbone", backbone))
         if self.graphs:
             self.key.fill_(sampler.key)
             sampler.key = self.key

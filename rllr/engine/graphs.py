@@ -1,4 +1,5 @@
-"""CUDA graphs of the decoder's steps: recorded once per shape, replayed as one launch.
+"""CUDA graphs of the decoder's steps: recorded once per shape, replayed as one launch. Also what is asked before a pass
+is recorded, here or in `model.passes`.
 
 A step of a small model runs hundreds of kernels of a few microseconds each; launching them from Python takes longer
 than running them. A graph repeats the recorded kernels on the same memory. So all that a step reads and writes must be
@@ -18,6 +19,7 @@ from .limits import text_config
 # A pass is worth recording where launches take about as long as kernels. Forward and backward of 8,000 tokens on an
 # H200: 2.0 times as fast at 0.3e11 (135 M weights), 1.25 at 1.2e11 (0.5 B), 1.01 at 3.8e11 (1.5 B).
 WORTH = 2e11  # weights of a layer x padded tokens
+WARM = 2  # times that a pass of a shape runs without being recorded: it may not come again
 FREE_SHARE = 1 / 2  # of the GPU's memory must be free: recorded passes never give theirs back
 
 
@@ -102,11 +104,15 @@ def worth_recording(weights_per_layer, tokens):
     return weights_per_layer * tokens <= WORTH
 
 
+def inner_weights(decoder):
+    """The number of a decoder's weights without its token embeddings."""
+    embeddings = decoder.get_input_embeddings().weight
+    return sum(weight.numel() for weight in decoder.parameters() if weight is not embeddings)
+
+
 def weights_per_layer(decoder):
     """Weights of one of a decoder's layers, on average."""
-    embeddings = {id(weight) for weight in decoder.get_input_embeddings().parameters()}
-    inner = sum(weight.numel() for weight in decoder.parameters() if id(weight) not in embeddings)
-    return inner / max(1, getattr(text_config(decoder.config), "num_hidden_layers", 1))
+    return inner_weights(decoder) / max(1, getattr(text_config(decoder.config), "num_hidden_layers", 1))
 
 
 def padded_width(width, limit=None):

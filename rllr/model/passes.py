@@ -19,11 +19,10 @@ import torch
 from torch import nn
 
 from ..engine.attention import can_pack, packed_forward
-from ..engine.graphs import eighth, has_room, padded_width, recording, weights_per_layer, worth_recording
+from ..engine.graphs import WARM, eighth, has_room, padded_width, recording, weights_per_layer, worth_recording
 from ..engine.limits import length_limit
 from .precision import autocast, casts
 
-SEEN = 2  # times that a shape runs without being recorded: it may not come again
 MOST = 12  # shapes recorded of one decoder; each keeps a gradient of all weights
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of a recorded pass, relative to the largest number; bf16 5e-2
 
@@ -126,7 +125,7 @@ class _Passes:
         key = (rows, width, with_gradient, backbone.training, casts())
         self.seen[key] = self.seen.get(key, 0) + 1
         waits = self.open is not None and self.open() is not None  # an earlier pass whose backward is still to come
-        if key not in self.recorded and not waits and self.seen[key] > SEEN and self._may_record(ids.device):
+        if key not in self.recorded and not waits and self.seen[key] > WARM and self._may_record(ids.device):
             self._record(key, backbone, ids)
         if key not in self.recorded or waits:
             hidden = _Forward(backbone, width)(ids)

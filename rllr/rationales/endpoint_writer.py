@@ -9,7 +9,6 @@ out of order (5xx), out of reach or too slow.
 
 import os
 import queue
-import re
 import threading
 from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from ..common.config import Settings, flag
 from ..common.errors import InputError, RunError, brief
+from ..tasks import whole_words
 from .cached import CachedWriter, one_line
 
 KEY = "ENDPOINT_API_KEY"  # the environment variable; never a flag, which a run's record would keep
@@ -119,13 +119,9 @@ def problem_with(text, label, task) -> str | None:
 
 
 def labels_in(text, task):
-    """The labels that a text names as whole words; of labels that contain each other ("not duplicate", "duplicate") the
-    longer one."""
-    words = sorted((one for one in task.labels if len(one) >= LONG_LABEL), key=len, reverse=True)
-    if not words:
-        return set()
-    found = re.findall(r"(?<!\w)(?:" + "|".join(map(re.escape, words)) + r")(?!\w)", text, re.IGNORECASE)
-    return {task.canonical_label(one) for one in found}
+    """The labels that a text names (`tasks.whole_words`)."""
+    words = [one for one in task.labels if len(one) >= LONG_LABEL]
+    return {task.canonical_label(one) for one in whole_words(words).findall(text)} if words else set()
 
 
 def at_once(jobs, work, count):

@@ -13,7 +13,8 @@ The peaks are those of the tiny model (N = 0.58). Full training of SmolLM2-135M 
 docs/models.md has the table, benchmarks/results/rates.md the figures.
 """
 
-from ..model.backbone import backbone_of
+from ..engine.graphs import inner_weights
+from ..model.backbone import shared_decoder
 
 PEAKS = {"sft": 1e-3, "reward": 5e-4, "policy": 2e-4, "value": 5e-4}  # of a model of at most a million weights
 ADAPTERS = {"sft": 10, "reward": 10, "policy": 3, "value": 10}  # times the rate of full training
@@ -26,10 +27,7 @@ def decoder_weights(model):
 
     The LM head, scalar heads and adapters do not count either.
     """
-    backbone = backbone_of(model)
-    backbone = getattr(backbone, "shared_backbone", backbone)  # of a role on a shared base
-    embeddings = backbone.get_input_embeddings().weight
-    return sum(weight.numel() for weight in backbone.parameters() if weight is not embeddings)
+    return inner_weights(shared_decoder(model))
 
 
 def default_rate(role, weights, adapters=False):

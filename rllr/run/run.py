@@ -111,8 +111,7 @@ class Run:
         if not resumed:
             check_run_directory(directory, config.overwrite, config.protected_paths())
         ranks.wait()  # before one of them opens the directory that another still checks
-        graphs = wants_cuda_graphs(config)
-        device = set_up(config.precision, config.seed, config.deterministic, shards(config), graphs)
+        device = set_up(config.precision, config.seed, config.deterministic, shards(config), wants_cuda_graphs(config))
         show_config(config.freeze(), f"train_{stage}")
         if config.shard and not shards(config):
             say("warning: --shard without several processes does nothing; torchrun starts them (docs/several-gpus.md)")
