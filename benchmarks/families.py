@@ -1,5 +1,7 @@
 """Find the causal LM families of transformers from which rllr samples exactly, with a tiny random model of each.
 
+Those it samples from at all write a rollout in both precisions, too.
+
 python benchmarks/families.py                    # one or two minutes; writes benchmarks/results/families.md
 python benchmarks/families.py llama gpt_neo      # only these families; prints the results
 """
@@ -18,7 +20,9 @@ from rllr.common.errors import InputError
 from rllr.engine.attention import can_pack
 from rllr.model.backbone import backbone_of
 from rllr.model.loading import _check_logits
+from rllr.model.precision import PRECISIONS, set_precision
 from rllr.model.trial import try_model
+from rllr.rollout import bytes_per_slot, generate
 
 LARGEST = 30_000_000  # parameters; families that the settings below cannot make smaller are left out
 PROMPTS = [[5 + i % 50 for i in range(length)] for length in (40, 6)]
@@ -101,6 +105,15 @@ def verdict(family):
         try_model(model, PROMPTS, 8, family)
     except InputError as error:
         return "refused", str(error).partition("cannot be used: ")[2] or str(error).partition(": ")[2]
+    for precision in PRECISIONS:
+        set_precision(precision)
+        try:
+            bytes_per_slot(model, 48)  # what a GPU asks first
+            generate(model, PROMPTS, max_new_tokens=8, eos_token_id=2)
+        except Exception as error:
+            return f"fails in {precision}", f"{type(error).__name__}: {error}"
+        finally:
+            set_precision("fp32")
     return ("exact, packs" if can_pack(backbone_of(model), 48) else "exact"), ""
 
 

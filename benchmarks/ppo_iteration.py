@@ -11,7 +11,7 @@ one in the batch.
 """
 
 import argparse
-import importlib
+import importlib.util
 import multiprocessing
 import statistics
 import tempfile
@@ -236,6 +236,8 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
     args = parser.parse_args()
+    if importlib.util.find_spec("trl") is None:
+        parser.error("needs TRL: pip install trl==1.12.0 accelerate")
     set_up(args.threads)
     workloads = [("48 tokens each", 48, [48] * BATCH), ("real EOS, at most 64", 64, draw_lengths(BATCH))]
     for workload, cap, lengths in workloads:

@@ -112,7 +112,7 @@ def on_policy_pairs(examples, task, writer, answers, *, seed=0):
 def relabelled(rationale, old, new):
     """The rationale with two labels exchanged wherever it names one, as a whole word of any case; of labels that are
     numbers its last mention alone, as others may count something. Unchanged where it names neither."""
-    named = whole_words((old, new), letters="[A-Za-z0-9_]")  # others may stand beside it, in a language without spaces
+    named = whole_words((old, new))
     start = 0
     if not any(character.isalpha() for character in old + new):
         start = max((match.start() for match in named.finditer(rationale)), default=0)

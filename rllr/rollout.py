@@ -15,13 +15,14 @@ from .common import ranks
 from .engine import decoder as decoding
 from .engine import kept
 from .engine.attention import can_pack
-from .engine.cache import products_dtype
+from .engine.cache import bytes_per_token
 from .engine.decoder import Decoder
-from .engine.limits import check_cache_support, length_limit, text_config
+from .engine.limits import check_cache_support, length_limit
 from .engine.linear import packed_linears
 from .engine.sampling import Sampler
 from .layout import Packed, pack_sequences
 from .model.backbone import backbone_of, lm_logits
+from .model.cast_once import CastWeights
 from .model.precision import autocast
 from .model.shards import is_sharded, on_whole_weights
 
@@ -93,12 +94,13 @@ def generate(
     own = ranks.share(range(len(prompts)))  # of several ranks each writes the answers to its share of the prompts
     slots = max(1, min(batch_size, len(own) * answers_per_prompt, slots_within(cache_bytes, model, columns)))
     backbone, head = backbone_of(model), lambda hidden: lm_logits(model, hidden)
-    lives = records and not is_sharded(model) and kept.may_live(model, backbone, slots * bytes_per_slot(model, columns))
+    nbytes = slots * bytes_per_slot(model, columns) if records else 0
+    lives = records and not is_sharded(model) and kept.may_live(model, backbone, nbytes)
     sampler = Sampler(temperature, greedy, key=0 if greedy else draw_key(generator))
     was_training = model.training
     model.eval()
     try:
-        # A recorded step that lives on would go on reading weights as they were cast when it was recorded.
+        # A recorded step that lives on would go on reading what autocast kept when it was recorded.
         with autocast(device, cached=not lives):
             spec = None
             if lives:
@@ -112,7 +114,9 @@ def generate(
                     backbone, head, sampler, slots=slots, length=length, max_new_tokens=max_new_tokens,
                     stop_ids=stop_ids, device=device, columns=columns,
                 )  # fmt: skip
-            with packed_linears(model):
+                room = 0 if is_sharded(model) else kept.idle_limit(device) - nbytes * lives
+                decoder.weights = CastWeights(model, room)
+            with decoder.weights.in_use(model), packed_linears(model):
                 responses, logprobs = _write_all(decoder, prompts, answers_per_prompt, own)
             decoder.end()
             if lives:
@@ -194,9 +198,5 @@ def slots_within(cache_bytes, model, length):
 
 def bytes_per_slot(model, length):
     """Of keys and values, in the dtype of products."""
-    config = text_config(model.config)
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    per_token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
     with autocast(model.device):
-        return per_token * length * products_dtype(model.get_input_embeddings().weight).itemsize
+        return length * bytes_per_token(backbone_of(model))

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from .common.errors import InputError, brief
-from .common.texts import check_text, read_mapping
+from .common.texts import UNSPACED, check_text, marks, read_mapping
 
 LABEL_PREFIX = "Label:"
 ANSWER_FORMATS = ("rationale", "label")  # rationale and label line (default); label line only (the paper's plain SFT)
@@ -29,11 +29,16 @@ def same_word(word: str) -> str:
     return unicodedata.normalize("NFC", word).strip().casefold()
 
 
-def whole_words(words, letters=r"\w") -> re.Pattern:
+# Letters beside which a word may stand: those of scripts without spaces, and Hangul, whose nouns end in particles.
+ATTACHED = UNSPACED + "\uac00-\ud7a3"
+
+
+def whole_words(words) -> re.Pattern:
     """What finds these words, of any case, where they stand alone; of words that contain each other ("not duplicate",
-    "duplicate") the longer one. letters: what must not stand beside a word, as a character class's pattern."""
+    "duplicate") the longer one."""
     longest_first = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
-    return re.compile(f"(?<!{letters})(?:{longest_first})(?!{letters})", re.IGNORECASE)
+    letter = rf"[^\W{ATTACHED}]"
+    return re.compile(f"(?<!{letter})(?:{longest_first})(?!{letter}|[{marks()}])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

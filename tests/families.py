@@ -5,6 +5,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    DeepseekV3Config,
     GlmConfig,
     GPT2Config,
     LlamaConfig,
@@ -53,7 +54,17 @@ def _gpt2(**extra):
     return GPT2Config(**{"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **_IDS, **off, **extra})
 
 
-CONFIGS = {"llama": _llama, "mistral": _mistral, "qwen3": _qwen3, "glm": _glm, "bloom": _bloom, "gpt2": _gpt2}
+def _deepseek(**extra):
+    """Multi-head latent attention, whose values are narrower than its keys; no experts (they know no float64)."""
+    sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+    dense = {"first_k_dense_replace": 9, "num_key_value_heads": 4}
+    return DeepseekV3Config(**{**_ROPE, **_IDS, **sizes, **dense, **extra})
+
+
+CONFIGS = {
+    "llama": _llama, "mistral": _mistral, "qwen3": _qwen3, "glm": _glm, "bloom": _bloom, "gpt2": _gpt2,
+    "deepseek_v3": _deepseek,
+}  # fmt: skip
 FAMILIES = list(CONFIGS)
 
 

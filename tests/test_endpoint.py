@@ -134,6 +134,9 @@ def test_of_labels_that_contain_each_other_the_longer_one_is_named():
     assert labels_in("They are Not Duplicate.", task) == {"not duplicate"}
     assert labels_in("a duplicate, no doubt", task) == {"duplicate"}  # `no` is too short to be looked for
     assert labels_in("the world news", replace(SST2, labels=("world", "world news"))) == {"world news"}
+    chinese = replace(SST2, labels=("正面", "负面", "好"))
+    assert labels_in("因此这是正面的评价, 好", chinese) == {"正面"}  # one character is too short
+    assert labels_in("спортивный интерес", replace(SST2, labels=("спорт", "наука"))) == set()
     assert labels_in("5 of 5", replace(SST2, labels=("4", "5"))) == set()
 
 

@@ -14,6 +14,7 @@ from rllr.engine.norms import fuse_norms
 from rllr.layout import Packed
 from rllr.logprobs import token_logprobs, token_logprobs_and_entropy
 from rllr.model.backbone import backbone_of
+from rllr.model.cast_once import CastWeights
 from rllr.model.loading import load_policy
 from rllr.model.lora import add_adapter
 from rllr.model.passes import set_recording
@@ -105,6 +106,26 @@ def test_recorded_steps_that_live_on_see_weights_that_changed_in_place(decoders,
     finally:
         set_precision("fp32")
         rllr.engine.kept._kept.clear()
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_weights_that_are_cast_once_give_the_answers_of_autocast(decoders, monkeypatch, adapters):
+    model = tiny_model("llama").cuda()
+    if adapters:
+        add_adapter(model, "one", 4, 64)
+        model = RolePolicy(model, "one")
+    set_precision("bf16")
+    try:
+        found = sample(model)
+        rllr.engine.kept._kept.clear()
+        monkeypatch.setattr(rllr.rollout, "CastWeights", lambda model, room: CastWeights(model, 0))
+        expected = sample(model)
+    finally:
+        set_precision("fp32")
+        rllr.engine.kept._kept.clear()
+    assert [bool(decoder.weights.nbytes()) for decoder in decoders] == [True, False]
+    assert found.responses() == expected.responses()
+    torch.testing.assert_close(found.rollout_logprobs, expected.rollout_logprobs, rtol=0, atol=1e-4)
 
 
 def test_a_kept_decoder_outlives_an_update_and_an_emptied_allocator(decoders):

@@ -44,7 +44,7 @@ from rllr.model.records import read_record
 from rllr.model.roles import RoleBackbone, RolePolicy, load_scalar_role
 from rllr.rollout import generate
 
-TARGETS = {"bloom": ["query_key_value"], "gpt2": ["c_attn"]}
+TARGETS = {"bloom": ["query_key_value"], "gpt2": ["c_attn"], "deepseek_v3": ["q_b_proj", "kv_b_proj"]}
 IDS = torch.arange(3, 27).view(2, 12) % VOCAB
 
 
@@ -284,7 +284,7 @@ def test_peft_loads_ours(family, tmp_path):
     theirs = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path).eval()
     torch.testing.assert_close(theirs(input_ids=IDS).logits.detach(), logits(model, "a"), atol=1e-5, rtol=1e-5)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["target_modules"] == targets_of(family) and config["task_type"] == "CAUSAL_LM"
+    assert config["target_modules"] == sorted(targets_of(family)) and config["task_type"] == "CAUSAL_LM"
     assert config["fan_in_fan_out"] == (family == "gpt2") and config["base_model_name_or_path"] == "somewhere"
 
 

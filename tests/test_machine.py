@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
+import rllr.rollout
 import rllr.run.machine
 from rllr.run.machine import set_up
 
@@ -14,12 +15,9 @@ def test_deterministic_algorithms_and_a_fixed_number_of_slots(monkeypatch):
     from rllr.rollout import slots_within
 
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    config = SimpleNamespace(
-        num_attention_heads=4, num_key_value_heads=None, hidden_size=64, head_dim=None, num_hidden_layers=2
-    )
-    embeddings = SimpleNamespace(weight=torch.zeros(1))
-    model = SimpleNamespace(device=torch.device("cuda"), config=config, get_input_embeddings=lambda: embeddings)
-    per_answer = 2 * 2 * 4 * 16 * 10 * 4  # keys and values, layers, heads, head size, columns, bytes
+    model = SimpleNamespace(device=torch.device("cuda"))
+    per_answer = 1000  # bytes of keys and values
+    monkeypatch.setattr(rllr.rollout, "bytes_per_slot", lambda model, columns: 100 * columns)
     try:
         counts = []
         for free in (8, 40):

@@ -10,7 +10,15 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from rllr.engine.norms import fuse_norms
 from rllr.model.loading import load_policy
 
-NORMS = {"llama": 5, "mistral": 5, "qwen3": 9, "glm": 5, "bloom": 0, "gpt2": 0}  # of two layers and the end
+NORMS = {
+    "llama": 5,
+    "mistral": 5,
+    "qwen3": 9,
+    "glm": 5,
+    "bloom": 0,
+    "gpt2": 0,
+    "deepseek_v3": 9,
+}  # of two layers and the end
 IDS = torch.arange(3, 33).view(3, 10)
 
 

@@ -399,6 +399,10 @@ def test_half_of_the_flipped_rationales_argue_for_the_wrong_label_too():
         ("4 words of 5, so 4", "4", "5", "4 words of 5, so 5"),
         ("c++ (a.b)", "c++", "a.b", "a.b (c++)"),
         ("\u8bf4\u662f\u6b63\u9762\u7684", "\u6b63\u9762", "\u8d1f\u9762", "\u8bf4\u662f\u8d1f\u9762\u7684"),
+        ("это спортивный спорт", "спорт", "мир", "это спортивный мир"),
+        ("Überpositiv ist nicht positiv", "positiv", "negativ", "Überpositiv ist nicht negativ"),
+        ("요컨대 긍정이다", "긍정", "부정", "요컨대 부정이다"),  # a noun with its particle
+        ("बुरा और बुर", "बुर", "भल", "बुरा और भल"),  # the first one's last vowel is a mark
         ("sport and world", "world", "business", "sport and business"),
         ("", "a", "b", ""),
     ],

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from families import EOS, VOCAB, tiny_model
 
 import rllr.engine.decoder
@@ -14,7 +15,7 @@ from rllr.engine.cache import SlotLayer
 from rllr.engine.limits import check_cache_support
 from rllr.engine.sampling import Sampler, inverse_cdf, uniforms
 from rllr.logprobs import token_logprobs
-from rllr.rollout import generate, slots_within
+from rllr.rollout import bytes_per_slot, generate, slots_within
 
 PROMPTS = [[5, 6, 7], [3], [11, 12, 13, 14, 15, 16], [9, 8], [40, 41, 42, 43]]
 
@@ -196,6 +197,31 @@ def test_answers_of_a_prompt_share_its_forward():
     rollout = sample(model, [[10], [20, 30]], eos_token_id=60, max_new_tokens=2, answers_per_prompt=4)
     assert rollout.responses() == [[11, 12]] * 4 + [[31, 32]] * 4
     assert [len(call["input_ids"]) for call in model.calls] == [2, 8]
+
+
+def test_bytes_of_a_slot_are_those_that_a_rollout_takes(model, monkeypatch):
+    """Of every family, whatever its layers store: multi-head latent attention keeps less than its keys and values."""
+    made, make = [], rllr.rollout.Decoder
+    monkeypatch.setattr(
+        rllr.rollout, "Decoder", lambda *args, **options: made.append(make(*args, **options)) or made[0]
+    )
+    sample(model)
+    cache, before = made[0].cache, torch.get_rng_state()
+    assert cache.nbytes() == cache.slots * bytes_per_slot(model.train(), cache.length) > 0
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+
+
+def test_bytes_of_a_slot_where_layers_have_heads_of_their_own():
+    """Gemma 4: no `head_dim` holds for all layers."""
+    if not hasattr(transformers, "Gemma4UnifiedTextConfig"):
+        pytest.skip("this transformers has no Gemma 4 of one stack")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Gemma4UnifiedTextConfig(
+        **sizes, vocab_size=61, num_hidden_layers=2, head_dim=8, global_head_dim=24,
+        layer_types=["sliding_attention", "full_attention"], pad_token_id=None,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert bytes_per_slot(model, 10) == 10 * 2 * 2 * (8 + 24) * 4
 
 
 def test_a_memory_limit_lowers_the_number_of_slots(llama):

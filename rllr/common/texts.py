@@ -1,12 +1,30 @@
-"""Texts from files and flags: a check for characters that cannot be used, and YAML or JSON mappings."""
+"""Texts: a check for characters that cannot be used, YAML or JSON mappings, and what regular expressions don't know of
+the world's scripts."""
 
+import functools
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import yaml
 
 from .errors import InputError, brief
+
+# Scripts without spaces: Thai, Lao, Myanmar, Khmer, kana, Han with its extensions, and their supplements.
+UNSPACED = (
+    "\u0e00-\u0e7f\u0e80-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+
+MARKS_END = 0x20000  # combining marks are in the first two planes of Unicode (some variation selectors far beyond)
+
+
+@functools.cache
+def marks() -> str:
+    """All marks that combine with a letter, which are no `\\w`, for a pattern's [...]."""
+    characters = map(chr, range(0x300, MARKS_END))
+    return "".join(re.escape(char) for char in characters if unicodedata.category(char).startswith("M"))
 
 
 def check_text(text: str, where: str) -> str:

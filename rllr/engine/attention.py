@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache import products_dtype
+from .cache import eval_mode, products_dtype
 from .limits import position_limits, text_config, windows_of
 
 PACKED, SLOTS = "rllr_packed", "rllr_slots"
@@ -38,8 +38,9 @@ def packed_attention(
 ):
     """Causal attention within each segment.
 
-    query [B, heads, N, D], key and value [B, kv heads, N, D] -> ([B, N, heads, D], None). segment_lens: the lengths of
-    the sequences, which sum to N. sliding_window: the number of tokens that a token sees, including itself.
+    query [B, heads, N, D], key [B, kv heads, N, D], value [B, kv heads, N, D'] -> ([B, N, heads, D'], None).
+    segment_lens: the lengths of the sequences, which sum to N. sliding_window: the number of tokens that a token sees,
+    including itself.
     """
     _refuse_unknown(rest | {"attention_mask": attention_mask, "no segment_lens": None if segment_lens else True})
     options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
@@ -63,8 +64,8 @@ def slot_attention(
 ):
     """Attention of one query per slot.
 
-    query [B, heads, 1, D], key and value [B, kv heads, L, D], mask [B, 1, 1, L] -> ([B, 1, heads, D], None). The mask
-    is a bias, or bool; where there are spans, bool.
+    query [B, heads, 1, D], key [B, kv heads, L, D], value [B, kv heads, L, D'] -> ([B, 1, heads, D'], None); D' is not
+    D in multi-head latent attention. The mask [B, 1, 1, L] is a bias, or bool; where there are spans, bool.
 
     The query heads that share a key head become queries of that one head. transformers (until about 5.20) repeated the
     keys instead, which copies the whole cache in every layer of every step. spans: [(first slot, last slot + 1, largest
@@ -84,11 +85,11 @@ def slot_attention(
     if attention_mask.dtype != torch.bool:
         attention_mask = attention_mask.to(products_dtype(query))
     out = scaled_dot_product_attention(queries, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(rows, 1, heads, size), None
+    return out.reshape(rows, 1, heads, value.shape[-1]), None
 
 
 def _one_query_attention(query, key, value, mask):
-    """Attention of one scaled query [B, heads, 1, D] without a matrix product: [B, heads, D]. mask [B, 1, L].
+    """Attention of one scaled query [B, heads, 1, D] without a matrix product: [B, heads, D']. mask [B, 1, L].
 
     With one query, a matrix product uses each number only once. Where the library for products is slow, plain sums over
     data that fits into the processor's cache are faster.
@@ -176,7 +177,7 @@ def _try_packing(backbone, exceeded):
 @torch.no_grad()
 def backbone_alone(backbone, row):
     """Final hidden states [n, H] of one row of ids [n] by the model's own forward, without dropout."""
-    with _eval_mode(backbone):
+    with eval_mode(backbone):
         return backbone(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state[0]
 
 
@@ -188,7 +189,7 @@ def packs_like(backbone, rows, alone):
     """
     lengths = [len(row) for row in rows]
     try:
-        with _eval_mode(backbone):
+        with eval_mode(backbone):
             packed = packed_forward(backbone, torch.cat(rows).unsqueeze(0), lengths, use_cache=False)[0]
     except Exception:
         return False
@@ -198,13 +199,3 @@ def packs_like(backbone, rows, alone):
     rtol = {torch.float32: 1e-4, torch.float64: 1e-8}.get(packed.dtype, 5e-2)
     atol = rtol * float(alone.abs().max())
     return packed.shape == alone.shape and torch.allclose(packed, alone, rtol=rtol, atol=atol)
-
-
-@contextmanager
-def _eval_mode(backbone):
-    was_training = backbone.training
-    backbone.eval()
-    try:
-        yield
-    finally:
-        backbone.train(was_training)

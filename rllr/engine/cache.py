@@ -7,6 +7,7 @@ continue.
 
 import inspect
 import weakref
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,35 @@ def products_dtype(tensor):
     """The dtype in which products of this tensor are computed: its own, or autocast's."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+@contextmanager
+def eval_mode(backbone):
+    """Within the block, dropout is off."""
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        yield
+    finally:
+        backbone.train(was_training)
+
+
+@torch.no_grad()
+def bytes_per_token(backbone):
+    """Bytes of keys and values that this decoder stores for a token, in the dtype of products: it is given one.
+
+    No name in a configuration tells it of all families: heads differ between layers (Gemma 4), and values from keys
+    (multi-head latent attention). The decoder keeps the answer, for every role on it.
+    """
+    known = getattr(backbone, "shared_backbone", backbone).__dict__.setdefault("_rllr_bytes_per_token", {})
+    dtype = products_dtype(backbone.get_input_embeddings().weight)
+    if dtype not in known:
+        token, cache = torch.zeros(1, 1, dtype=torch.long, device=backbone.device), SlotCache(1, 1)
+        cache.write_at(token, token)
+        with eval_mode(backbone):
+            backbone(input_ids=token, **{cache_argument(backbone): cache, "use_cache": True})
+        known[dtype] = cache.nbytes()
+    return known[dtype]
 
 
 class SlotCache(Cache):

@@ -55,6 +55,7 @@ class Decoder:
         self.prompt_lens, self.prompt_slots = (torch.zeros(slots, **long) for _ in range(2))
         self.last_hidden: Any = None  # [slots, H], of their last tokens
         self.key = torch.zeros((), **long)  # of the sampler, where recorded steps read it
+        self.weights: Any = None  # what the caller wants to live as long as the recorded steps, which read it
         self.owners = []  # of each live slot: the owner that `admit` got
         # The positions as Python numbers, so that no step must read them from the device. For an answer that has ended
         # they count on until `harvest`, which only makes the view a little wider.

@@ -3,7 +3,8 @@
 Recording costs two eager steps a shape, and a rollout of short answers has few more. A kept decoder serves a call that
 asks for the same (`spec`): slots, limit of tokens, stop ids, sampling, precision, and weights where they were. Weights
 that change in place are read as they are: a recorded step has their addresses. Only decoders that record are kept, and
-not everywhere (`may_live`): a step that may live must cast fp32 weights at every use, under autocast.
+not everywhere (`may_live`). Under autocast a step that lives on must not read copies that autocast made: it reads those
+of `model.cast_once`, which every call fills anew, or casts at every use.
 """
 
 from weakref import WeakKeyDictionary

@@ -21,7 +21,11 @@ from ..common.errors import InputError
 from .backbone import shared_decoder
 from .passes import forget_recorded
 
-DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("c_attn",), ("qkv_proj",))  # the first that a model has
+# Queries and values, the first that a model has. Of multi-head latent attention (DeepSeek) what unfolds the latents.
+DEFAULT_TARGETS = (
+    ("q_proj", "v_proj"), ("query_key_value",), ("c_attn",), ("qkv_proj",), ("Wqkv",),
+    ("q_b_proj", "kv_b_proj"), ("q_proj", "kv_b_proj"),
+)  # fmt: skip
 
 
 class LowRank(nn.Module):
@@ -170,7 +174,7 @@ def adapter_parameters(model, name):
 
 
 def default_targets(model):
-    """Default names of adapted modules, as in the LoRA paper: q_proj and v_proj, or the family's fused projection."""
+    """Default names of adapted modules, as in the LoRA paper: q_proj and v_proj, or what takes their place."""
     ends = {path.rpartition(".")[2] for path in linear_modules(model)}
     for names in DEFAULT_TARGETS:
         if ends.issuperset(names):

@@ -9,6 +9,7 @@ out of order (5xx), out of reach or too slow.
 
 import os
 import queue
+import re
 import threading
 from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
@@ -17,13 +18,14 @@ from tqdm import tqdm
 
 from ..common.config import Settings, flag
 from ..common.errors import InputError, RunError, brief
-from ..tasks import whole_words
+from ..tasks import ATTACHED, whole_words
 from .cached import CachedWriter, one_line
 
 KEY = "ENDPOINT_API_KEY"  # the environment variable; never a flag, which a run's record would keep
 ASKED_AGAIN = 2  # times that a rationale which cannot be used is asked for again
 RETRIES = 6  # of a request that fails; the library waits longer each time, or as long as the server asks for
-LONG_LABEL = 4  # letters; a shorter label ("no") stands in too many sentences to be a leak
+# Letters; a shorter label ("no", or one Chinese character) stands in too many sentences to be a leak.
+LONG_LABEL, SHORT_WORD = 4, re.compile(f"[{ATTACHED}]{{2,}}")
 
 
 @dataclass
@@ -120,7 +122,7 @@ def problem_with(text, label, task) -> str | None:
 
 def labels_in(text, task):
     """The labels that a text names (`tasks.whole_words`)."""
-    words = [one for one in task.labels if len(one) >= LONG_LABEL]
+    words = [one for one in task.labels if len(one) >= LONG_LABEL or re.fullmatch(SHORT_WORD, one)]
     return {task.canonical_label(one) for one in whole_words(words).findall(text)} if words else set()
 
 
