@@ -29,7 +29,11 @@ NAMES = {
     "ppo-label/last": "RLLR, last",
     "ppo-mixed": "RLLR-mixed with the grounded rule, handed back",
     "ppo-mixed/last": "RLLR-mixed with the grounded rule, last",
+    "sft/best-of": "best-of-8 of SFT",
+    "ppo-label/best-of": "best-of-8 of RLLR, handed back",
+    "ppo-mixed/best-of": "best-of-8 of RLLR-mixed, handed back",
 }
+BEST_OF = 8
 MIXED = ["--reward", "mixed", "--rationale_rm", "grounded"]
 
 
@@ -41,6 +45,7 @@ def main():
     parser.add_argument("--tune", action="store_true", help="figures of dev, for seeds from 100 on; nothing is kept")
     parser.add_argument("--stages_alone", action="store_true", help="without the two SFTs they are compared with")
     parser.add_argument("--mixed", action="store_true", help="PPO with the mixed reward, too")
+    parser.add_argument("--best_of", action="store_true", help="the best of 8 answers of each policy, too")
     parser.add_argument("--tables", action="store_true")
     args = parser.parse_args()
     if any((seed >= FIRST_TUNING_SEED) != args.tune for seed in args.seeds):
@@ -87,10 +92,18 @@ def run_seed(args, seed, directory):
     for name, more in others.items():
         script(name, "train_sft.py", "--model", directory / "sft" / "base", *more)
     part = ["--part", "eval" if args.tune else "test"]
-    names = [name for name in NAMES if name in others or name.split("/")[0] in stages.stages]
-    models = [directory / name for name in names]
-    stages.stage(directory / "evaluation", "-m", "rllr.evaluate", *part, "--models", *models)
+    there = [name for name in NAMES if name in others or name.split("/")[0] in stages.stages]
+    names = [name for name in there if not name.endswith("/best-of")]
+    stages.stage(
+        directory / "evaluation", "-m", "rllr.evaluate", *part, "--models", *(directory / name for name in names)
+    )
     found = read(directory / "evaluation" / "evaluate.json")
+    if args.best_of:
+        chosen = [name.split("/")[0] for name in there if name.endswith("/best-of")]
+        best = ["--best_of", BEST_OF, *label_rm, "--models", *(directory / name for name in chosen)]
+        stages.stage(directory / "evaluation-best-of", "-m", "rllr.evaluate", *part, *best)
+        names += [f"{name}/best-of" for name in chosen]
+        found += read(directory / "evaluation-best-of" / "evaluate.json")[1::2]  # each greedy row is before its best
     return {
         "seed": seed,
         "threads": args.threads,

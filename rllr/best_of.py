@@ -1,7 +1,9 @@
 """Best-of-n: of n sampled answers the one that a reward model scores highest, in place of the greedy answer.
 
 It needs no training and costs n answers and n scores a row. Where PPO's preview says that best-of-n beats greedy, this
-has the gain without PPO (Stiennon et al. 2020, arXiv:2009.01325; Gao et al. 2023, arXiv:2210.10760).
+has the gain without PPO (Stiennon et al. 2020, arXiv:2009.01325; Gao et al. 2023, arXiv:2210.10760). The highest score
+says which label; of the answers with this label the one that is best grounded in its text is taken. So the labels are
+those of plain best-of-n, and the explanation invents least.
 """
 
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ import torch
 from .answers import Answer, named_generator, read_answers, write_answers
 from .common.config import Settings, flag
 from .common.errors import InputError
+from .grounding import grounded
 from .judge import score_rows
 from .model.heads import RewardModel
 from .model.loading import check_same_tokenizer, load_tokenizer
@@ -52,7 +55,7 @@ def load_chooser(config, task, tokenizers, device):
 
 
 def best_answers(chooser, model, encoder, task, examples, config) -> list[Answer]:
-    """Of --best_of answers that the model samples to each example the best-scored one, in the order of the examples.
+    """Of --best_of answers that the model samples to each example the best one (`best_places`), in the examples' order.
 
     Sampled at --temperature; --seed and a row's place among the examples decide what is drawn, the batch size does not.
     InputError where a score is not finite.
@@ -67,15 +70,25 @@ def best_answers(chooser, model, encoder, task, examples, config) -> list[Answer
     scores = score_rows(chooser, rollout.packed, config.batch_size)
     if not torch.isfinite(scores).all():
         raise InputError(f"--label_rm {config.label_rm}: some of its scores are not finite; train it again")
-    return [answers[place] for place in best_places(answers, scores.tolist(), n)]
+
+    def share(place):
+        return grounded(task, examples[place // n], answers[place].text) or 0.0
+
+    return [answers[place] for place in best_places(answers, scores.tolist(), share, n)]
 
 
-def best_places(answers, scores, n) -> list[int]:
+def best_places(answers, scores, share, n) -> list[int]:
     """Of each n neighbours the place of the best one.
 
-    A whole answer, with its end and a readable label, is before every other, then the score decides, then the place: of
-    equals the first.
+    The label is that of the answer with the highest score; a whole answer, with its end and a readable label, is before
+    every other. Of the whole ones with this label the largest share(place) of a grounded rationale decides, then the
+    score, then the place: of equals the first.
     """
     whole = [answer.label is not None and not answer.truncated for answer in answers]
-    starts = range(0, len(answers), n)
-    return [max(range(start, start + n), key=lambda place: (whole[place], scores[place])) for start in starts]
+    best = []
+    for start in range(0, len(answers), n):
+        places = range(start, start + n)
+        favourite = max(places, key=lambda place: (whole[place], scores[place]))
+        alike = [place for place in places if whole[place] and answers[place].label == answers[favourite].label]
+        best.append(max(alike or [favourite], key=lambda place: (share(place), scores[place])))
+    return best

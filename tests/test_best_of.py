@@ -8,13 +8,16 @@ import pytest
 import torch
 from families import tiny_model, toy_tokenizer
 
+import rllr.best_of
 from rllr.answers import Answer
 from rllr.best_of import best_answers, best_places, load_chooser
 from rllr.common.errors import InputError
 from rllr.data.encoding import Encoder
 from rllr.tasks import TASKS, Example
 
-WHOLE, CUT, UNREADABLE = Answer("a", "x", False), Answer("a", "x", True), Answer("a", None, False)
+WHOLE, CUT, UNREADABLE, OTHER = (
+    Answer("a", "x", False), Answer("a", "x", True), Answer("a", None, False), Answer("a", "y", False)
+)  # fmt: skip
 
 
 # ---- the choice
@@ -29,23 +32,41 @@ WHOLE, CUT, UNREADABLE = Answer("a", "x", False), Answer("a", "x", True), Answer
     ([WHOLE, CUT], [1, 2], [0]),
 ])  # fmt: skip
 def test_the_best_scored_whole_answer(answers, scores, places):
-    assert best_places(answers, scores, n=min(3, len(answers))) == places
+    assert best_places(answers, scores, lambda place: 0.0, n=min(3, len(answers))) == places
+
+
+@pytest.mark.parametrize("answers, scores, shares, place", [
+    ([WHOLE, WHOLE, WHOLE], [1, 3, 2], [0.5, 0.0, 1.0], 2),  # all say x: the one that stands in the text
+    ([WHOLE, OTHER, WHOLE], [1, 3, 2], [1.0, 0.0, 1.0], 1),  # the score says y, and no rationale changes that
+    ([OTHER, WHOLE, OTHER], [1, 2, 3], [1.0, 1.0, 0.0], 0),
+    ([WHOLE, WHOLE, WHOLE], [1, 3, 2], [1.0, 0.5, 1.0], 2),  # equally well: the higher score
+    ([WHOLE, CUT, WHOLE], [3, 2, 1], [0.0, 1.0, 0.0], 0),  # what was cut is no choice
+    ([CUT, UNREADABLE, CUT], [1, 3, 2], [1.0, 0.0, 1.0], 1),
+])  # fmt: skip
+def test_of_the_answers_with_the_best_ones_label_the_best_grounded(answers, scores, shares, place):
+    assert best_places(answers, scores, shares.__getitem__, n=3) == [place]
 
 
 def test_the_choice_against_a_slow_loop():
     draw = random.Random(0)
-    for _ in range(200):
+    for _ in range(400):
         n = draw.randint(1, 5)
-        answers = draw.choices([WHOLE, CUT, UNREADABLE], k=4 * n)
-        scores = [draw.randint(-2, 2) for _ in answers]
+        answers = draw.choices([WHOLE, CUT, UNREADABLE, OTHER], k=4 * n)
+        scores, shares = ([draw.randint(-2, 2) for _ in answers] for _ in "ab")
         expected = []
         for row in range(4):
             places = list(range(row * n, row * n + n))
-            finished = [place for place in places if answers[place] == WHOLE] or places
-            highest = max(scores[place] for place in finished)
-            best = next(place for place in finished if scores[place] == highest)
+            finished = [place for place in places if answers[place] in (WHOLE, OTHER)]
+            highest = max(scores[place] for place in finished or places)
+            best = next(place for place in finished or places if scores[place] == highest)
+            if finished:
+                same = [place for place in finished if answers[place].label == answers[best].label]
+                most = max(shares[place] for place in same)
+                same = [place for place in same if shares[place] == most]
+                highest = max(scores[place] for place in same)
+                best = next(place for place in same if scores[place] == highest)
             expected.append(best)
-        assert best_places(answers, scores, n) == expected
+        assert best_places(answers, scores, shares.__getitem__, n) == expected
 
 
 # ---- sampling
@@ -95,6 +116,21 @@ def test_each_rows_best_of_its_own_samples(policy):
         assert len(own) == 4
         best = max(map(judge.score, own))  # all are cut, so that the score alone decides
         assert answer.text in {policy[1].decode(list(ids)) for ids in own if judge.score(ids) == best}
+
+
+def test_rationales_are_looked_up_in_the_text_of_their_own_row(policy, monkeypatch):
+    """Three answers a row, all with one label; the judge likes the one that invents."""
+    texts = ["a dull film", "a warm song"]
+    said = [["warm", "warm", "dull"], ["warm", "dull", "dull"]]  # quoted by the sampled answers, in their order
+    answers = [
+        Answer(f"The word {word} suggests positive.\nLabel: positive", "positive", False)
+        for row in said
+        for word in row
+    ]
+    monkeypatch.setattr(rllr.best_of, "read_answers", lambda *_: answers)
+    examples = [Example(str(row), text) for row, text in enumerate(texts)]
+    chosen = best_answers(Judge(), *policy, TASKS["sst2"], examples, settings(best_of=3))
+    assert [answer is answers[place] for answer, place in zip(chosen, (2, 3))] == [True, True]
 
 
 def test_seed_and_place_decide_what_is_drawn(policy):
