@@ -17,6 +17,7 @@ from rllr.common.errors import InputError, command
 from rllr.common.files import BASE
 from rllr.common.log import progress, say
 from rllr.data.encoding import Encoder
+from rllr.data.met_rows import joined_hashes, recorded_hashes
 from rllr.data.splits import FEWEST_ROWS, DataConfig, load_splits
 from rllr.evaluate import show_samples
 from rllr.layout import shuffled_batches
@@ -164,11 +165,12 @@ def save_best(run, model, encoder, splits, base_record, scores):
     """The policy as the later stages read it; of an adapter the merged model, and the adapter beside it."""
     merged, directory = model.merged_state() if run.config.lora_rank else None, run.directory
     settings = {"eval": scores, "fingerprint": fingerprint(model if merged is None else merged)}
+    rows = joined_hashes(recorded_hashes(run.config.model), splits.text_hashes())  # an SFT that goes on has met more
     settings["base_fingerprint"] = base_record["fingerprint"]  # of what `rllr.cross_fit` starts from again
     if merged is not None:
         record = run.model_record(directory / "adapter", base=base_record, **settings)
-        save_policy(model, encoder, directory / "adapter", record, rows=splits.text_hashes())
-    save_policy(model, encoder, directory, run.model_record(directory, **settings), merged, splits.text_hashes())
+        save_policy(model, encoder, directory / "adapter", record, rows=rows)
+    save_policy(model, encoder, directory, run.model_record(directory, **settings), merged, rows)
 
 
 @command

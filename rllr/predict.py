@@ -6,7 +6,8 @@
 Of a PPO run's directory the policy that it hands back is taken, runs/sst2/ppo-label/best.
 From standard input (no --input, or --input -) a line is a JSON object with `text` (and `text_b`), or plain text. Every
 row that goes in comes out: one without a text with label null and the reason. With --best_of N --label_rm DIR the
-answer is the one of N sampled answers that the reward model scores highest.
+answer is the best of N sampled ones: a reward model chooses the label, and of the answers with this label the one whose
+explanation stands in the text is taken.
 """
 
 import contextlib

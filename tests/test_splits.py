@@ -17,6 +17,7 @@ from rllr.common.errors import InputError
 from rllr.common.files import path_for_record, path_from_record
 from rllr.data.encoding import Encoder
 from rllr.data.met_rows import rows_digest
+from rllr.data.row_reader import text_hash
 from rllr.data.rows import load_examples
 from rllr.data.split_report import tell_splits
 from rllr.data.splits import DataConfig, Splits, load_splits
@@ -122,6 +123,30 @@ def test_other_data_by_flag_goes_without_the_rows_that_sft_knows(here):
     handed_on = json.loads((here / "runs" / "ppo" / "last" / "rows.json").read_text())  # for a second round
     assert handed_on["labelled"] == kept["labelled"] and handed_on["held_out"] == kept["held_out"]
     assert set(kept["eval"]) < set(handed_on["eval"]) and len(handed_on["prompts"]) == 24 - 11
+
+
+def test_sft_goes_on_with_other_rows(here):
+    """With all of them, those that trained before, too, but not with its start's test rows. Dev keeps none that
+    trained, and what it hands on knows the rows of both."""
+    new = [{"text": f"the dog {i} was tasty", "label": "good", "rationales": {"good": "tasty"}} for i in range(12)]
+    rows = here / "runs" / "sft" / "rows.json"
+    kept = json.loads(rows.read_text())
+    kept["test"] = [text_hash(row["text"], None) for row in new[:2]]
+    rows.write_text(json.dumps(kept))
+    write_rows("data/more.jsonl", new + TRAIN_ROWS)
+    write_rows("data/dev2.jsonl", TRAIN_ROWS[:20] + DEV_ROWS)
+    flags = ["--model", "runs/sft", "--train_file", "data/more.jsonl", "--eval_file", "data/dev2.jsonl"]
+    output = run(train_sft.main, *flags, "--epochs", 1, "--output_dir", "runs/on", *ANSWER)
+    train, trained = len(new) - 2 + len(TRAIN_ROWS), {text_hash(row["text"], None) for row in TRAIN_ROWS[:20]}
+    clean = len(DEV_ROWS) + len(trained - set(kept["labelled"]))
+    assert (
+        "--train_file data/more.jsonl: 2 of 64 rows are test rows of the model that SFT starts from" in output
+    )
+    assert f"rows: {train - train // 10} labelled to train on" in output  # 40 were used before, which is no limit now
+    assert f"{clean} for evaluation (dev)" in output and clean < 44
+    handed_on = json.loads((here / "runs" / "on" / "rows.json").read_text())
+    assert all(set(kept[name]) <= set(handed_on[name]) for name in kept)
+    assert len(handed_on["labelled"]) > len(kept["labelled"]) and set(kept["test"]) <= set(handed_on["test"])
 
 
 def test_a_resumed_run_keeps_its_data_by_flag(here):

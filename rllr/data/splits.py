@@ -30,6 +30,7 @@ SOURCES = frozenset(
     "train_file eval_file test_file dataset dataset_config train_split eval_split test_split columns label_map "
     "delimiter encoding".split()
 )
+TRAIN_SOURCES = {"train_file", "dataset", "dataset_config", "train_split"}
 PARTS = ("train", "eval", "test")  # what is read: each from a file, or a split, of its own
 SPLITS = ("labelled", "held_out", "unlabelled", "eval", "test")  # what the rows become
 
@@ -223,7 +224,8 @@ def _set_aside(parts, test_share, seed, log):
 
 def _other_rows(config, record, sources, parts, log):
     """{part: rows} for a policy with this record: the rows that it names or, of other data, those that the policy has
-    not met in another part. InputError where the record's rows have changed, and no flag names other data."""
+    not met in another part. An SFT that goes on may train on rows that trained before. InputError where the record's
+    rows have changed, and no flag names other data."""
     recorded = record.get("rows", {})
     other = [name for name, digest in sources.items() if recorded and recorded.get(f"read for {name}") != digest]
     changed = [name for name in other if f"read for {name}" in recorded]
@@ -235,11 +237,13 @@ def _other_rows(config, record, sources, parts, log):
         ) + ". Restore them, or give the data by flag to use it on purpose")  # fmt: skip
     if not other or record.get("stage") == "tiny":  # a tiny model read texts, and no labels
         return parts
-    hashes = recorded_hashes(config.policy)
+    hashes = recorded_hashes(getattr(config, start_of(config)))
     trained, reported = (set(hashes.get(name, ())) for name in ("labelled", "test"))
     chose = {h for name in ("held_out", "eval") for h in hashes.get(name, ())}
     met = {
-        "train": (trained | chose | reported, "trained or evaluated the policy"),
+        "train": (trained | chose | reported, "trained or evaluated the policy")
+        if start_of(config) == "policy"
+        else (reported, "are test rows of the model that SFT starts from"),
         "eval": (trained | reported, "trained the policy or are its test rows"),
         "test": (trained | chose, "trained or chose the policy"),
     }
@@ -249,6 +253,11 @@ def _other_rows(config, record, sources, parts, log):
             "was trained with, taken because a flag names them"
         )
     return parts | {name: _without(parts[name], *met[name], config, name, log) for name in other}
+
+
+def start_of(config):
+    """The setting that names the model which a stage starts from: policy, or for SFT model."""
+    return getattr(config, "START", "policy")
 
 
 def _without(rows, hashes, did, config, name, log):
@@ -319,11 +328,15 @@ def _load(config, task, part, log):
 
 def inherit(config: DataConfig, record: dict, directory):
     """Fill the data settings that were not given from the record of the model in `directory`; returns the names of
-    those that contradict it."""
+    those that contradict it. An SFT with training data of its own takes all of it, however many rows were used before.
+    """
     recorded = record.get("data", {})
     contradictions, origin = [], str(Path(directory or "") / RECORD)
     config.inherited = dict(getattr(config, "inherited", {}))
+    fresh = start_of(config) == "model" and TRAIN_SOURCES & set(getattr(config, "given", ()))
     for name in asdict(DataConfig()):
+        if fresh and name in ("labelled", "rationale_rows"):
+            continue
         mine, theirs = getattr(config, name), recorded.get(name)
         theirs = path_from_record(theirs, directory) if name in PATHS else theirs
         if mine is None:
@@ -342,7 +355,7 @@ def find_start(config):
 
     InputError where a later stage finds no policy.
     """
-    if config.START == "policy":
+    if start_of(config) == "policy":
         config.policy = config.policy or f"runs/{load_task(config.task or 'demo').name}/sft"
         if not Path(config.policy).is_dir() and config.policy.count("/") != 1:  # one slash may be a hub name
             raise InputError(f"--policy {config.policy}: no such directory; train_sft.py makes one")
