@@ -10,6 +10,7 @@ limits    bandwidth of a copy and rate of a bf16 matrix product: what shares are
 decode    64 rows x 128 new tokens, against transformers' generate
 update    forward and backward of 32 sequences, plain and as CUDA graphs (whatever the size)
 norms     what one kernel for a norm gives: decoding and update of the smallest shape with and without
+casts     rollouts of fp32 weights under autocast, the weights cast once a call and in every step
 greedy    872 prompts x 48 tokens, this tree and the older one in turns
 scripts   steps of train_sft.py, train_rm.py and train_ppo.py in turns: both trees, this one without CUDA graphs, too
 mixed7b   an RLLR-mixed iteration with adapters on a 7B shape: seconds and peak memory per phase
@@ -39,6 +40,7 @@ import traceback
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -73,8 +75,9 @@ TINY = SimpleNamespace(
     mixed_prompts=4, mixed_tokens=6, mixed_micro=2, profile_steps=4, profile_prompts=4, profile_tokens=5,
     trl_steps=2,
 )  # fmt: skip
-LIMITS_S = {"limits": 60, "decode": 120, "update": 40, "norms": 40, "greedy": 60, "scripts": 390, "mixed7b": 90,
-            "profile": 60, "trl": 75, "compiled": 240}  # seconds that a row may take, at most  # fmt: skip
+# Seconds that a row may take, at most.
+LIMITS_S = {"limits": 60, "decode": 120, "update": 40, "norms": 40, "casts": 40, "greedy": 60, "scripts": 390,
+            "mixed7b": 90, "profile": 60, "trl": 75, "compiled": 240}  # fmt: skip
 FIRST_STEPS = 3  # of a stage, which record graphs, take memory and so on: left out of its medians
 
 
@@ -415,6 +418,35 @@ def norms(bench):
         f"times_{what}": round(line[f"{what}_s_plain"] / line[f"{what}_s_fused"], 2) for what in ("decode", "update")
     }
     bench.write("norms", shape=shape, **line, **gains)
+
+
+def casts(bench):
+    """Rollouts of fp32 weights under autocast, in turns: weights cast once a call, and in every step. The decoder lives
+    on from call to call; of each turn's calls the last one counts."""
+    import torch
+
+    from rllr.engine import kept
+    from rllr.model.cast_once import CastWeights
+    from rllr.model.precision import set_precision
+
+    size, shape, times = bench.size, bench.size.shapes[0], {"once": [], "every_step": []}
+    model = bench.model(shape, "float32")
+    prompts = bench.prompts(size.rows, model.config.vocab_size)
+    set_precision("bf16")
+    try:
+        for turn in range(4):  # the first warms up
+            for name in times:
+                kept._kept.clear()
+                draw = torch.Generator(bench.device).manual_seed(0)
+                written = partial(ours, bench, model, prompts, size.new_tokens, draw)
+                room = {} if name == "once" else {"most_bytes": 0}
+                with mock.patch("rllr.rollout.CastWeights", lambda model, most, room=room: CastWeights(model, **room)):
+                    found = [bench.clocked(written)[0] for _ in range(3)]
+                times[name] += found[-1:] * (turn > 0)
+    finally:
+        set_precision("fp32")
+    line = {f"decode_s_{name}": round(median(values), 4) for name, values in times.items()}
+    bench.write("casts", shape=shape, **line, times=round(line["decode_s_every_step"] / line["decode_s_once"], 2))
 
 
 def as_graphs(bench, run):
@@ -812,8 +844,8 @@ def trl(bench):
     against_trl(bench, Iteration)
 
 
-ROWS = {"limits": limits, "decode": decode, "update": update, "norms": norms, "greedy": greedy, "scripts": scripts,
-        "mixed7b": mixed7b, "profile": profile, "trl": trl, "compiled": compiled}  # fmt: skip
+ROWS = {"limits": limits, "decode": decode, "update": update, "norms": norms, "casts": casts, "greedy": greedy,
+        "scripts": scripts, "mixed7b": mixed7b, "profile": profile, "trl": trl, "compiled": compiled}  # fmt: skip
 
 
 def main():
