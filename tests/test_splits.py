@@ -139,9 +139,7 @@ def test_sft_goes_on_with_other_rows(here):
     output = run(train_sft.main, *flags, "--epochs", 1, "--output_dir", "runs/on", *ANSWER)
     train, trained = len(new) - 2 + len(TRAIN_ROWS), {text_hash(row["text"], None) for row in TRAIN_ROWS[:20]}
     clean = len(DEV_ROWS) + len(trained - set(kept["labelled"]))
-    assert (
-        "--train_file data/more.jsonl: 2 of 64 rows are test rows of the model that SFT starts from" in output
-    )
+    assert "--train_file data/more.jsonl: 2 of 64 rows are test rows of the model that SFT starts from" in output
     assert f"rows: {train - train // 10} labelled to train on" in output  # 40 were used before, which is no limit now
     assert f"{clean} for evaluation (dev)" in output and clean < 44
     handed_on = json.loads((here / "runs" / "on" / "rows.json").read_text())
