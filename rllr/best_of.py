@@ -26,8 +26,8 @@ class BestOfConfig(Settings):
     """Of the commands that only ask a model."""
 
     GROUP = "best of n"
-    best_of: int | None = flag(None, "answers sampled to each row, of which --label_rm chooses", above=0)
-    label_rm: str | None = flag(None, "the reward model that chooses, a directory of train_rm.py")
+    best_of: int | None = flag(None, "answers sampled to each row, of which the best one is taken", above=0)
+    label_rm: str | None = flag(None, "the reward model that chooses the label, a directory of train_rm.py")
     temperature: float = flag(1.0, "of the sampled answers", above=0)
     seed: int = flag(0, "of the sampled answers")
 
