@@ -27,7 +27,7 @@ class CastWeights:
     def __init__(self, model, most_bytes=float("inf")):
         kind = model.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        weights = _weights(model) if dtype.itemsize < torch.float32.itemsize else []
+        weights = _weights(_places(model)) if dtype.itemsize < torch.float32.itemsize else []
         fits = sum(weight.numel() for weight in weights) * dtype.itemsize <= most_bytes
         self.copies: list[torch.Tensor] = [
             nn.Parameter(torch.empty_like(weight, dtype=dtype), requires_grad=False) for weight in weights if fits
@@ -46,11 +46,11 @@ class CastWeights:
         if not self.copies:
             yield
             return
-        weights = _weights(model)
+        places = _places(model)
+        weights = _weights(places)
         with torch.no_grad():
             torch._foreach_copy_(self.copies, weights)
-        copy_of = {id(weight): copy for weight, copy in zip(weights, self.copies)}
-        places = _places(model)
+        copy_of = {id(weight): copy for weight, copy in zip(weights, self.copies, strict=True)}
         try:
             for module, name, weight in places:
                 module._parameters[name] = copy_of[id(weight)]
@@ -72,6 +72,6 @@ def _places(model):
     ]
 
 
-def _weights(model):
-    """The same weights, each once, always in the same order."""
-    return list({id(weight): weight for *_, weight in _places(model)}.values())
+def _weights(places):
+    """The weights of these places, each once, always in the same order."""
+    return list({id(weight): weight for *_, weight in places}.values())
