@@ -7,6 +7,7 @@ stand here.
 import torch
 
 from ..engine.attention import can_pack, packed_forward
+from ..engine.cache import eval_mode
 from ..engine.linear import fast_linears
 from .passes import recorded_hidden
 
@@ -79,9 +80,6 @@ def lm_logits(model, hidden):
 @torch.no_grad()
 def width_of(backbone):
     """Width of a decoder's final hidden states, which its configuration does not always tell (OPT-350m)."""
-    was_training = backbone.training
-    hidden = backbone.eval()(
-        input_ids=torch.zeros(1, 1, dtype=torch.long, device=backbone.device), use_cache=False
-    ).last_hidden_state
-    backbone.train(was_training)
-    return hidden.shape[-1]
+    token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
+    with eval_mode(backbone):
+        return backbone(input_ids=token, use_cache=False).last_hidden_state.shape[-1]

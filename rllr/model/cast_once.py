@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..engine.cache import products_dtype
 from .lora import LowRank
 
 PRODUCTS = (nn.Linear, Conv1D, LowRank)  # modules, no subclasses, whose weights are read by products alone
@@ -25,12 +26,12 @@ class CastWeights:
     """
 
     def __init__(self, model, most_bytes=float("inf")):
-        kind = model.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        weights = _weights(_places(model)) if dtype.itemsize < torch.float32.itemsize else []
-        fits = sum(weight.numel() for weight in weights) * dtype.itemsize <= most_bytes
+        weights = [weight for weight in _weights(_places(model)) if products_dtype(weight) != weight.dtype]
+        fits = sum(weight.numel() * products_dtype(weight).itemsize for weight in weights) <= most_bytes
         self.copies: list[torch.Tensor] = [
-            nn.Parameter(torch.empty_like(weight, dtype=dtype), requires_grad=False) for weight in weights if fits
+            nn.Parameter(torch.empty_like(weight, dtype=products_dtype(weight)), requires_grad=False)
+            for weight in weights
+            if fits
         ]
 
     def nbytes(self):
