@@ -15,7 +15,7 @@ from .common import ranks
 from .engine import decoder as decoding
 from .engine import kept
 from .engine.attention import can_pack
-from .engine.cache import bytes_per_token
+from .engine.cache import bytes_per_token, eval_mode
 from .engine.decoder import Decoder
 from .engine.limits import check_cache_support, length_limit
 from .engine.linear import packed_linears
@@ -97,32 +97,27 @@ def generate(
     nbytes = slots * bytes_per_slot(model, columns) if records else 0
     lives = records and not is_sharded(model) and kept.may_live(model, backbone, nbytes)
     sampler = Sampler(temperature, greedy, key=0 if greedy else draw_key(generator))
-    was_training = model.training
-    model.eval()
-    try:
-        # A recorded step that lives on would go on reading what autocast kept when it was recorded.
-        with autocast(device, cached=not lives):
-            spec = None
-            if lives:
-                settings = slots, max_new_tokens, tuple(stop_ids.tolist()), temperature, greedy
-                spec = kept.spec_of(model, *settings, can_pack(backbone, length))
-            decoder = kept.take(model, spec, columns) if records else None
-            if decoder:
-                decoder.begin(backbone, head, sampler, columns)
-            else:
-                decoder = Decoder(
-                    backbone, head, sampler, slots=slots, length=length, max_new_tokens=max_new_tokens,
-                    stop_ids=stop_ids, device=device, columns=columns,
-                )  # fmt: skip
-                room = 0 if is_sharded(model) else kept.idle_limit(device) - nbytes * lives
-                decoder.weights = CastWeights(model, room)
-            with decoder.weights.in_use(model), packed_linears(model):
-                responses, logprobs = _write_all(decoder, prompts, answers_per_prompt, own)
-            decoder.end()
-            if lives:
-                kept.keep(model, spec, decoder)
-    finally:
-        model.train(was_training)
+    # A recorded step that lives on would go on reading what autocast kept when it was recorded.
+    with eval_mode(model), autocast(device, cached=not lives):
+        spec = None
+        if lives:
+            settings = slots, max_new_tokens, tuple(stop_ids.tolist()), temperature, greedy
+            spec = kept.spec_of(model, *settings, can_pack(backbone, length))
+        decoder = kept.take(model, spec, columns) if records else None
+        if decoder:
+            decoder.begin(backbone, head, sampler, columns)
+        else:
+            decoder = Decoder(
+                backbone, head, sampler, slots=slots, length=length, max_new_tokens=max_new_tokens,
+                stop_ids=stop_ids, device=device, columns=columns,
+            )  # fmt: skip
+            room = 0 if is_sharded(model) else kept.idle_limit(device) - nbytes * lives
+            decoder.weights = CastWeights(model, room)
+        with decoder.weights.in_use(model), packed_linears(model):
+            responses, logprobs = _write_all(decoder, prompts, answers_per_prompt, own)
+        decoder.end()
+        if lives:
+            kept.keep(model, spec, decoder)
     prompts = [prompt for prompt in prompts for _ in range(answers_per_prompt)]
     sequences, prompt_lens, response_mask = pack_sequences(prompts, responses, pad_token_id, device)
     recorded = torch.zeros(response_mask.shape, device=device)

@@ -33,14 +33,14 @@ def products_dtype(tensor):
 
 
 @contextmanager
-def eval_mode(backbone):
+def eval_mode(model):
     """Within the block, dropout is off."""
-    was_training = backbone.training
-    backbone.eval()
+    was_training = model.training
+    model.eval()
     try:
         yield
     finally:
-        backbone.train(was_training)
+        model.train(was_training)
 
 
 @torch.no_grad()

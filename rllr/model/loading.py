@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from ..common.errors import InputError
 from ..common.files import RECORD, is_lfs_pointer, path_from_record
 from ..common.log import say
+from ..engine.cache import eval_mode
 from ..engine.limits import text_config
 from ..engine.norms import fuse_norms
 from ..model.records import read_record
@@ -39,16 +40,15 @@ HEAD_WEIGHT, HEAD_BIAS = "score.weight", "score.bias"  # the names in transforme
 @torch.no_grad()
 def _check_logits(model, name):
     """InputError for a model whose head does more than `lm_logits`: training would use slightly wrong numbers."""
-    was_training = model.training
-    model.eval()
     ids = torch.arange(1, 9, device=model.device).unsqueeze(0) % model.get_input_embeddings().num_embeddings
     kind = type(model).__name__
     try:
-        ours, theirs = lm_logits(model, hidden_states(model, ids)), model(input_ids=ids, use_cache=False).logits.float()
+        with eval_mode(model):
+            ours = lm_logits(model, hidden_states(model, ids))
+            theirs = model(input_ids=ids, use_cache=False).logits.float()
     except Exception as error:  # a family that must be called in another way can raise anything
         problem = f"its forward fails on eight tokens ({type(error).__name__}: {_first_line(error):.200})"
         raise InputError(f"{name}: {kind} cannot be used: {problem}") from error
-    model.train(was_training)
     atol = 1e-3 * max(1.0, float(theirs.abs().max()))
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=atol):
         raise InputError(f"{name}: the LM head of {kind} does more than a linear map; rllr does not support it")

@@ -11,6 +11,7 @@ import torch
 
 from ..common.errors import InputError, out_of_memory
 from ..engine.attention import backbone_alone, packs_like, remember_packing, takes_our_attention
+from ..engine.cache import eval_mode
 from ..engine.decoder import Decoder
 from ..engine.limits import check_cache_support
 from ..engine.linear import packed_linears
@@ -59,13 +60,11 @@ def try_model(model, prompts, max_new_tokens, name, alike=()):
         check_cache_support(model, max(map(len, rows)))
     except ValueError as error:
         raise InputError(f"{family} cannot be used: {error}") from None
-    was_training = model.training
-    model.eval()
     # Layers that are put together in bfloat16 need autocast: they are tried in the precision of the run.
     low = getattr(shared_decoder(model), "rllr_low", False)
     try:
         exact = nullcontext() if low else torch.autocast(model.device.type, enabled=False)
-        with torch.no_grad(), gathered(model), autocast(model.device), exact:
+        with torch.no_grad(), eval_mode(model), gathered(model), autocast(model.device), exact:
             divergence = _try(model, [torch.tensor(row, device=model.device) for row in rows], alike)
     except Exception as error:
         if out_of_memory(error):
@@ -75,8 +74,6 @@ def try_model(model, prompts, max_new_tokens, name, alike=()):
             f"{family} cannot be used: decoding it token by token failed ({type(error).__name__}: {first:.200}); "
             "rollouts need a decoder that takes input_ids, position_ids and a cache of keys and values"
         ) from error
-    finally:
-        model.train(was_training)
     if not divergence <= MOST_KL.get(torch.bfloat16 if low else model.get_input_embeddings().weight.dtype, 0.1):
         raise InputError(
             f"{family} cannot be used: decoded token by token, with rows of {min(map(len, rows))} to "
