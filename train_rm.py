@@ -20,10 +20,11 @@ from rllr.answers import answer_rows
 from rllr.common import ranks
 from rllr.common.config import check_divisible, flag
 from rllr.common.errors import InputError, brief, command
-from rllr.common.files import RECORD, disk_faults, write_json
+from rllr.common.files import RECORD, ROWS, disk_faults, write_json
 from rllr.common.log import progress, say
 from rllr.cross_fit import sft_recipe
 from rllr.data.encoding import Encoder
+from rllr.data.met_rows import joined_hashes, recorded_hashes
 from rllr.data.splits import DataConfig, load_splits
 from rllr.judge import STATISTICS, ScoreStatistics, score_rows
 from rllr.layout import pack, shuffled_batches
@@ -223,6 +224,12 @@ def load_models(run) -> Models:
     return Models(policy, model if config.lora_rank else shard(model, config), base, encoder, found)
 
 
+def save_rows(run, splits):
+    """Beside the model, as hashes, the rows that it and its policy have met: none of them is new to both."""
+    with disk_faults(str(run.directory / ROWS)):
+        write_json(run.directory / ROWS, joined_hashes(recorded_hashes(run.config.policy), splits.text_hashes()))
+
+
 def check_held_out(run, models, held_rows, loop):
     """Score the held-out pairs. Save the best model so far; stop after --patience checks without a better one."""
     model, config = models.model, run.config
@@ -311,6 +318,7 @@ def main(argv=None):
     what = "--pairs" if config.kind == "file" else "the encoded pairs"
     reads = {"--policy": models.fingerprint, what: digest(train_rows, held_rows)}
     run.start(input_fingerprints(task, splits) | reads, encoder.clock, splits.digests())
+    save_rows(run, splits)
     if config.kind != "file":
         save_pairs(run.directory, train_pairs, held_pairs)
     sampled = sample_answers(policy, encoder, task, unlabelled or held_out, config)

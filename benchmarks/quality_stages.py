@@ -23,7 +23,8 @@ from rllr.answers import Answer, answer_rows
 from rllr.best_of import best_answers
 from rllr.common.files import RECORD, ROWS
 from rllr.data.encoding import Encoder
-from rllr.data.splits import DataConfig, inherit, load_splits
+from rllr.data.inherited import inherit
+from rllr.data.splits import DataConfig, load_splits
 from rllr.model.heads import RewardModel
 from rllr.model.loading import load_policy, load_tokenizer
 from rllr.model.records import read_record, resolve_task

@@ -21,8 +21,9 @@ from .common.errors import InputError, command
 from .common.files import write_json
 from .common.log import say
 from .data.encoding import Encoder
+from .data.inherited import inherit
 from .data.met_rows import met_rows
-from .data.splits import DataConfig, inherit, load_evaluation
+from .data.splits import DataConfig, load_evaluation
 from .metrics import _columns, _metrics, _Statistic, answer_metrics, bootstrap_interval, grounded_words, mcnemar
 from .model.loading import allow_remote_code, load_policy, load_tokenizer
 from .model.records import check_same_task, policy_directory, read_record, resolve_task, task_of_record
@@ -96,7 +97,7 @@ def table(task, results) -> str:
 
 
 def tell_met(met, size, remedy):
-    """Say of each model whose rows these are not quite new to: met is {model: `splits.met_rows`}, of `size` rows."""
+    """Say of each model whose rows these are not quite new to: met is {model: `met_rows`}, of `size` rows."""
     for name, says in (
         ("rows_that_trained", "trained {}: what is measured on them says little about new texts"),
         ("rows_that_chose", "chose {} (they are dev or held-out rows of it): its figure is a little too good"),
@@ -170,17 +171,20 @@ def main(argv=None):
         fitted = encoder.fit(examples, own_task, config.max_new_tokens, say)
         check_policy(model, encoder, own_task, fitted, name=name, alike=[chooser] if chooser else (), **limits)
         answers[name] = answer_rows(model, encoder, own_task, fitted, batch_size=config.batch_size, **limits)
-        met[name] = met_rows(name, examples)
+        met[name] = met_rows([name], examples)
         if chooser:
             best = f"{name} best of {config.best_of}"
-            answers[best], met[best] = best_answers(chooser, model, encoder, own_task, fitted, config), met[name]
+            answers[best] = best_answers(chooser, model, encoder, own_task, fitted, config)
+            met[best] = met_rows([name, config.label_rm], examples)
     results = compare(task, examples, answers, config.seed)
     results = [row | {"part": part} | met[row["model"]] for row in results]
     how = f"greedy answers, and the best of {config.best_of} by {config.label_rm}" if chooser else "greedy answers"
     say(f"\n{task.name}, {len(examples)} rows (part {part}), {how}\n{table(task, results)}")
     has_test = part == "eval" and "test" in first.get("rows", {})
     remedy = "use --part test" if has_test else "give rows that did neither as --test_file"
-    tell_met({name: met[name] for name in config.models}, len(examples), remedy)
+    own = {name: met[name.removesuffix(f" best of {config.best_of}")] for name in met}
+    told = {name: found for name, found in met.items() if name in config.models or found != own[name]}
+    tell_met(told, len(examples), remedy)
     for name, record in records.items():
         tell_ppo_run(name, record)
     if config.output_dir:

@@ -43,7 +43,7 @@ class Keeper:
         self.scores: dict = {}  # of the last look
         self.judges = models.judges.with_stored_scale()
         met = {"prompts": splits.prompts(run.config.prompts), "eval": splits.eval, "test": splits.test}
-        met = {name: hashes_of(rows) for name, rows in met.items()}
+        met = {name: hashes_of(rows) for name, rows in met.items()} | splits.known
         self.known_texts = joined_hashes(recorded_hashes(run.config.policy), met)  # of all that this policy has met
 
     def start(self):

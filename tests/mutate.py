@@ -23,6 +23,7 @@ import pytest  # noqa: E402
 from _pytest.runner import runtestprotocol  # noqa: E402
 
 import rllr.best_of  # noqa: E402
+import rllr.data.inherited  # noqa: E402
 import rllr.data.met_rows  # noqa: E402
 import rllr.data.splits  # noqa: E402
 import rllr.engine.graphs  # noqa: E402
@@ -233,11 +234,26 @@ MUTANTS = [
     ("best_of.best_places", "if whole[place] and", "if"),
     ("data.splits._set_aside", "aside += test", "pass"),
     ("data.splits._set_aside", "split_holdout(rest, max", "split_holdout(labelled, max"),
-    ("data.splits._set_aside", "count < FEWEST_TEST_ROWS", "False"),
+    ("data.splits._set_aside", "len(test) + count < FEWEST_TEST_ROWS", "False"),
     ("data.splits._keep_rationales", "if row.id in kept", "if row.id not in kept"),
     ("data.splits._keep_rationales", "select_labelled(explained, count, seed)", "select_labelled(explained, count, 0)"),
     ("data.splits._test_share", 'and "test" not in recorded', "and False"),
-    ("data.splits._other_rows", "(trained | chose, ", "(trained, "),
+    ("data.splits._set_aside", "count, evaluation = round(EVAL_SHARE * len(new))", "count, evaluation = 0"),
+    ("data.splits._set_aside", 'stay["test"]', "[]"),
+    ("data.splits._hold_out", 'stay["held_out"] + ', ""),
+    ("data.splits._hold_out", "split_holdout(new, share", "split_holdout(labelled, share"),
+    ("data.inherited._of_other_rows", '"train": (trained | held_out | dev | test, ', '"train": (trained, '),
+    ("data.inherited._of_other_rows", '"eval": (trained | test, ', '"eval": (trained, '),
+    ("data.inherited._of_other_rows", '"test": (trained | held_out | dev, ', '"test": (trained, '),
+    ("data.inherited._of_other_rows", 'still.pop("test")', "set()"),
+    ("data.inherited._of_other_rows", "test - trained - held_out - dev", "test"),
+    ("data.inherited._of_other_rows", "& without_label", "& set()"),
+    ("data.inherited._as_before", "key == LEFT_OUT + name or", ""),
+    ("data.inherited._as_before", "key.startswith(STILL)", "False"),
+    ("data.inherited.rows_for", 'other = [*other, "train"]', "pass"),
+    ("data.inherited.inherit", 'FILES if "dataset" in given', "set() if True"),
+    ("data.inherited.check_same_draw", "if any(name in recorded for name in other)", "if False"),
+    ("data.met_rows.joined_hashes", "if not name.startswith((LEFT_OUT, STILL))", ""),
     ("data.splits.Splits.prompts", 'self.labelled if kind == "labelled" else ', ""),
     ("data.splits.Splits.prompts", "self.unlabelled or self.labelled", "self.unlabelled"),
     ("data.met_rows.met_rows", '("held_out", "eval")', '("eval",)'),

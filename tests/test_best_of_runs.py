@@ -55,6 +55,18 @@ def test_evaluate_adds_a_row_for_each_model(toy, tmp_path):
     assert [row["answer"] for row in predict_best(toy, tmp_path, "--seed", 1)] != [row["answer"] for row in best]
 
 
+def test_evaluate_knows_which_rows_trained_the_chooser(toy, tmp_path):
+    """The policy's dev rows trained this reward model: what is measured on them is not new to both."""
+    kept, met = (json.loads((directory / "rows.json").read_text()) for directory in (toy.sft, toy.label_rm))
+    assert met == kept and len(met["labelled"]) > 20 and len(met["eval"]) == 24
+    label_rm = shutil.copytree(toy.label_rm, tmp_path / "rm")
+    (label_rm / "rows.json").write_text(json.dumps(met | {"labelled": met["labelled"] + met["eval"][:5]}))
+    flags = ["--models", toy.sft, "--eval_file", toy.dev, "--max_new_tokens", 12, "--best_of", 2]
+    output = run(evaluate.main, *flags, "--label_rm", label_rm)
+    assert f"warning: 5 of these 24 rows trained {toy.sft} best of 2: what is measured on them" in output
+    assert f"warning: 24 of these 24 rows chose {toy.sft}, {toy.sft} best of 2 (they are" in output
+
+
 def predict_best(toy, tmp_path, *more):
     new, output = write_rows(tmp_path / "new.jsonl", [{"text": row["text"]} for row in DEV_ROWS]), tmp_path / "x.jsonl"
     flags = ["--model", toy.sft, "--input", new, "--output", output, "--overwrite", "--max_new_tokens", 12]

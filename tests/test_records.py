@@ -10,7 +10,8 @@ from families import EOS, tiny_model, toy_tokenizer
 from rllr.common.errors import InputError
 from rllr.common.files import RECORD, RUN
 from rllr.data.encoding import Encoder
-from rllr.data.splits import DataConfig, inherit
+from rllr.data.inherited import inherit
+from rllr.data.splits import DataConfig
 from rllr.model.loading import load_policy, load_tokenizer
 from rllr.model.records import (
     check_same_task,

@@ -10,8 +10,9 @@ from toy_runs import write_rows
 
 from rllr.common.errors import InputError
 from rllr.data import splits as splits_module
+from rllr.data.inherited import inherit
 from rllr.data.met_rows import joined_hashes, met_rows
-from rllr.data.splits import DataConfig, Splits, inherit, load_evaluation, load_splits
+from rllr.data.splits import DataConfig, Splits, load_evaluation, load_splits
 from rllr.run.resume import Resumed
 from rllr.tasks import TASKS, Example, Task
 
@@ -176,13 +177,13 @@ def test_a_later_stage_reads_the_test_rows_of_the_record(tmp_path, monkeypatch):
 
 def test_a_policy_without_test_rows_gets_none_from_its_training_rows(train, dev):
     """They would have trained it. A tiny model has met no label, and other training rows are new to the policy."""
-    found = loaded(train_file=train, eval_file=dev).digests()
-    older = {name: digest for name, digest in found.items() if "test" not in name}
     settings = {"train_file": train, "eval_file": dev}
+    found, older = loaded(**settings).digests(), loaded(**settings, test_share=0).digests()
     assert loaded({"stage": "sft", "rows": older}, **settings).test == []
     assert len(loaded({"stage": "sft", "rows": found}, **settings).test) == 60
     assert len(loaded({"stage": "tiny", "rows": older}, **settings).test) == 60
-    assert len(loaded({"stage": "sft", "rows": older}, **settings, test_share=0.1).test) == 60
+    with pytest.raises(InputError, match="its labelled, held_out, test rows are others than this version"):
+        loaded({"stage": "sft", "rows": older}, **settings, test_share=0.1)
     other = older | {"read for train": "0" * 64}
     assert len(loaded({"stage": "sft", "rows": other}, **settings, given=["train_file"]).test) == 60
 
@@ -216,10 +217,137 @@ def test_other_rows_keep_to_what_they_are_new_for(train, dev, tmp_path):
     assert sum("other rows than those" in line for line in log) == 2
     with pytest.raises(InputError, match="its rows are other ones now"):
         loaded(record | {"rows": {"read for test": "0" * 64}}, policy=policy, **settings)
-    met = met_rows(policy, [Example(str(i), f"text {i}") for i in range(25)])
+    met = met_rows([policy], [Example(str(i), f"text {i}") for i in range(25)])
     assert met == {"rows_that_trained": 11, "rows_that_chose": 5}
     nothing = {"rows_that_trained": 0, "rows_that_chose": 0}
-    assert met_rows("organisation/model", [Example("0", "text 0")]) == nothing
+    assert met_rows(["organisation/model"], [Example("0", "text 0")]) == nothing
+
+
+# ---- an SFT that goes on, and the stages after it
+
+
+def kept_by(tmp_path, name, splits):
+    """(record, directory) of a policy that was trained on these rows."""
+    directory = tmp_path / name
+    directory.mkdir()
+    (directory / "rows.json").write_text(json.dumps(splits.text_hashes()))
+    return {"stage": "sft", "rows": splits.digests()}, directory
+
+
+def going_on(record, log, directory, given=("train_file",), **settings):
+    """The splits of an SFT that starts from the policy in `directory`."""
+    config = DataConfig(**settings)
+    config.given, config.model, config.START = frozenset(given), str(directory), "model"
+    return load_splits(config, TASK, log.append, record)
+
+
+def parts_of(splits):
+    return {name: ids(getattr(splits, name)) for name in ALL}
+
+
+@pytest.mark.parametrize("data_seed", [0, 1, 2])
+@pytest.mark.parametrize("labelled", [None, 700])
+def test_a_row_keeps_to_its_part_where_sft_goes_on(tmp_path, data_seed, labelled):
+    """600 known rows among 900: what trained the first policy evaluates no later one, and what evaluated it trains
+    none. The stages after the second SFT draw the rows that it drew."""
+    first_file = write_rows(tmp_path / "first.jsonl", rows(600))
+    more = write_rows(tmp_path / "more.jsonl", rows(900))
+    first = loaded(train_file=first_file, data_seed=data_seed)
+    record, directory = kept_by(tmp_path, "first", first)
+    log, settings = [], {"train_file": more, "data_seed": data_seed, "labelled": labelled}
+    second = going_on(record, log, directory, **settings)
+    before, now = parts_of(first), parts_of(second)
+    assert before["test"] < now["test"] and before["eval"] < now["eval"]
+    assert len(now["test"]) == 60 + 30 and len(now["eval"]) == 60 + 30
+    for name in ("held_out", "eval", "test"):
+        assert not now[name] & before["labelled"]
+    assert not before["held_out"] & now["labelled"]
+    if not labelled:
+        assert before["held_out"] < now["held_out"] and len(now["held_out"]) == 48 + 24
+    said = f"of the texts that {directory} has met, 432 stay to train on, 48 stay held out, 60 stay dev, 60 stay test"
+    assert any(said in line for line in log)
+    record, directory = kept_by(tmp_path, "second", second)
+    third = loaded(record, [], policy=directory, **settings)
+    assert parts_of(third) == now and third.digests() == second.digests()
+    assert going_on(record, [], directory, (), **settings).digests() == second.digests()  # on the same rows once more
+
+
+def test_what_was_left_out_stays_so_in_the_next_stage(tmp_path, dev):
+    """A second round on other rows, and the stages after it: the policy's record names these rows, and not which of
+    them an earlier one had met."""
+    first = loaded(train_file=write_rows(tmp_path / "first.jsonl", rows(300)), eval_file=dev)
+    record, directory = kept_by(tmp_path, "first", first)
+    known = first.text_hashes()
+    more, dev2 = (
+        write_rows(tmp_path / name, rows(n, a)) for name, n, a in (("more.jsonl", 700, 100), ("dev2.jsonl", 400, 8700))
+    )
+    settings, log = {"train_file": more, "eval_file": dev2}, []
+    second = loaded(record, log, list(settings), directory, **settings)
+    assert ids(second.labelled) | ids(second.held_out) | ids(second.test) == {f"r{i}" for i in range(300, 800)}
+    record, _ = kept_by(tmp_path, "second", second)
+    joined = joined_hashes(known, second.text_hashes())
+    (tmp_path / "second" / "rows.json").write_text(json.dumps(joined))
+    third = loaded(record, log, policy=tmp_path / "second", **settings)
+    assert parts_of(third) == parts_of(second)
+    config = DataConfig(**settings)
+    config.policy = tmp_path / "second"
+    for part in ("eval", "test"):
+        assert ids(load_evaluation(config, TASK, part, record=record)) == parts_of(second)[part]
+
+
+def test_test_rows_of_the_start_train_nothing_though_they_lost_their_label(tmp_path, dev):
+    first = loaded(train_file=write_rows(tmp_path / "first.jsonl", rows(600)), eval_file=dev)
+    record, directory = kept_by(tmp_path, "first", first)
+    bare = [row | {"label": None} if row["id"] in ids(first.test) else row for row in rows(600)]
+    log, more = [], write_rows(tmp_path / "more.jsonl", bare + rows(100, 700))
+    splits = going_on(record, log, directory, train_file=more, eval_file=dev)
+    assert not ids(first.test) & ids(splits.unlabelled) and not splits.unlabelled
+    assert (
+        f"--train_file {more}: 60 of 700 rows are test rows of the model that SFT starts from and are left out" in log
+    )
+
+
+def test_what_a_row_was_first_counts_where_it_was_several_things(tmp_path, dev):
+    """r0 .. r9 trained, r5 .. r14 were dev rows, r10 .. r19 test rows: with test data of its own the last are left out.
+    On the very rows of before, too, since more of their labels are used now."""
+    train, test = write_rows(tmp_path / "train.jsonl", rows(600)), write_rows(tmp_path / "test.jsonl", rows(60, 7000))
+    directory = tmp_path / "first"
+    directory.mkdir()
+    known = {"labelled": range(10), "eval": range(5, 15), "test": range(10, 20)}
+    known = {name: hashed(f"text {i}" for i in numbers) for name, numbers in known.items()}
+    (directory / "rows.json").write_text(json.dumps(known))
+    record = {"stage": "sft", "rows": loaded(train_file=train, eval_file=dev, labelled=100).digests()}
+    splits = going_on(record, [], directory, train_file=train)
+    numbers = {name: {int(row.id[1:]) for row in getattr(splits, name)} & set(range(20)) for name in ALL}
+    assert numbers["eval"] == set(range(10, 15)) and numbers["test"] == set(range(15, 20))
+    assert numbers["labelled"] == set(range(10)) and not numbers["held_out"]
+    settings = {"train_file": train, "eval_file": dev, "test_file": test}
+    splits = going_on(record, [], directory, tuple(settings), **settings)
+    numbers = {name: {int(row.id[1:]) for row in getattr(splits, name)} & set(range(20)) for name in ALL}
+    assert numbers["labelled"] == set(range(15)) and set().union(*numbers.values()) == set(range(15))
+
+
+def test_nothing_new_to_set_aside(tmp_path):
+    """Dev rows must be given then; what is held out has trained, which is said."""
+    first_file = write_rows(tmp_path / "first.jsonl", rows(600))
+    first = loaded(train_file=first_file)
+    record, directory = kept_by(tmp_path, "first", first)
+    only = write_rows(tmp_path / "only.jsonl", [row for row in rows(600) if row["id"] in ids(first.labelled)])
+    with pytest.raises(InputError, match="every labelled row trained the model that SFT starts from; .* --eval_file"):
+        going_on(record, [], directory, train_file=only)
+    log, dev = [], write_rows(tmp_path / "dev2.jsonl", rows(40, 9000))
+    splits = going_on(record, log, directory, ("train_file", "eval_file"), train_file=only, eval_file=dev)
+    assert len(splits.held_out) == 43 and any(line.startswith("warning: every labelled row trained") for line in log)
+
+
+def test_a_data_set_by_flag_comes_before_the_files_of_the_record(tmp_path):
+    record = {"data": asdict(DataConfig(train_file="a.jsonl", eval_file="b.jsonl", labelled=7))}
+    for config, labelled in ((DataConfig(dataset="saved"), 7), (DataConfig(dataset="saved"), None)):
+        config.given = frozenset({"dataset"})
+        if labelled is None:
+            config.START = "model"
+        assert inherit(config, record, "runs") == []
+        assert (config.train_file, config.eval_file, config.labelled) == (None, None, labelled)
 
 
 def test_a_resumed_run_has_the_same_test_rows(train, dev, tmp_path):
@@ -240,6 +368,10 @@ def test_a_resumed_run_has_the_same_test_rows(train, dev, tmp_path):
 def test_hashes_are_joined_in_order_and_once():
     known, more = {"labelled": ["a"], "eval": ["c", "b"]}, {"eval": ["b", "d"], "prompts": ["e"]}
     assert joined_hashes(known, more) == {"labelled": ["a"], "eval": ["c", "b", "d"], "prompts": ["e"]}
+    known |= {"left out of train": ["x"], "still test": ["y"]}  # of the earlier run's rows
+    more |= {"still eval": ["z"]}
+    assert joined_hashes(known, more) == joined_hashes({"labelled": ["a"], "eval": ["c", "b"]}, more)
+    assert joined_hashes(known, more)["still eval"] == ["z"]
 
 
 def test_a_part_that_the_record_does_not_name(train, dev):

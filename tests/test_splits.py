@@ -126,7 +126,7 @@ def test_other_data_by_flag_goes_without_the_rows_that_sft_knows(here):
 
 
 def test_sft_goes_on_with_other_rows(here):
-    """With all of them, those that trained before, too, but not with its start's test rows. Dev keeps none that
+    """With all of them, those that trained before, too, but its start's test rows stay test rows. Dev keeps none that
     trained, and what it hands on knows the rows of both."""
     new = [{"text": f"the dog {i} was tasty", "label": "good", "rationales": {"good": "tasty"}} for i in range(12)]
     rows = here / "runs" / "sft" / "rows.json"
@@ -139,12 +139,18 @@ def test_sft_goes_on_with_other_rows(here):
     output = run(train_sft.main, *flags, "--epochs", 1, "--output_dir", "runs/on", *ANSWER)
     train, trained = len(new) - 2 + len(TRAIN_ROWS), {text_hash(row["text"], None) for row in TRAIN_ROWS[:20]}
     clean = len(DEV_ROWS) + len(trained - set(kept["labelled"]))
-    assert "--train_file data/more.jsonl: 2 of 64 rows are test rows of the model that SFT starts from" in output
-    assert f"rows: {train - train // 10} labelled to train on" in output  # 40 were used before, which is no limit now
+    said = "of the texts that runs/sft has met, 36 stay to train on, 4 stay held out, 2 stay test; the other rows are"
+    assert said in output and "2 for test" in output
+    # 40 were used before, which is no limit now; of the 12 others and the 10 new ones a tenth is held out
+    assert f"rows: {train - 4 - 2} labelled to train on" in output
     assert f"{clean} for evaluation (dev)" in output and clean < 44
     handed_on = json.loads((here / "runs" / "on" / "rows.json").read_text())
     assert all(set(kept[name]) <= set(handed_on[name]) for name in kept)
     assert len(handed_on["labelled"]) > len(kept["labelled"]) and set(kept["test"]) <= set(handed_on["test"])
+    run(train_rm.main, "--policy", "runs/on", *RM, "--label_pairs", "paper", "--output_dir", "runs/rm")
+    records = [json.loads((here / "runs" / name / "rllr.json").read_text())["rows"] for name in ("on", "rm")]
+    assert records[0] == records[1] and len(records[0]) == 6  # read for train and eval, and four splits
+    assert json.loads((here / "runs" / "rm" / "rows.json").read_text()) == handed_on
 
 
 def test_a_resumed_run_keeps_its_data_by_flag(here):

@@ -7,30 +7,21 @@ eval        dev rows: they choose epoch, step and recipe; PPO's preview and guar
 test        they train nothing and choose nothing: figures that are reported come from them
 """
 
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field, fields, replace
 
 from ..common.config import Settings, flag
 from ..common.errors import InputError
-from ..common.files import RECORD, path_from_record
-from ..model.records import PATHS, read_record, resolve_task
-from ..tasks import Task, load_task
-from .met_rows import hashes_of, recorded_hashes, rows_digest
+from ..tasks import Task
+from .inherited import HELD_OUT_SHARE, SOURCES, check_same_draw, origin_of, rows_for, source_of
+from .met_rows import STILL, hashes_of, rows_digest
 from .row_reader import parse_mapping_flag, text_hash
 from .rows import NoSuchSplit, Source, load_examples, select_labelled, split_holdout
 from .split_report import tell_splits
 
 EVAL_SHARE = 0.1  # of the labelled rows, where no evaluation data is given
 TEST_SHARE = 0.1  # the same for test
-HELD_OUT_SHARE = 0.1  # of the labelled rows that are left
-LEFT_OUT = {"held_out": HELD_OUT_SHARE, "labelled": "all"}  # what these flags stand for where a run did without them
 FEWEST_TEST_ROWS = 50  # where that share makes fewer, none are set aside: they would tell little and cost labels
 FEWEST_ROWS = 10  # labelled, and with a rationale, below which there is nothing to train on
-SOURCES = frozenset(
-    "train_file eval_file test_file dataset dataset_config train_split eval_split test_split columns label_map "
-    "delimiter encoding".split()
-)
-TRAIN_SOURCES = {"train_file", "dataset", "dataset_config", "train_split"}
 PARTS = ("train", "eval", "test")  # what is read: each from a file, or a split, of its own
 SPLITS = ("labelled", "held_out", "unlabelled", "eval", "test")  # what the rows become
 
@@ -96,6 +87,7 @@ class Splits:
     test: list = field(default_factory=list)
     sources: dict = field(default_factory=dict)  # {one of PARTS: digest of the rows as they were read}
     gold: dict = field(default_factory=dict)  # {row id: label} of every training row: only --reward gold looks at it
+    known: dict = field(default_factory=dict)  # what the draw went by beside rows and settings (`inherited.rows_for`)
 
     def prompts(self, kind="auto"):
         """The rows that PPO answers. auto: those without a label, or, where all have one, those that trained SFT;
@@ -113,8 +105,8 @@ class Splits:
 
     def text_hashes(self):
         """What `rows.json` keeps: which texts trained a policy (labelled), chose it (held_out, eval), and did neither
-        (test)."""
-        return {name: hashes_of(getattr(self, name)) for name in SPLITS if name != "unlabelled"}
+        (test); and what the draw went by, so that a later stage draws the same rows."""
+        return {name: hashes_of(getattr(self, name)) for name in SPLITS if name != "unlabelled"} | self.known
 
 
 def load_splits(config: DataConfig, task: Task, log=print, record=None, resumed=None) -> Splits:
@@ -129,22 +121,22 @@ def load_splits(config: DataConfig, task: Task, log=print, record=None, resumed=
     gold = {row.id: row.label for row in parts["train"] if row.label is not None}
     if resumed:
         resumed.check_fingerprints(config, Splits([], [], [], [], sources=sources).fingerprints())
-    parts = _other_rows(config, record or {}, sources, parts, log)
+    parts, known = rows_for(config, record or {}, sources, parts, log)
+    still = {text: split for split in SPLITS for text in known.get(STILL + split, ())}
     seed = config.data_seed or 0
     if all(row.label is None for row in parts["train"]):
         raise InputError(
-            f"{_source(config, 'train')}: no row has a label; name their column with --columns label=<column>, or map "
-            "the words in it with "
-            "--label_map <theirs>=<ours>,..."
+            f"{source_of(config, 'train')}: no row has a label; name their column with --columns label=<column>, or "
+            "map the words in it with --label_map <theirs>=<ours>,..."
         )
-    rows, evaluation, test = _set_aside(parts, _test_share(config, record or {}, sources), seed, log)
+    rows, evaluation, test = _set_aside(parts, still, _test_share(config, record or {}, sources), seed, log)
     if config.labelled:
-        known, before = (sum(row.label is not None for row in part) for part in (rows, parts["train"]))
-        if not 1 <= config.labelled <= known:
-            aside = f" (and {before - known} set aside)" if known < before else ""
+        there, before = (sum(row.label is not None for row in part) for part in (rows, parts["train"]))
+        if not 1 <= config.labelled <= there:
+            aside = f" (and {before - there} set aside)" if there < before else ""
             raise InputError(
-                f"--labelled {config.labelled}{_origin(config, 'labelled')}: there are {known} training rows with a "
-                f"label{aside}; give 1 to {known}"
+                f"--labelled {config.labelled}{origin_of(config, 'labelled')}: there are {there} training rows with a "
+                f"label{aside}; give 1 to {there}"
             )
         labelled, unlabelled = select_labelled(rows, config.labelled, seed)
     else:
@@ -158,8 +150,9 @@ def load_splits(config: DataConfig, task: Task, log=print, record=None, resumed=
         labelled = _keep_rationales(labelled, config.rationale_rows, seed)
     if config.held_out is not None and not 0 < config.held_out < 1:
         raise InputError(f"--held_out {config.held_out}: give a share of the labelled rows between 0 and 1")
-    labelled, held_out = split_holdout(labelled, config.held_out or HELD_OUT_SHARE, seed)
-    splits = Splits(labelled, held_out, unlabelled, evaluation, test, sources, gold)
+    labelled, held_out = _hold_out(labelled, still, config.held_out or HELD_OUT_SHARE, seed, log)
+    splits = Splits(labelled, held_out, unlabelled, evaluation, test, sources, gold, known)
+    check_same_draw(config, record or {}, splits.digests())
     tell_splits(splits, task, log)
     return splits
 
@@ -191,93 +184,64 @@ def _test_share(config, record, sources):
     return 0 if config.test_share is None and settled and "test" not in recorded else config.test_share
 
 
-def _set_aside(parts, test_share, seed, log):
+def _set_aside(parts, still, test_share, seed, log):
     """(training, evaluation, test rows). Where no test or evaluation data is given, labelled rows are set aside for it.
 
     The draw is by class and by id: the same rows in every stage. Test rows come first and hang on no seed, so they are
     the same with every seed, and with and without evaluation data. test_share None: TEST_SHARE, unless that makes fewer
-    than FEWEST_TEST_ROWS.
+    than FEWEST_TEST_ROWS. still {text hash: split}: rows that the model which SFT starts from has met stay what they
+    were for it; only the others are drawn from.
     """
-    labelled = rest = [row for row in parts["train"] if row.label is not None]
-    evaluation, test, aside = parts["eval"], parts["test"], []
+    labelled = [row for row in parts["train"] if row.label is not None]
+    stay, new = _by_split(labelled, still)
+    kind = "new labelled" if still else "labelled"
+    rest, evaluation, test, aside = new, parts["eval"], parts["test"], []
     if test is None:
-        count, test = round((TEST_SHARE if test_share is None else test_share) * len(labelled)), []
-        if test_share is None and count < FEWEST_TEST_ROWS:
+        count, test = round((TEST_SHARE if test_share is None else test_share) * len(new)), stay["test"]
+        if test_share is None and len(test) + count < FEWEST_TEST_ROWS:
             log(
-                f"no test data given: {TEST_SHARE} of the {len(labelled)} labelled rows is {count}, fewer than "
+                f"no test data given: {TEST_SHARE} of the {len(new)} {kind} rows is {count}, fewer than "
                 f"{FEWEST_TEST_ROWS}, so none are set aside; give --test_file, or --test_share to set some aside"
             )
         elif count:
-            rest, test = split_holdout(labelled, count, seed=0)
-            aside += test
-            log(f"no test data given: {len(test)} of the labelled rows are set aside for it")
+            rest, drawn = split_holdout(new, count, seed=0)
+            test = test + drawn
+            log(f"no test data given: {len(drawn)} of the {kind} rows are set aside for it")
+        aside += test
     if evaluation is None:
-        _, evaluation = split_holdout(rest, max(1, round(EVAL_SHARE * len(labelled))), seed)
+        count, evaluation = round(EVAL_SHARE * len(new)), stay["eval"]
+        if not new and not evaluation:
+            raise InputError("every labelled row trained the model that SFT starts from; give rows that are new to it "
+                             "as --eval_file")  # fmt: skip
+        if count or not evaluation:
+            _, drawn = split_holdout(rest, max(1, count), seed)
+            evaluation = evaluation + drawn
+            log(f"no evaluation data given: {len(drawn)} of the {kind} rows are set aside for it")
         aside += evaluation
-        log(f"no evaluation data given: {len(evaluation)} of the labelled rows are set aside for it")
     taken = {row.id for row in aside}
     return [row for row in parts["train"] if row.id not in taken], evaluation, test
 
 
-# ---- rows of the policy's record, rows of another file ---------------------------------------------------------------
+def _hold_out(labelled, still, share, seed, log):
+    """(rows to train on, held-out rows). Where an SFT goes on, those that its start held out, and a share of the new
+    ones; of all rows, with a warning, where it has trained on every one."""
+    stay, new = _by_split(labelled, still)
+    held = stay["held_out"] + (split_holdout(new, share, seed)[1] if len(new) > 1 else [])
+    if not held:
+        log("warning: every labelled row trained the model that SFT starts from, those too that are held out to stop "
+            "the reward model: its accuracy on their pairs will look too good")  # fmt: skip
+        return split_holdout(labelled, share, seed)
+    taken = {row.id for row in held}
+    return [row for row in labelled if row.id not in taken], [row for row in labelled if row.id in taken]
 
 
-def _other_rows(config, record, sources, parts, log):
-    """{part: rows} for a policy with this record: the rows that it names or, of other data, those that the policy has
-    not met in another part. An SFT that goes on may train on rows that trained before. InputError where the record's
-    rows have changed, and no flag names other data."""
-    recorded = record.get("rows", {})
-    other = [name for name, digest in sources.items() if recorded and recorded.get(f"read for {name}") != digest]
-    changed = [name for name in other if f"read for {name}" in recorded]
-    if changed and not SOURCES & set(getattr(config, "given", ())):
-        raise InputError("; ".join(
-            f"{_source(config, name)}: its rows are other ones now (digest {sources[name][:12]}) than those that "
-            f"the policy was trained with (digest {recorded[f'read for {name}'][:12]})"
-            for name in changed
-        ) + ". Restore them, or give the data by flag to use it on purpose")  # fmt: skip
-    if not other or record.get("stage") == "tiny":  # a tiny model read texts, and no labels
-        return parts
-    hashes = recorded_hashes(getattr(config, start_of(config)))
-    trained, reported = (set(hashes.get(name, ())) for name in ("labelled", "test"))
-    chose = {h for name in ("held_out", "eval") for h in hashes.get(name, ())}
-    met = {
-        "train": (trained | chose | reported, "trained or evaluated the policy")
-        if start_of(config) == "policy"
-        else (reported, "are test rows of the model that SFT starts from"),
-        "eval": (trained | reported, "trained the policy or are its test rows"),
-        "test": (trained | chose, "trained or chose the policy"),
-    }
-    for name in changed:
-        log(
-            f"warning: {_source(config, name)}: other rows than those that the policy "
-            "was trained with, taken because a flag names them"
-        )
-    return parts | {name: _without(parts[name], *met[name], config, name, log) for name in other}
-
-
-def start_of(config):
-    """The setting that names the model which a stage starts from: policy, or for SFT model."""
-    return getattr(config, "START", "policy")
-
-
-def _without(rows, hashes, did, config, name, log):
-    kept = [row for row in rows if text_hash(row.text, row.text_b) not in hashes]
-    if len(kept) < len(rows):
-        log(f"{_source(config, name)}: {len(rows) - len(kept)} of {len(rows)} rows {did} and are left out")
-    if not kept:
-        raise InputError(f"{_source(config, name)}: every row of it {did}; give other rows")
-    return kept
-
-
-def _source(config, name):
-    """What a message calls the training or evaluation data: flag, value, and where the value came from."""
-    flag = f"{name}_file" if getattr(config, f"{name}_file") else "dataset"
-    return f"--{flag} {getattr(config, flag) or 'demo'}{_origin(config, flag)}"
-
-
-def _origin(config, setting):
-    origin = getattr(config, "inherited", {}).get(setting)
-    return f" (from {origin})" if origin else ""
+def _by_split(rows, still):
+    """({split: rows that stay in it}, the other rows)."""
+    stay: dict[str, list] = {name: [] for name in SPLITS}
+    new: list = []
+    for row in rows:
+        stay.get(still.get(text_hash(row.text, row.text_b)), new).append(row)
+    return stay, new
 
 
 def load_evaluation(config, task: Task, part="eval", log=print, record=None) -> list:
@@ -293,7 +257,7 @@ def load_evaluation(config, task: Task, part="eval", log=print, record=None) -> 
     if rows is None:
         return getattr(load_splits(config, task, log, record), part)
     if not SOURCES & set(getattr(config, "given", ())):
-        rows = _other_rows(config, record, {part: rows_digest(rows)}, {part: rows}, log)[part]
+        rows = rows_for(config, record, {part: rows_digest(rows)}, {part: rows}, log)[0][part]
     return rows
 
 
@@ -323,42 +287,4 @@ def _load(config, task, part, log):
         log(f"{error}; evaluation rows are set aside from the training rows")
         return None
     except InputError as error:
-        raise InputError(f"{error}{_origin(config, f'{part}_file' if path else 'dataset')}") from error
-
-
-def inherit(config: DataConfig, record: dict, directory):
-    """Fill the data settings that were not given from the record of the model in `directory`; returns the names of
-    those that contradict it. An SFT with training data of its own takes all of it, however many rows were used before.
-    """
-    recorded = record.get("data", {})
-    contradictions, origin = [], str(Path(directory or "") / RECORD)
-    config.inherited = dict(getattr(config, "inherited", {}))
-    fresh = start_of(config) == "model" and TRAIN_SOURCES & set(getattr(config, "given", ()))
-    for name in asdict(DataConfig()):
-        if fresh and name in ("labelled", "rationale_rows"):
-            continue
-        mine, theirs = getattr(config, name), recorded.get(name)
-        theirs = path_from_record(theirs, directory) if name in PATHS else theirs
-        if mine is None:
-            setattr(config, name, theirs)
-            config.inherited |= {name: origin} if theirs is not None else {}
-            continue
-        theirs = LEFT_OUT.get(name) if theirs is None and recorded else theirs
-        others = SOURCES | {"task", "rationale_rows"}  # compared by their rows; no row evaluates by it
-        if theirs is not None and mine != theirs and name not in others:
-            contradictions.append(f"--{name} {mine} (the policy was trained with {theirs})")
-    return contradictions
-
-
-def find_start(config):
-    """(record, task) of the model that a stage starts from, which config.START names; fills in --policy.
-
-    InputError where a later stage finds no policy.
-    """
-    if start_of(config) == "policy":
-        config.policy = config.policy or f"runs/{load_task(config.task or 'demo').name}/sft"
-        if not Path(config.policy).is_dir() and config.policy.count("/") != 1:  # one slash may be a hub name
-            raise InputError(f"--policy {config.policy}: no such directory; train_sft.py makes one")
-    start = getattr(config, config.START)
-    record = read_record(start)
-    return record, resolve_task(config, record, start)
+        raise InputError(f"{error}{origin_of(config, f'{part}_file' if path else 'dataset')}") from error

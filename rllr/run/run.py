@@ -27,7 +27,7 @@ from ..common.config import parse_config
 from ..common.errors import InputError, RunError, Stopped, out_of_memory
 from ..common.files import METRICS, RUN, check_run_directory, disk_faults, open_run_directory, write_json
 from ..common.log import MetricsLog, say, show_config
-from ..data.splits import find_start, inherit
+from ..data.inherited import find_start, inherit
 from ..model.loading import allow_remote_code
 from ..model.records import check_same_task, make_record, policy_directory, settings_for_record, settings_of
 from ..model.shards import shards, whole
