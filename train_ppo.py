@@ -160,6 +160,10 @@ class Config(RewardConfig, PPOConfig, TrainingConfig, PolicyConfig, LoRAConfig, 
             raise InputError(f"--threshold {brief(self.threshold)}: give a number, or a quantile like q0.9")
         if self.on_hacking == "kl" and self.kl_coef == 0:
             raise InputError("--on_hacking kl doubles --kl_coef, which is 0; give a --kl_coef above 0")
+        fewest = self.rollout_prompts * self.answers_per_prompt / 5  # one step changes beta by a fifth of n / horizon
+        if self.kl_control == "adaptive" and self.kl_horizon <= fewest:
+            given = f"--kl_horizon {self.kl_horizon:g}"
+            raise InputError(f"{given}: one rollout could take beta to 0; give more than {fewest:g}")
         for part in ("label", "rationale"):
             if getattr(self, f"{part}_rm") and self.reward not in (part, "mixed"):
                 raise InputError(

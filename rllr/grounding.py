@@ -45,15 +45,15 @@ def grounded(task: Task, example: Example, answer: str) -> float | None:
 class GroundedReward:
     """reward_fn of a rule where a rationale reward model may stand: the share of a rationale that stands in its text.
 
-    0 as well for a rationale that names nothing, so that silence is no way out.
+    0 as well for a rationale that names nothing, and for an answer without a label: silence is no way out.
     """
 
     def __init__(self, task):
         self.task = task
 
     def __call__(self, samples):
-        answers = zip(samples.examples, samples.answers, strict=True)
-        shares = [grounded(self.task, example, answer) or 0.0 for example, answer in answers]
+        answers = zip(samples.examples, samples.answers, samples.labels, strict=True)
+        shares = [label and grounded(self.task, example, answer) or 0.0 for example, answer, label in answers]
         return torch.tensor(shares, dtype=torch.float32, device=samples.sequences.device)
 
 

@@ -228,7 +228,10 @@ class Judges:
         return self.by_part["label"].threshold(self.spec) if self.mode == "mixed" else None
 
     def cap_and_unit(self, threshold):
-        """(cap, unit) of `incomplete_answer_rule`: mean and spread of the SFT policy's scores, as the reward counts."""
+        """(cap, unit) of `incomplete_answer_rule`: mean and spread of the SFT policy's scores, as the reward counts.
+
+        Of reward models alone: a rule beside one, which pays 0 for an answer without a label, does not raise the cap.
+        """
         scorers = self.scorers
         if not scorers:
             return None, 1.0  # gold and own functions: no cap

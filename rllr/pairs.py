@@ -14,15 +14,17 @@ with the text, tells the sides apart. docs/reward-hacking.md has the measurement
 import hashlib
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .common.errors import InputError
 from .common.files import write_lines
-from .tasks import same_word, split_answer, whole_words
+from .tasks import split_answer, whole_words, word_found
 
 LABEL_PAIRS = ("on_policy", "independent", "paper", "drawn")  # on_policy: written pairs and the policy's own samples
+CONCLUSION = re.compile(r"\bsuggests? $")  # before a label that a writer of ours names, spelled as the task spells it
 DRAWN_SHARE = 0.5  # with "drawn": label pairs with a random basis on the wrong side; the others are as in the paper
 INDEPENDENT_SHARE = 0.9  # with "independent": label pairs with random bases; the others are as in the paper
 SAME_RATIONALE_SHARE = 0.5  # independent pairs in which both sides have the same basis
@@ -104,26 +106,35 @@ def on_policy_pairs(examples, task, writer, answers, *, seed=0):
             chosen, label = rng.choice(right), rng.choice(task.wrong_labels(gold))
             rationale = split_answer(task, chosen)[0]
             if rng.random() < FLIPPED_WHOLE_SHARE:
-                rationale = relabelled(rationale, gold, label)
+                rationale = relabelled(rationale, gold, label, f"{example.text}\n{example.text_b or ''}")
             pairs.append(Pair(prompt, chosen, task.render_answer(label, rationale), "label/flipped"))
     return pairs
 
 
-def relabelled(rationale, old, new):
-    """The rationale with two labels exchanged wherever it names one, as a whole word of any case; of labels that are
-    numbers its last mention alone, as others may count something. Unchanged where it names neither."""
+def relabelled(rationale, old, new, text=""):
+    """The rationale with two labels exchanged wherever it names one, as a whole word of any case. Unchanged where it
+    names neither.
+
+    Its last mention concludes. Others may be no mention of a label: numbers may count something, and a word that stands
+    in the text, too, may be quoted from it. Those stay, or the rationale would quote what the text does not say.
+    """
     named = whole_words((old, new))
-    start = 0
-    if not any(character.isalpha() for character in old + new):
-        start = max((match.start() for match in named.finditer(rationale)), default=0)
+    last = max((match.start() for match in named.finditer(rationale)), default=0)
+    numbers = not any(character.isalpha() for character in old + new)
+    quoted = [word for word in (old, new) if whole_words([word]).search(text)]
 
     def exchanged(match):
-        word = new if same_word(match[0]) == same_word(old) else old
+        found = word_found(match[0], (old, new))
+        if match.start() < last and (numbers or found in quoted):
+            return match[0]
+        word = new if found == old else old
+        if "_" not in match[0] and not CONCLUSION.search(rationale[: match.start()]):
+            word = word.replace("_", " ")  # as a sentence names it, so that both sides of a pair read alike
         if match[0] in (old, new):
             return word  # else it begins a sentence, or the task writes its labels in another case
         return word[:1].upper() + word[1:] if match[0][:1].isupper() else word.lower()
 
-    return rationale[:start] + named.sub(exchanged, rationale[start:])
+    return named.sub(exchanged, rationale)
 
 
 def grounded_pairs(examples, task, writer, answers, grounded, *, seed=0):

@@ -170,7 +170,7 @@ class AdaptiveKL:
     """Proportional controller for beta (Ziegler et al., arXiv:1909.08593, section 2.2).
 
     target: the desired KL in nats per *sequence*; some other code gives it per token, which is smaller by the length of
-    the answer. horizon: in sequences.
+    the answer. horizon: in sequences; beta stays positive where it is above a fifth of an update's.
     """
 
     def __init__(self, init, target, horizon):

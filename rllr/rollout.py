@@ -74,9 +74,10 @@ def generate(
     prompts: list of token-id lists; eos_token_id: an int or a list, any of which ends an answer and belongs to it. A
     sampled pad id is an ordinary token. At most `batch_size` answers are written at a time, fewer where their keys and
     values would take more than `cache_bytes` (default on a GPU: half of the free memory, or, where algorithms are to
-    be deterministic, a quarter of all); prompts are started longest first, and run through the model once for all
-    their answers. Dropout is off while sampling. An answer depends on the generator's state and on its
-    place among the prompts, not on the batch size or the device (only rounding of the logits can change a token).
+    be deterministic, a quarter of all). Prompts are started longest first, and each runs through the model once for all
+    its answers, where as many are written at a time. Dropout is off while sampling. An answer depends on the
+    generator's state and on its place among the prompts, not on the batch size or the device (only rounding of the
+    logits can change a token).
     """
     if max_new_tokens < 1 or not temperature > 0:
         raise ValueError(

@@ -33,12 +33,24 @@ def same_word(word: str) -> str:
 ATTACHED = UNSPACED + "\uac00-\ud7a3"
 
 
+GAP = r"(?:_|\s+(?:an?\s+)?)"  # for a label's _ in a sentence: "not a duplicate" is not_duplicate
+
+
+def _as_written(word):
+    return GAP.join(map(re.escape, word.split("_")))
+
+
 def whole_words(words) -> re.Pattern:
-    """What finds these words, of any case, where they stand alone; of words that contain each other ("not duplicate",
+    """What finds these words, of any case, where they stand alone; of words that contain each other ("not_duplicate",
     "duplicate") the longer one."""
-    longest_first = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    longest_first = "|".join(map(_as_written, sorted(words, key=len, reverse=True)))
     letter = rf"[^\W{ATTACHED}]"
     return re.compile(f"(?<!{letter})(?:{longest_first})(?!{letter}|[{marks()}])", re.IGNORECASE)
+
+
+def word_found(text, words):
+    """Which of the words a text stands for that `whole_words` found."""
+    return next(word for word in words if re.fullmatch(_as_written(word), text, re.IGNORECASE))
 
 
 @dataclass(frozen=True)

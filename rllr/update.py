@@ -202,6 +202,7 @@ def improve(models, batch, plan, config) -> dict:
     gradient is not finite, and where the first minibatch's ratio is not 1.
     """
     history: list[dict] = []  # one dict of statistics per minibatch
+    learning_rate = models.policy_optimizer.learning_rate  # of the first update
     for minibatch in (minibatch for epoch in plan for minibatch in epoch):
         token_count = batch.response_mask[minibatch].sum()
         own = in_step(batch.micro_batches(minibatch, config), minibatch, config)
@@ -226,7 +227,7 @@ def improve(models, batch, plan, config) -> dict:
         if not name.startswith("ratio_error"):
             values = [stats[name] for stats in history if name in stats]
             means[name] = torch.stack(values).max() if name.endswith("_max") else sum(values) / len(values)
-    means |= {"first_ratio_error": first_ratio_error, "lr": models.policy_optimizer.learning_rate}
+    means |= {"first_ratio_error": first_ratio_error, "lr": learning_rate}
     return {f"improve/{name}": value for name, value in means.items()}
 
 

@@ -132,6 +132,9 @@ def test_what_is_wrong_with_a_rationale(text, label, problem):
 def test_of_labels_that_contain_each_other_the_longer_one_is_named():
     task = replace(SST2, labels=("duplicate", "not duplicate", "no"))
     assert labels_in("They are Not Duplicate.", task) == {"not duplicate"}
+    assert labels_in("They are not a duplicate; not_equivalent.", TASKS["qqp"]) == {"not_duplicate"}
+    assert labels_in("The two are not\nequivalent.", TASKS["mrpc"]) == {"not_equivalent"}
+    assert problem_with("the two are not equivalent", "not_equivalent", TASKS["mrpc"]) is None
     assert labels_in("a duplicate, no doubt", task) == {"duplicate"}  # `no` is too short to be looked for
     assert labels_in("the world news", replace(SST2, labels=("world", "world news"))) == {"world news"}
     chinese = replace(SST2, labels=("正面", "负面", "好"))

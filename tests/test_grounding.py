@@ -297,5 +297,8 @@ def test_as_a_reward_it_pays_for_words_that_stand_in_their_own_rows_text():
     ]  # fmt: skip
     answers = [SINGLE.render_answer("negative", rationale) for rationale in rationales]
     rows = [Example(str(n), text) for n, text in enumerate(texts)]
-    samples = Samples(["p"] * 5, answers, [None] * 5, [None] * 5, *[torch.zeros(5, 1)] * 4, examples=rows)
+    labels = ["negative", "positive"] + ["negative"] * 3
+    samples = Samples(["p"] * 5, answers, labels, [None] * 5, *[torch.zeros(5, 1)] * 4, examples=rows)
     assert GroundedReward(SINGLE)(samples).tolist() == [1, 0, 1, 0, 0.5]
+    samples.labels = [None, *labels[1:4], None]  # an answer that names no label would earn as much for less
+    assert GroundedReward(SINGLE)(samples).tolist() == [0, 0, 1, 0, 0]

@@ -113,6 +113,10 @@ def test_the_warning_of_a_policy_that_leans_to_the_larger_class(toy, tmp_path, m
 def test_doubling_nothing_is_refused(toy, tmp_path, capsys):
     flags = ["--policy", toy.sft, "--reward", "gold", "--on_hacking", "kl", "--kl_coef", 0]
     assert "--on_hacking kl doubles --kl_coef, which is 0" in refused(capsys, "ppo", *flags)
+    adaptive = ["--reward", "gold", "--kl_control", "adaptive", "--rollout_prompts", 40, "--answers_per_prompt", 2]
+    assert "--kl_horizon 16: one rollout could take beta to 0; give more than 16" in refused(
+        capsys, "ppo", *adaptive, "--kl_horizon", 16
+    )
 
 
 def test_the_next_stage_starts_from_what_a_run_hands_back(toy, tmp_path, monkeypatch):

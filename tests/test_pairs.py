@@ -25,7 +25,7 @@ from rllr.pairs import (
     write_pairs,
 )  # fmt: skip
 from rllr.rationales.writers import EvidenceWriter, RationaleWriter
-from rllr.tasks import TASKS, Example, load_task, parse_answer, split_answer
+from rllr.tasks import TASKS, Example, Task, load_task, parse_answer, split_answer
 
 SST2, STSB, AGNEWS = TASKS["sst2"], TASKS["stsb"], TASKS["agnews"]
 CHI_SQUARE_999 = {3: 16.27, 4: 18.47, 5: 20.52}  # degrees of freedom: the bound that chance passes once in a thousand
@@ -393,6 +393,12 @@ def test_half_of_the_flipped_rationales_argue_for_the_wrong_label_too():
         ("nonnegative", "negative", "positive", "nonnegative"),
         ("they say the same", "equivalent", "not equivalent", "they say the same"),
         ("not equivalent, far from equivalent", "equivalent", "not equivalent", "equivalent, far from not equivalent"),
+        ("The two are not equivalent.", "not_equivalent", "equivalent", "The two are equivalent."),
+        ("They are equivalent.", "equivalent", "not_equivalent", "They are not equivalent."),
+        ("so not_equivalent", "not_equivalent", "equivalent", "so equivalent"),
+        ("Not a  duplicate: it asks who.", "not_duplicate", "duplicate", "Duplicate: it asks who."),
+        ("the word what suggests equivalent", "equivalent", "not_equivalent", "the word what suggests not_equivalent"),
+        ("not_spam or not spam", "not_spam", "is_spam", "is_spam or is spam"),
         ("so it is spam mail", "spam", "spam mail", "so it is spam"),
         ("so it is spam", "Spam", "Ham", "so it is ham"),
         ("Spam", "Spam", "Ham", "Ham"),
@@ -409,6 +415,32 @@ def test_half_of_the_flipped_rationales_argue_for_the_wrong_label_too():
 )  # fmt: skip
 def test_labels_are_exchanged_where_a_rationale_names_them(rationale, old, new, expected):
     assert relabelled(rationale, old, new) == expected
+
+
+@pytest.mark.parametrize(
+    "rationale, text, expected",
+    [
+        ("the words world and cup suggest sports", "The World Cup final", "the words world and cup suggest world"),
+        ("the words world and cup suggest sports", "a cup of tea", "the words sports and cup suggest world"),
+        ("the word sports suggests sports", "sports and more", "the word sports suggests world"),
+        ("sports, not world: sports", "worldly sportsmen", "world, not sports: world"),
+    ],
+)
+def test_what_a_rationale_quotes_is_no_label(rationale, text, expected):
+    assert relabelled(rationale, "sports", "world", text) == expected
+
+
+def test_flipped_pairs_know_the_text_that_a_rationale_quotes():
+    task = Task("news", ("sports", "world"), "{text} / {text_b}")
+    row = Example("a", "the final", "of the world cup", label="sports")
+    answers = {"a": [Answer("the words world and cup suggest sports\nLabel: sports", "sports", False)]}
+    rejected = {
+        pair.rejected for seed in range(8) for pair in on_policy_pairs([row], task, Speechless(), answers, seed=seed)
+    }
+    assert rejected == {
+        "the words world and cup suggest world\nLabel: world",
+        "the words world and cup suggest sports\nLabel: world",
+    }
 
 
 def test_samples_without_a_label_and_cut_ones_make_no_pair():

@@ -291,7 +291,7 @@ def test_paths_for_and_from_a_record(tmp_path, monkeypatch):
 
 def test_an_older_record_or_run_is_refused_in_one_sentence(here, capsys):
     run(train_sft.main, "--resume", "runs/sft", "--epochs", 2)
-    for path, edit, own in (("runs/sft/rllr.json", "rllr", 2), ("runs/sft/run.json", "run", 4)):
+    for path, edit, own in (("runs/sft/rllr.json", "rllr", 2), ("runs/sft/run.json", "run", 5)):
         content = json.loads((here / path).read_text())
         (here / path).write_text(json.dumps({key: value for key, value in content.items() if key != "format"}))
         flags = ["--policy", "runs/sft", *RM] if edit == "rllr" else ["--resume", "runs/sft"]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..common.config import Settings, flag
 from ..common.errors import InputError, RunError, brief
-from ..tasks import ATTACHED, whole_words
+from ..tasks import ATTACHED, whole_words, word_found
 from .cached import CachedWriter, one_line
 
 KEY = "ENDPOINT_API_KEY"  # the environment variable; never a flag, which a run's record would keep
@@ -123,7 +123,7 @@ def problem_with(text, label, task) -> str | None:
 def labels_in(text, task):
     """The labels that a text names (`tasks.whole_words`)."""
     words = [one for one in task.labels if len(one) >= LONG_LABEL or re.fullmatch(SHORT_WORD, one)]
-    return {task.canonical_label(one) for one in whole_words(words).findall(text)} if words else set()
+    return {word_found(one, words) for one in whole_words(words).findall(text)} if words else set()
 
 
 def at_once(jobs, work, count):

@@ -147,7 +147,7 @@ def preview_report(
     """PPO's preview (`rllr.preview`) on `most` dev rows: best-of-n of `count` samples a row beside greedy. Printed.
 
     answered: (dev rows, the policy's greedy answers to them). An answer that PPO would call incomplete scores what PPO
-    would give it (`rewards.incomplete_answer_rule`).
+    would give it (`rewards.incomplete_answer_rule`), before a PPO run is known by its default penalties.
     """
     rows = list(zip(*answered, strict=True))
     rows = random.Random(f"preview/{config.seed}").sample(rows, min(len(rows), most))
@@ -157,8 +157,10 @@ def preview_report(
     labels = [answer.label for answer in read_answers(rollout, encoder, task)]
     unlabelled = torch.tensor([label is None for label in labels], device=rollout.truncated.device)
     scores = score_rows(model, rollout.packed, config.eval_batch_size)
-    spread = statistics.std  # one penalty is one standard deviation of the scores
-    scores = incomplete_answer_rule(scores, rollout.truncated, unlabelled, spread, spread, statistics.mean)
+    no_end, no_label = (  # in standard deviations of the scores
+        statistics.std * getattr(config, f"missing_{what}_penalty", 1.0) for what in ("eos", "label")
+    )
+    scores = incomplete_answer_rule(scores, rollout.truncated, unlabelled, no_end, no_label, statistics.mean)
     right = [[label == own for label in sampled] for own, sampled in zip(gold, _in_rows(labels, count))]
     greedy_right = [own == answer.label for own, (_, answer) in zip(gold, rows)]
     found = preview(_in_rows(scores.tolist(), count), right, greedy_right, seed=config.seed)

@@ -30,7 +30,7 @@ BY_CONTENT = frozenset(
     "value_init".split()
 )
 OWN = {"output_dir", "overwrite", "resume", "trust_remote_code"}  # of each command, never taken from the run
-RUN_FORMAT = 4  # of run.json; raised where what a run computes changes, with a line in CHANGELOG.md
+RUN_FORMAT = 5  # of run.json; raised where what a run computes changes, with a line in CHANGELOG.md
 
 
 @dataclass
