@@ -139,7 +139,7 @@ def test_sft_goes_on_with_other_rows(here):
     output = run(train_sft.main, *flags, "--epochs", 1, "--output_dir", "runs/on", *ANSWER)
     train, trained = len(new) - 2 + len(TRAIN_ROWS), {text_hash(row["text"], None) for row in TRAIN_ROWS[:20]}
     clean = len(DEV_ROWS) + len(trained - set(kept["labelled"]))
-    said = "of the texts that runs/sft has met, 36 stay to train on, 4 stay held out, 2 stay test; the other rows are"
+    said = "of the texts that runs/sft has met, 36 stay to train on, 4 stay held out, 2 stay test; the other rows"
     assert said in output and "2 for test" in output
     # 40 were used before, which is no limit now; of the 12 others and the 10 new ones a tenth is held out
     assert f"rows: {train - 4 - 2} labelled to train on" in output

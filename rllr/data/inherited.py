@@ -21,6 +21,7 @@ SOURCES = TRAIN_SOURCES | frozenset(
     "eval_file test_file eval_split test_split columns label_map delimiter encoding".split()
 )
 DRAWN_BY = SOURCES | {"labelled", "rationale_rows", "held_out", "data_seed", "test_share", "task"}
+MET = {"labelled": "to train on", "held_out": "held out", "eval": "dev", "test": "test"}  # the splits of `rows.json`
 FILES = frozenset({"train_file", "eval_file", "test_file"})
 
 
@@ -125,45 +126,45 @@ def _as_before(config, hashes, parts, name, log):
 
 def _of_other_rows(config, hashes, parts, name, log):
     """What is to be left out of rows that the start has not read as this part, and which stay what they were."""
-    trained, held_out, dev, test = (hashes.get(split, set()) for split in ("labelled", "held_out", "eval", "test"))
-    goes_on, still = name == "train" and start_of(config) == "model", {}
-    if goes_on:
-        still = {
-            "test": test - trained - held_out - dev,
-            "eval": dev - trained - held_out,
-            "held_out": held_out - trained,
-        }
-        out, did = set(), "are test rows of the model that SFT starts from"
-        if parts.get("test") is not None:  # test data of its own: those of its start are neither
-            out = still.pop("test")
-        if parts.get("eval") is not None:
-            still.pop("eval")
-        without_label = {text_hash(row.text, row.text_b) for row in parts[name] if row.label is None}
-        out |= still.get("test", set()) & without_label
-        still["labelled"] = (trained | held_out | dev).difference(*still.values())
+    rows, source, still = parts[name], source_of(config, name), {}
+    if name == "train" and start_of(config) == "model":
+        out, still = _keep_to_their_parts(hashes, parts)
+        did = "are test rows of the model that SFT starts from"
     else:
+        trained, held_out, dev, test = (hashes.get(split, set()) for split in MET)
         out, did = {
             "train": (trained | held_out | dev | test, "trained or evaluated the policy"),
             "eval": (trained | test, "trained the policy or are its test rows"),
             "test": (trained | held_out | dev, "trained or chose the policy"),
         }[name]
-    texts = set(hashes_of(parts[name]))
-    left = _without(parts[name], out)
-    if len(left) < len(parts[name]):
-        count = len(parts[name]) - len(left)
-        log(f"{source_of(config, name)}: {count} of {len(parts[name])} rows {did} and are left out")
+    left = _without(rows, out)
+    if len(left) < len(rows):
+        log(f"{source}: {len(rows) - len(left)} of {len(rows)} rows {did} and are left out")
     if not left:
-        raise InputError(f"{source_of(config, name)}: every row of it {did}; give other rows")
-    still = {split: known & texts for split, known in still.items()}
-    if any(still.values()):
-        names = {"labelled": "to train on", "held_out": "held out", "eval": "dev", "test": "test"}
-        log(
-            f"{source_of(config, name)}: of the texts that {config.model} has met, "
-            + ", ".join(f"{len(still[split])} stay {names[split]}" for split in names if still.get(split))
-            + "; the other rows are drawn from anew"
-        )
-    kept = {LEFT_OUT + name: out & texts} | {STILL + split: known for split, known in still.items()}
+        raise InputError(f"{source}: every row of it {did}; give other rows")
+    texts = set(hashes_of(rows))
+    kept = {LEFT_OUT + name: out & texts} | {STILL + split: known & texts for split, known in still.items()}
+    counts = [f"{len(kept[STILL + split])} stay {words}" for split, words in MET.items() if kept.get(STILL + split)]
+    if counts:
+        log(f"{source}: of the texts that {config.model} has met, {', '.join(counts)}; the other rows are drawn from")
     return {key: sorted(found) for key, found in kept.items() if found}
+
+
+def _keep_to_their_parts(hashes, parts):
+    """(texts that an SFT that goes on must leave out, {split: texts that stay in it}) of its training data.
+
+    A text that was several things counts as what is worst for a figure: it trained. What has data of its own, dev or
+    test, takes no rows of the training data; its start's dev rows may train then, and its test rows are left out.
+    """
+    trained, held_out, dev, test = (hashes.get(split, set()) for split in MET)
+    still = {"held_out": held_out - trained, "eval": dev - trained - held_out}
+    still["test"] = test - trained - held_out - dev
+    if parts.get("eval") is not None:
+        still.pop("eval")
+    without_label = {text_hash(row.text, row.text_b) for row in parts["train"] if row.label is None}
+    out = still.pop("test") if parts.get("test") is not None else still["test"] & without_label
+    still["labelled"] = (trained | held_out | dev).difference(*still.values())
+    return out, still
 
 
 def _without(rows, hashes):
@@ -176,7 +177,7 @@ def check_same_draw(config, record, digests):
     recorded = record.get("rows", {})
     if record.get("stage") == "tiny" or DRAWN_BY & set(getattr(config, "given", ())):
         return
-    other = [name for name in ("labelled", "held_out", "eval", "test") if recorded.get(name) != digests.get(name)]
+    other = [name for name in MET if recorded.get(name) != digests.get(name)]
     if any(name in recorded for name in other):
         start = start_of(config)
         raise InputError(
