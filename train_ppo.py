@@ -66,8 +66,8 @@ class PPOConfig(Settings):
     GROUP = "PPO"
     prompts: str = flag(
         "auto",
-        "auto: the unlabelled rows or, where there are none, the labelled ones; labelled: the labelled rows that "
-        "trained SFT",
+        "auto: the unlabelled rows and, where there are few or none, the labelled ones; labelled: the labelled rows "
+        "that trained SFT",
         choices=("auto", "labelled"),
     )
     steps: int | None = flag(None, "rollouts (demo 120; else one pass over the prompts)", above=0)

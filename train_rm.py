@@ -321,7 +321,8 @@ def main(argv=None):
     save_rows(run, splits)
     if config.kind != "file":
         save_pairs(run.directory, train_pairs, held_pairs)
-    sampled = sample_answers(policy, encoder, task, unlabelled or held_out, config)
+    more = held_out if splits.few_unlabelled else []
+    sampled = sample_answers(policy, encoder, task, unlabelled + more, config)
 
     batches_per_epoch = math.ceil(len(train_rows) / config.batch_size)
     steps = config.epochs * batches_per_epoch

@@ -263,7 +263,8 @@ def gold_reward(samples):
     """1 for an answer whose label is the gold one, else 0 (a parse failure, too). An upper bound: it sees labels."""
     unknown = [i for i, label in zip(samples.ids, samples.gold_labels) if label is None]
     if unknown:
-        raise InputError(f"--reward gold needs the label of every prompt; row {unknown[0]} has none")
+        problem = f"row {unknown[0]} has none; --prompts labelled takes the labelled rows alone"
+        raise InputError(f"--reward gold needs the label of every prompt; {problem}")
     right = [label == gold for label, gold in zip(samples.labels, samples.gold_labels)]
     return torch.tensor(right, dtype=torch.float32, device=samples.sequences.device)
 

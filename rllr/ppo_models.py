@@ -134,6 +134,8 @@ def name_judges(config, task):
 
     InputError for a reward model that is not there, before any model is loaded.
     """
+    if task.answer_format == "label" and config.reward in ("rationale", "mixed"):
+        raise InputError(f"--reward {config.reward}: the policy's answers are labels alone, without a rationale")
     for part in ("label", "rationale"):
         if config.reward not in (part, "mixed") or is_rule(config, part):
             continue

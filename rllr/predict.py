@@ -24,7 +24,7 @@ from .data.encoding import Encoder
 from .data.row_reader import parse_mapping_flag
 from .data.rows import Source, load_examples
 from .data.splits import FileConfig
-from .data.tables import Table
+from .data.tables import Table, check_output, decode
 from .model.loading import allow_remote_code, load_policy, load_tokenizer
 from .model.records import check_same_task, policy_directory, read_record, resolve_task
 from .model.trial import check_policy
@@ -45,9 +45,11 @@ class Config(DecodingConfig, BestOfConfig, FileConfig):
     overwrite: bool = flag(False, "replace an output file that is already there")
 
 
-def read_stdin(stream) -> Table:
-    """Lines of standard input as rows: JSON objects, or plain texts (blank ones too). InputError with the line."""
-    lines, rows = stream.read().removeprefix("\ufeff").rstrip().split("\n"), []
+def read_stdin(stream, encoding=None) -> Table:
+    """Lines of a stream of bytes as rows: JSON objects, or plain texts (blank ones too). InputError with the line."""
+    lines, rows = decode("standard input", stream.read(), encoding).rstrip().split("\n"), []
+    if lines[0].lstrip().startswith("[{"):
+        raise InputError("standard input: is a JSON array; give an object per line, or --input FILE.json")
     for number, line in enumerate(map(str.strip, lines if any(lines) else ()), start=1):
         try:
             rows.append((number, json.loads(line) if line.startswith("{") else {"text": line}))
@@ -87,10 +89,8 @@ def print_lines(lines):
 def main(argv=None):
     config = parse_config(Config, argv, __doc__)
     allow_remote_code(config.trust_remote_code)
-    if config.output and Path(config.output).exists() and not config.overwrite:
-        raise InputError(f"--output {config.output}: exists; give another name or --overwrite")
-    if config.output and (Path(config.output).is_dir() or not Path(config.output).parent.is_dir()):
-        raise InputError(f"--output {config.output}: cannot be written; name a file in a directory that is there")
+    if config.output:
+        check_output(config.output, config.overwrite, config.input)
 
     def log(line):  # standard output may carry the result
         print(line, file=sys.stderr)
@@ -104,7 +104,9 @@ def main(argv=None):
     columns, tokenizer = parse_mapping_flag(config.columns, "--columns"), load_tokenizer(config.model)
     source: Table | Source
     if config.input in (None, "-"):
-        source = read_stdin(sys.stdin)
+        if config.delimiter:
+            raise InputError("--delimiter is of CSV files: give --input FILE; standard input has a row per line")
+        source = read_stdin(sys.stdin.buffer, config.encoding)
     else:
         source = Source(path=config.input, delimiter=config.delimiter, encoding=config.encoding)
     with contextlib.redirect_stdout(sys.stderr):  # warnings

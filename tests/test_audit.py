@@ -24,7 +24,7 @@ from rllr.report.explain import explain
 from rllr.report.replay import MAY_CHANGE, QUANTITIES, replay
 from rllr.report.trail import pieces_of
 from rllr.report.trail_format import FIELDS, audited, file_of, files_in, read_trail, seal
-from rllr.run.resume import FREE, ROUNDING
+from rllr.run.resume import BY_CONTENT, FREE, ROUNDING
 
 RATES = ["--learning_rate", 5e-3, "--value_learning_rate", 5e-3]
 
@@ -536,7 +536,7 @@ def test_files_of_other_runs_and_other_names_are_found(mixed, gold, tmp_path, ca
 
 
 def test_what_a_resumed_run_may_change_is_what_resume_says():
-    assert MAY_CHANGE == FREE | ROUNDING
+    assert MAY_CHANGE == FREE | ROUNDING | BY_CONTENT
 
 
 def test_an_audit_that_is_turned_off_on_resume_is_no_alarm(toy, tmp_path, capsys):

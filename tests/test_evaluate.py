@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import random
 import shutil
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from families import tiny_model, toy_tokenizer
+from toy_runs import typed
 
 from rllr import evaluate, predict
 from rllr.answers import Answer, answer_rows
@@ -397,8 +399,54 @@ def test_predict_from_a_file_to_a_file(models, tmp_path, capsys):
     assert run(predict, *command, "--overwrite") == 0 and lines_of(output) == rows
 
 
+def test_predict_writes_neither_over_what_it_reads_nor_under_another_formats_name(models, tmp_path, capsys):
+    new = tmp_path / "new.jsonl"
+    new.write_text('{"text": "good", "label": "positive"}\n')
+    os.symlink(new, tmp_path / "link.jsonl")
+    for output, words in (("new.jsonl", "is the file that is read"), ("link.jsonl", "is the file that is read"),
+                          ("x.csv", "give a name that ends in .jsonl"), ("x", "give a name that ends in")):  # fmt: skip
+        command = ["--model", models["right"], "--input", new, "--output", tmp_path / output, "--overwrite"]
+        assert run(predict, *command) == 2 and words in capsys.readouterr().err
+    assert new.read_text() == '{"text": "good", "label": "positive"}\n' and not (tmp_path / "x.csv").exists()
+
+
+def test_predict_reads_other_encodings_from_standard_input(models, monkeypatch, capsys):
+    """Whatever the console's encoding is."""
+
+    def given(content):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
+
+    given("good\nGröße\n".encode("cp1252"))
+    assert run(predict, "--model", models["right"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: standard input:2: not UTF-8 text (byte 8); it looks like cp1252: give --encoding")
+    for content, flags in (
+        ("good\nGröße\n".encode("cp1252"), ["--encoding", "cp1252"]),
+        ("Größe".encode("utf-16"), []),
+    ):
+        given(content)
+        assert run(predict, "--model", models["right"], *flags) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["text"] == "Größe"
+    given(b'[{"text": "good"}]')
+    assert run(predict, "--model", models["right"]) == 2 and "is a JSON array" in capsys.readouterr().err
+    given(b"good;1")
+    assert run(predict, "--model", models["right"], "--delimiter", ";") == 2
+    assert "--delimiter is of CSV files" in capsys.readouterr().err
+
+
+def test_predict_takes_a_missing_text_for_an_empty_one(models, monkeypatch, capsys):
+    """As exporters write a null; of a field that no row has, the columns are named."""
+    monkeypatch.setattr(sys, "stdin", typed('{"text": "good"}\n{"id": "x"}\n'))
+    assert run(predict, "--model", models["right"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["label"] for row in rows] == ["positive", None] and rows[1]["reason"] == "empty text"
+    monkeypatch.setattr(sys, "stdin", typed('{"txt": "good"}\n'))
+    assert run(predict, "--model", models["right"]) == 2
+    assert "no column for the field 'text'" in capsys.readouterr().err
+
+
 def test_predict_from_standard_input_to_standard_output(models, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO('good\n\n{"text": "bad", "id": "mine"}\n  fine  \n'))
+    monkeypatch.setattr(sys, "stdin", typed('good\n\n{"text": "bad", "id": "mine"}\n  fine  \n'))
     assert run(predict, "--model", models["right"]) == 0
     streams = capsys.readouterr()
     rows = [json.loads(line) for line in streams.out.splitlines()]  # and nothing else on standard output
@@ -415,10 +463,10 @@ def test_predict_from_standard_input_to_standard_output(models, monkeypatch, cap
 @pytest.mark.parametrize("flags", [[], ["--input", "-"]])
 def test_predict_reads_a_byte_order_mark_as_none(models, monkeypatch, capsys, flags):
     """Else the first JSON line would be a text. Rows come out as they went in, also where none has a text."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO('\ufeff{"text": "bad"}\n{"text": " "}\n\n\n'))
+    monkeypatch.setattr(sys, "stdin", typed('\ufeff{"text": "bad"}\n{"text": " "}\n\n\n'))
     assert run(predict, "--model", models["right"], *flags) == 0
     assert [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()] == ["negative", None]
-    monkeypatch.setattr(sys, "stdin", io.StringIO('{"text": ""}\n'))
+    monkeypatch.setattr(sys, "stdin", typed('{"text": ""}\n'))
     assert run(predict, "--model", models["right"], *flags) == 0
     assert json.loads(capsys.readouterr().out)["label"] is None
 
@@ -428,7 +476,7 @@ def test_predict_reads_a_byte_order_mark_as_none(models, monkeypatch, capsys, fl
     [('{"text": 3}', "field 'text' must be text, got int 3"), ("{text", "begins with { but is not valid")],
 )
 def test_predict_names_the_line_of_standard_input(models, monkeypatch, capsys, line, problem):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"good\n\n{line}\n"))
+    monkeypatch.setattr(sys, "stdin", typed(f"good\n\n{line}\n"))
     assert run(predict, "--model", models["right"]) == 2
     assert capsys.readouterr().err.startswith(f"error: standard input, line 3: {problem}")
 
@@ -437,7 +485,7 @@ def test_predict_names_the_line_of_standard_input(models, monkeypatch, capsys, l
 def test_predict_prints_json_on_any_console(models, monkeypatch, encoding):
     """A text that the console cannot show comes out as JSON's escapes, and reads back."""
     console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("bad\nπ😀\n"))
+    monkeypatch.setattr(sys, "stdin", typed("bad\nπ😀\n"))
     monkeypatch.setattr(sys, "stdout", console)
     assert run(predict, "--model", models["right"]) == 0
     console.flush()
@@ -448,15 +496,15 @@ def test_predict_prints_json_on_any_console(models, monkeypatch, encoding):
 
 
 def test_what_predict_refuses(models, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    monkeypatch.setattr(sys, "stdin", typed("\n"))
     assert run(predict, "--model", models["right"]) == 2
     assert "standard input: is empty" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "stdin", io.StringIO('{"text": 3}\n'))
+    monkeypatch.setattr(sys, "stdin", typed('{"text": 3}\n'))
     assert run(predict, "--model", models["right"]) == 2
     assert "field 'text' must be text, got int 3" in capsys.readouterr().err
     assert run(predict, "--model", models["right"], "--task", "agnews") == 2
     assert "was trained on task 'sst2'" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "stdin", io.StringIO("good\n"))
+    monkeypatch.setattr(sys, "stdin", typed("good\n"))
     assert run(predict, "--model", models["right"], "--output", tmp_path / "none" / "x.jsonl") == 2
     assert "cannot be written" in capsys.readouterr().err
 
@@ -465,7 +513,7 @@ def test_evaluate_and_predict_take_the_best_policy_of_a_ppo_run(models, data, tm
     ppo = tmp_path / "ppo-label"
     ppo.mkdir()
     (ppo / "run.json").write_text('{"stage": "ppo"}')
-    monkeypatch.setattr(sys, "stdin", io.StringIO("good\n"))
+    monkeypatch.setattr(sys, "stdin", typed("good\n"))
     for command in ([predict, "--model", ppo], [evaluate, "--eval_file", data, "--models", models["right"], ppo]):
         assert run(*command) == 2
         assert f"error: {ppo}: this PPO run has saved no policy yet; let it run" in capsys.readouterr().err

@@ -119,6 +119,13 @@ def test_doubling_nothing_is_refused(toy, tmp_path, capsys):
     )
 
 
+def test_a_reward_for_rationales_needs_some(toy, capsys):
+    flags = ["--policy", toy.sft, "--answer_format", "label", "--rationale_rm", "grounded"]
+    for reward in ("rationale", "mixed"):
+        message = refused(capsys, "ppo", *flags, "--reward", reward)
+        assert f"--reward {reward}: the policy's answers are labels alone, without a rationale" in message
+
+
 def test_the_next_stage_starts_from_what_a_run_hands_back(toy, tmp_path, monkeypatch):
     told(monkeypatch, {0: (2, 0.0), 1: (7, 0.5)})
     toy.ppo(tmp_path / "first", "--reward", "gold", steps=1)

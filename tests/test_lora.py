@@ -1,7 +1,6 @@
 """Adapters: arithmetic against dense weights, switching, PEFT's format both ways, roles on one base, the scripts."""
 
 import copy
-import io
 import json
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ import torch
 from families import VOCAB, tiny_model
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
-from toy_runs import ANSWER, read_metrics, run
+from toy_runs import ANSWER, read_metrics, run, typed
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
@@ -723,7 +722,7 @@ def test_evaluate_and_predict_find_a_moved_base(toy, ppo, tmp_path, monkeypatch,
     assert "accuracy" in run(
         evaluate.main, "--models", adapter, "--eval_file", toy.dev, "--base", base, "--max_new_tokens", 12
     )
-    monkeypatch.setattr("sys.stdin", io.StringIO("the soup was fresh\n"))
+    monkeypatch.setattr("sys.stdin", typed("the soup was fresh\n"))
     assert '"text": "the soup was fresh"' in run(
         predict.main, "--model", adapter, "--base", base, "--max_new_tokens", 12
     )

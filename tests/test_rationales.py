@@ -482,6 +482,22 @@ def test_the_command_writes_a_data_file(tmp_path, capsys):
     assert (tmp_path / "2.jsonl").read_text() == output.read_text()
 
 
+def test_the_command_hands_on_rows_without_a_label(tmp_path, capsys):
+    """They are PPO's prompts. Its own input it does not write over."""
+    texts = {"dull": "negative", "what": None, "fine": "positive"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in texts.items()))
+    flags = ["--task", "sst2", "--train_file", str(path)]
+    assert run(*flags, "--output", str(path), "--overwrite") == 2
+    assert "is the file that is read" in capsys.readouterr().err
+    assert run(*flags, "--output", str(tmp_path / "out.jsonl")) == 0
+    assert "3 rows written" in (said := capsys.readouterr().out) and "1 of them as they were, without a label" in said
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in written] == ["negative", None, "positive"]
+    explained = {"rationale", "rationales"}
+    assert [set(row) - {"id", "text", "label"} for row in written] == [explained, set(), explained]
+
+
 def test_the_command_on_pairs_with_scores(tmp_path):
     data, output = tmp_path / "train.jsonl", tmp_path / "out.jsonl"
     rows = [{"text": "a cat", "text_b": "a dog", "score": n / 2} for n in range(6)]

@@ -12,7 +12,7 @@ from toy_runs import ANSWER, DEV_ROWS, TRAIN_ROWS, read_lines, read_metrics, run
 import train_ppo
 import train_rm
 import train_sft
-from rllr import evaluate
+from rllr import audit, evaluate
 from rllr.common.errors import InputError
 from rllr.common.files import path_for_record, path_from_record
 from rllr.data.encoding import Encoder
@@ -284,6 +284,58 @@ def test_paths_for_and_from_a_record(tmp_path, monkeypatch):
     absolute = str(tmp_path / "a" / "x.jsonl")
     for value in (None, "", absolute, "organisation/model", "no/such/file"):
         assert path_for_record(value, "runs/sft") == value == path_from_record(value, "runs/sft")
+
+
+def test_a_run_that_goes_on_by_an_absolute_path_keeps_relative_ones(here, capsys):
+    """So it can still be moved, and its audit trail is one run's."""
+    flags = ["--policy", "runs/sft", "--reward", "gold", "--prompts", "labelled", "--rollout_prompts", 4, *ANSWER]
+    run(train_ppo.main, *flags, "--steps", 1, "--save_every", 1, "--audit", "all", "--output_dir", "runs/ppo")
+    before = json.loads((here / "runs" / "ppo" / "run.json").read_text())["config"]
+    run(train_ppo.main, "--resume", here / "runs" / "ppo", "--steps", 2)
+    after = json.loads((here / "runs" / "ppo" / "run.json").read_text())["config"]
+    assert after["policy"] == before["policy"] == "../sft" and after["train_file"] == "../../data/train.jsonl"
+    with pytest.raises(SystemExit) as ended:
+        audit.main(["replay", "runs/ppo"])
+    assert ended.value.code == 0, capsys.readouterr()
+
+
+def test_an_unfinished_run_is_no_policy(here, capsys):
+    """Before its first look at dev it has saved none: not another task's data, but a word about it."""
+    (here / "runs" / "half").mkdir()
+    shutil.copy(here / "runs" / "sft" / "run.json", here / "runs" / "half")
+    for main, flag in ((train_rm.main, "--policy"), (evaluate.main, "--models"), (train_sft.main, "--model")):
+        message = refused(capsys, main, flag, "runs/half")
+        assert "runs/half: this run has saved no model yet; let it run, or go on with train_sft.py --resume" in message
+
+
+def test_a_model_without_a_record_names_no_task(here, toy, capsys):
+    message = refused(capsys, train_rm.main, "--policy", toy.base)
+    assert "no run of train_sft.py made it, so nothing says what it is asked; give --task" in message
+
+
+def test_column_names_of_the_record_are_told_of(here, capsys):
+    """The user of this command has typed none."""
+    path = here / "runs" / "sft" / "rllr.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"data": record["data"] | {"columns": "text=satz"}}))
+    message = refused(capsys, evaluate.main, "--models", "runs/sft", "--test_file", "data/dev.jsonl")
+    assert "no column 'satz' (--columns text=satz)" in message
+    assert "--columns text=satz is from runs/sft/rllr.json; give this file's own" in message
+
+
+# ---- few rows without a label ----------------------------------------------------------------------------------------
+
+
+def test_a_gap_or_two_in_the_labels_is_no_pool_of_prompts(tmp_path):
+    """One row in 60 has no label: PPO answers it and those that trained SFT. Of 4 in 40 it answers these alone."""
+    for labelled, bare, few in ((59, 1, True), (40, 3, True), (40, 4, False), (40, 0, False)):
+        splits = Splits(ROWS[:1] * labelled, [], ROWS[1:2] * bare, [])
+        assert bool(splits.unlabelled and splits.few_unlabelled) is few
+        assert len(splits.prompts()) == (labelled + bare if few or not bare else bare)
+        assert len(splits.prompts("labelled")) == labelled
+        assert (
+            "as they are few, so are the labelled ones" in told(*[ROWS[:1] * labelled, [], ROWS[1:2] * bare])[0]
+        ) is few
 
 
 # ---- formats ---------------------------------------------------------------------------------------------------------

@@ -24,6 +24,11 @@ OTHER = {"good": "bad", "bad": "good"}
 ANSWER = ["--max_new_tokens", "12"]  # an answer takes eight or nine
 
 
+def typed(text):
+    """A standard input that holds this text."""
+    return io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")
+
+
 def grid():
     """'the soup was tasty', good: every noun with every word. Right rationale: the word, wrong one: the noun."""
     return [

@@ -182,6 +182,14 @@ def disk_faults(what, kept=""):
 # ---- paths in records ------------------------------------------------------------------------------------------------
 
 
+def relative_path(path, start=None):
+    """The path as seen from `start` (the working directory); the absolute one where it lies on another drive."""
+    try:
+        return Path(os.path.relpath(path, start)).as_posix()
+    except ValueError:
+        return str(Path(path).absolute())
+
+
 def path_for_record(value, directory):
     """A path as a record in `directory` names it: relative to that directory, with ./ or ../ at its beginning.
 
@@ -190,11 +198,8 @@ def path_for_record(value, directory):
     """
     if not value or Path(value).is_absolute() or not Path(value).exists():
         return value
-    try:
-        relative = Path(os.path.relpath(value, directory)).as_posix()
-    except ValueError:  # on another drive
-        return str(Path(value).absolute())
-    return relative if relative.startswith("..") else f"./{relative}"
+    relative = relative_path(value, directory)
+    return relative if relative.startswith("..") or Path(relative).is_absolute() else f"./{relative}"
 
 
 def path_from_record(value, directory):

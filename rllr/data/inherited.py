@@ -69,6 +69,10 @@ def find_start(config):
             raise InputError(f"--policy {config.policy}: no such directory; train_sft.py makes one")
     start = getattr(config, config.START)
     record = read_record(start)
+    if start_of(config) == "policy" and not record and config.task is None:
+        raise InputError(
+            f"--policy {start}: no run of train_sft.py made it, so nothing says what it is asked; give --task"
+        )
     return record, resolve_task(config, record, start)
 
 

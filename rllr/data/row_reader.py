@@ -70,6 +70,7 @@ class RowReader:
         self.authors_format = "text" not in self.columns and needed <= set(table.columns)
         if self.authors_format:
             self.columns = {"text": "instruction", "label": "output", "rationale": "rationale"} | self.columns
+        self.may_lack = labels == "ignored"  # what is only read to be answered: a missing text is an empty one
         if labels == "ignored":
             self.columns = {name: column for name, column in self.columns.items() if name in ("id", "text", "text_b")}
         words = parse_mapping_flag(label_map, "--label_map")
@@ -126,7 +127,7 @@ class RowReader:
         if self.authors_format:
             row = self._unpack_output(n, row)
         for name in ("text", "text_b") if self.task.is_pair else ("text",):
-            if self.columns[name] not in row:
+            if self.columns[name] not in row and not self.may_lack:
                 raise self._error(n, name, f"is missing; {present_columns(row)}")
         label, score = self._label(n, self._value(row, "label")), self._score(n, row)
         rationales = self._rationales(n, row)

@@ -12,6 +12,8 @@ def tell_splits(splits, task, log):
     """Rows per split and class, what each split does, and a warning for what makes figures mean less than they seem
     to."""
     unlabelled = "PPO's prompts" if splits.unlabelled else "PPO's prompts are the labelled ones"
+    if splits.unlabelled and splits.few_unlabelled:
+        unlabelled += ", and as they are few, so are the labelled ones"
     named = {
         "labelled to train on": (splits.labelled, "SFT and the reward models learn from them"),
         "labelled held out": (splits.held_out, "they stop the reward model"),

@@ -21,6 +21,7 @@ from .split_report import tell_splits
 EVAL_SHARE = 0.1  # of the labelled rows, where no evaluation data is given
 TEST_SHARE = 0.1  # the same for test
 FEWEST_TEST_ROWS = 50  # where that share makes fewer, none are set aside: they would tell little and cost labels
+FEW_SHARE = 0.1
 FEWEST_ROWS = 10  # labelled, and with a rationale, below which there is nothing to train on
 PARTS = ("train", "eval", "test")  # what is read: each from a file, or a split, of its own
 SPLITS = ("labelled", "held_out", "unlabelled", "eval", "test")  # what the rows become
@@ -90,9 +91,17 @@ class Splits:
     known: dict = field(default_factory=dict)  # what the draw went by beside rows and settings (`inherited.rows_for`)
 
     def prompts(self, kind="auto"):
-        """The rows that PPO answers. auto: those without a label, or, where all have one, those that trained SFT;
-        labelled: the latter in any case."""
-        return self.labelled if kind == "labelled" else self.unlabelled or self.labelled
+        """The rows that PPO answers. auto: those without a label, and where these are few, or none, those that trained
+        SFT, too; labelled: the latter alone."""
+        if kind == "labelled" or not self.unlabelled:
+            return self.labelled
+        return self.unlabelled + self.labelled * self.few_unlabelled
+
+    @property
+    def few_unlabelled(self):
+        """Whether the rows without a label are fewer than a FEW_SHARE of the others: a gap or two in a file with
+        labels, rather than a pool of prompts."""
+        return len(self.unlabelled) < FEW_SHARE * len(self.labelled)
 
     def digests(self):
         """What a record keeps: of the rows that were read, and of each split, whatever their order."""
@@ -287,4 +296,8 @@ def _load(config, task, part, log):
         log(f"{error}; evaluation rows are set aside from the training rows")
         return None
     except InputError as error:
-        raise InputError(f"{error}{origin_of(config, f'{part}_file' if path else 'dataset')}") from error
+        origin = origin_of(config, f"{part}_file" if path else "dataset")
+        if origin_of(config, "columns") and "--columns" in str(error):
+            where = config.inherited["columns"]
+            raise InputError(f"{error}; --columns {config.columns} is from {where}; give this file's own") from error
+        raise InputError(f"{error}{origin}") from error

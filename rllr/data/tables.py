@@ -109,7 +109,7 @@ def read_table(path, delimiter=None, encoding=None) -> Table:
     if suffix == ".parquet":
         names, rows = _read_parquet(path, content)
         return Table(str(path), path.name, rows, "row", names)
-    text = _decode(path, content, encoding)
+    text = decode(path, content, encoding)
     if suffix == ".tsv" and delimiter is None:
         rows = list(_read_tsv(path, text))
     elif suffix in (".csv", ".tsv"):
@@ -121,6 +121,20 @@ def read_table(path, delimiter=None, encoding=None) -> Table:
     return Table(str(path), path.name, rows)
 
 
+def check_output(path, overwrite, source=None):
+    """InputError where JSON lines are not to be written to this path: it is there, is what is read (`source`), lies
+    nowhere, or its name promises another format, in which it could not be read again."""
+    path = Path(path)
+    if source and path.exists() and Path(source).exists() and path.samefile(source):
+        raise InputError(f"--output {path}: is the file that is read; give another name")
+    if path.exists() and not overwrite:
+        raise InputError(f"--output {path}: exists; give another name or --overwrite")
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"--output {path}: cannot be written; name a file in a directory that is there")
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
+        raise InputError(f"--output {path}: JSON lines are written; give a name that ends in .jsonl")
+
+
 def _delimiter(given):
     if given is None:
         return None
@@ -130,7 +144,8 @@ def _delimiter(given):
     return delimiter
 
 
-def _decode(path: Path, content: bytes, encoding: str | None) -> str:
+def decode(path: Path | str, content: bytes, encoding: str | None) -> str:
+    """The text of a file, or of what `path` names. encoding None: UTF-8, or UTF-16 with a byte order mark."""
     if encoding is None:
         encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8"
     try:

@@ -96,8 +96,11 @@ def policy_directory(name, log=print):
     if name is None or (directory / RECORD).is_file() or not (directory / RUN).is_file():
         return name
     run = read_json(directory / RUN)
-    if not isinstance(run, dict) or run.get("stage") != "ppo":
-        return name
+    stage = run.get("stage") if isinstance(run, dict) else None
+    if stage != "ppo":
+        raise InputError(
+            f"{name}: this run has saved no model yet; let it run, or go on with train_{stage}.py --resume {name}"
+        )
     best = directory / BEST
     if not (best / RECORD).is_file():
         raise InputError(f"{name}: this PPO run has saved no policy yet; let it run, or name another directory")

@@ -13,6 +13,7 @@ from ..common.errors import InputError, command
 from ..data.row_reader import parse_mapping_flag
 from ..data.rows import Source, load_examples
 from ..data.splits import FileConfig
+from ..data.tables import check_output
 from ..run.settings import ModelConfig
 from ..tasks import load_task
 from .endpoint_writer import EndpointConfig
@@ -42,10 +43,7 @@ def main(argv=None):
     config = parse_config(Config, argv, __doc__)
     allow_remote_code(config.trust_remote_code)
     output = Path(config.output)
-    if output.exists() and not config.overwrite:
-        raise InputError(f"--output {output}: exists; give another name or --overwrite")
-    if output.is_dir() or not output.parent.is_dir():
-        raise InputError(f"--output {output}: cannot be written; give a file in an existing directory")
+    check_output(output, config.overwrite, config.train_file)
     task = load_task(config.task)
     if not config.train_file and task.name != "demo":
         raise InputError("--train_file: give the labelled rows to write rationales for")
@@ -57,20 +55,25 @@ def main(argv=None):
         delimiter=config.delimiter,
         encoding=config.encoding,
     )
-    examples = load_examples(source, task, log=say)
+    rows = load_examples(source, task, labels="optional", log=say)
+    examples = [row for row in rows if row.label is not None]
+    if not examples:
+        raise InputError(f"--train_file {config.train_file}: no row has a label")
     writer = make_writer(config.writer, examples, task, config=config, device=device, directory=output.parent, log=say)
     missing = [example for example in examples if not writer.can_write(example)]
     if missing:
         raise InputError(f"{without_rationale(missing[0])}; {FILL_IN}")
     with open(output, "w", encoding="utf-8") as file:
-        for example in examples:
+        for example in rows:
             row: dict[str, Any] = {"id": example.id, "text": example.text, "label": example.label}
             row |= {"text_b": example.text_b} if task.is_pair else {}
             row |= {"score": example.score} if example.score is not None else {}
-            row |= {"rationale": writer.write(example, example.label)}
-            row |= {"rationales": {label: writer.write(example, label) for label in task.labels}}
+            if example.label is not None:
+                row |= {"rationale": writer.write(example, example.label)}
+                row |= {"rationales": {label: writer.write(example, label) for label in task.labels}}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    say(f"{len(examples)} rows written to {output}")
+    without = f", {len(rows) - len(examples)} of them as they were, without a label" * (len(rows) > len(examples))
+    say(f"{len(rows)} rows written to {output}{without}")
 
 
 if __name__ == "__main__":

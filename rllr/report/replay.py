@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 TOLERANCE = 1e-5  # of a difference, absolute below 1 and relative above
 ROUNDINGS = 50  # of float32 that the tolerance is wide: what is made of numbers above 50 may be off by theirs
 NEAR_BOUND = 1e-6  # a decision this near to its bound, relative above 1, may fall on either side of it
-# Settings that a resumed run may change (`run.resume.FREE` and `ROUNDING`; a test compares).
+# Settings that a resumed run may change (`run.resume.FREE`, `ROUNDING`, `BY_CONTENT`; a test compares).
 MAY_CHANGE = set(
     "save_every keep_last steps epochs log_every show show_every max_ref_kl on_ref_kl on_hacking audit tensorboard "
     "wandb endpoint_url endpoint_requests endpoint_timeout micro_batch_size tokens_per_batch gradient_checkpointing "
-    "eval_batch_size shard cuda_graphs".split()
+    "eval_batch_size shard cuda_graphs task train_file eval_file test_file dataset delimiter encoding model policy "
+    "label_rm rationale_rm value_init".split()
 )
 
 # In the order of derivation: {quantity: how it follows}.

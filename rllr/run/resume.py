@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..common.config import convert_setting
 from ..common.errors import InputError
-from ..common.files import METRICS, RUN, is_empty, path_from_record, read_json
+from ..common.files import METRICS, RUN, is_empty, path_from_record, read_json, relative_path
 from ..common.log import say
 from ..model.records import PATHS, other_format
 from .checkpoint import FOLDER, list_checkpoints, problem_with, restore_names, run_of
@@ -156,13 +156,14 @@ def _whole_checkpoint(directory, wanted):
 def _take_settings(config, resumed):
     """Settings not given become the run's; of those given, InputError for what would make it another run."""
     refused, recorded = [], resumed.recorded["config"]
+    here = relative_path(resumed.directory)  # lest the records that the run goes on to write name absolute paths
     config.inherited = {}
     for setting in dataclasses.fields(config):
         name = setting.name
         if name not in recorded or name in OWN:
             continue
         theirs = convert_setting(setting, recorded[name], f"{resumed.directory / RUN}: {name}")
-        recorded[name] = theirs = path_from_record(theirs, resumed.directory) if name in PATHS else theirs
+        recorded[name] = theirs = path_from_record(theirs, here) if name in PATHS else theirs
         mine = getattr(config, name)
         if name not in config.given:
             setattr(config, name, theirs)
