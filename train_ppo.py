@@ -197,9 +197,10 @@ def load_prompts(run, splits, models):
     """(prompts, dev rows, gold labels by row id): prompts without their labels, except for --reward gold."""
     config, task, encoder = run.config, run.task, models.encoder
     rows = splits.prompts(config.prompts)
-    trained = rows is splits.labelled
-    kind = "labelled rows, the same that trained SFT and reward model" if trained else "unlabelled rows"
-    say(f"prompts: {len(rows)} {kind}")
+    trained = [row for row in rows if row.label is not None]
+    bare = [f"{len(rows) - len(trained)} unlabelled rows"] * (len(trained) < len(rows))
+    same = [f"{len(trained)} labelled rows, the same that trained SFT and reward model"] * bool(trained)
+    say(f"prompts: {', '.join(bare + same)}")
     prompts = encoder.fit(rows, task, config.max_new_tokens, say)
     dev = encoder.fit(splits.eval[: config.eval_rows or None], task, config.max_new_tokens, say)
     others = [models.reference, models.value_model, *(scorer.model for scorer in models.judges.scorers.values())]
@@ -210,7 +211,8 @@ def load_prompts(run, splits, models):
     gold = splits.gold if config.reward == "gold" else {row.id: row.label for row in prompts if row.label}
     unknown = [row.name for row in prompts if row.id not in gold]
     if config.reward == "gold" and unknown:
-        raise InputError(f"--reward gold needs the label of every prompt; row {unknown[0]} has none")
+        problem = f"row {unknown[0]} has none; --prompts labelled takes the labelled rows alone"
+        raise InputError(f"--reward gold needs the label of every prompt; {problem}")
     return prompts, dev, gold
 
 

@@ -121,8 +121,12 @@ def test_a_ppo_runs_directory_stands_for_its_best_policy(tmp_path):
     assert policy_directory(run, lines.append) == str(best)
     assert lines == [f"{run} is a PPO run: its policy is {best} (step 40)"]
     assert policy_directory(str(best), lines.append) == str(best) and len(lines) == 1
-    (run / RUN).write_text('{"stage": "sft"}')  # its model lies in the directory itself
+    (run / RUN).write_text('{"stage": "sft"}')  # its model lies in the directory itself, once there is one
+    with pytest.raises(InputError, match=f"^{run}: this run has saved no model yet; .* train_sft.py --resume {run}$"):
+        policy_directory(str(run), lines.append)
+    (run / RECORD).write_text("{}")
     assert policy_directory(str(run), lines.append) == str(run)
+    (run / RECORD).unlink()
     (run / RUN).write_text("[]")
     assert policy_directory(str(run), lines.append) == str(run) and len(lines) == 1
 

@@ -22,7 +22,7 @@ import train_rm
 import train_sft
 from rllr import evaluate, predict, rm_pairs, tasks, update
 from rllr.common.errors import RunError
-from rllr.data import splits
+from rllr.data import met_rows, splits
 from rllr.data.encoding import Encoder
 from rllr.layout import pack
 from rllr.model.heads import RewardModel
@@ -436,7 +436,7 @@ def test_ppo_answers_the_labelled_rows_where_it_is_told_to(toy, tmp_path, monkey
         assert f"prompts: {len(rows)} {'un' * (kind == 'auto')}labelled rows" in output
         last = tmp_path / kind / "last"
         assert read_record(last)["config"]["prompts"] == kind
-        assert splits.recorded_hashes(last)["prompts"] == splits.hashes_of(rows)
+        assert met_rows.recorded_hashes(last)["prompts"] == met_rows.hashes_of(rows)
     assert not {row.text for row in found.labelled} & {row.text for row in found.unlabelled}
 
 

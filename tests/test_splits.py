@@ -309,7 +309,8 @@ def test_an_unfinished_run_is_no_policy(here, capsys):
 
 
 def test_a_model_without_a_record_names_no_task(here, toy, capsys):
-    message = refused(capsys, train_rm.main, "--policy", toy.base)
+    shutil.copytree(toy.base, "foreign", ignore=shutil.ignore_patterns("rllr.json"))
+    message = refused(capsys, train_rm.main, "--policy", "foreign")
     assert "no run of train_sft.py made it, so nothing says what it is asked; give --task" in message
 
 
@@ -370,11 +371,11 @@ def about_texts(*splits, **more):
 
 
 def test_rows_per_split_and_class():
-    unlabelled = [Example("u", "more")]
+    unlabelled = [Example(f"u{i}", f"more {i}") for i in range(2)]
     assert told(ROWS[:20], ROWS[20:25], unlabelled, ROWS[30:34], ROWS[34:37])[0].splitlines() == [
         "rows: 20 labelled to train on (good 10, bad 10): SFT and the reward models learn from them",
         "      5 labelled held out (good 2, bad 3): they stop the reward model",
-        "      1 unlabelled: PPO's prompts",
+        "      2 unlabelled: PPO's prompts",
         "      4 for evaluation (dev) (good 2, bad 2): they choose epoch and step; preview, guard",
         "      3 for test (good 1, bad 2): they choose nothing: report figures of these",
     ]

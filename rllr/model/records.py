@@ -97,6 +97,8 @@ def policy_directory(name, log=print):
         return name
     run = read_json(directory / RUN)
     stage = run.get("stage") if isinstance(run, dict) else None
+    if stage not in ("sft", "rm", "ppo"):
+        return name
     if stage != "ppo":
         raise InputError(
             f"{name}: this run has saved no model yet; let it run, or go on with train_{stage}.py --resume {name}"
