@@ -392,6 +392,8 @@ def test_ppo_answers_the_unlabelled_rows_where_there_are_any_unless_it_is_told_t
     both, one = Splits(few, [], many, []), Splits(few, [], [], [])
     assert both.prompts() == both.prompts("auto") == many and both.prompts("labelled") == few
     assert one.prompts() == one.prompts("labelled") == few
+    gap = Splits(few * 11, [], many[:3], [])  # a gap or two among labels is no pool of prompts
+    assert gap.prompts() == many[:3] + few * 11 and gap.prompts("labelled") == few * 11
 
 
 # ---- rationales

@@ -93,9 +93,7 @@ class Splits:
     def prompts(self, kind="auto"):
         """The rows that PPO answers. auto: those without a label, and where these are few, or none, those that trained
         SFT, too; labelled: the latter alone."""
-        if kind == "labelled" or not self.unlabelled:
-            return self.labelled
-        return self.unlabelled + self.labelled * self.few_unlabelled
+        return self.labelled if kind == "labelled" else self.unlabelled + self.labelled * self.few_unlabelled
 
     @property
     def few_unlabelled(self):
