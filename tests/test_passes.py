@@ -52,7 +52,7 @@ class TapedGraph:
 
 
 @contextlib.contextmanager
-def taping(graph, pool=None):
+def taping(graph, pool=None, **settings):
     """In place of torch.cuda.graph. What is computed while recording is lost, as it is on a GPU."""
     with pytest.MonkeyPatch.context() as capturing, NoLooks(), graph.tape:
         capturing.setattr(transformers.utils.import_utils, "is_cuda_stream_capturing", lambda: True)
