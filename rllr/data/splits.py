@@ -245,6 +245,8 @@ def _hold_out(labelled, still, share, seed, log):
 def _by_split(rows, still):
     """({split: rows that stay in it}, the other rows)."""
     stay: dict[str, list] = {name: [] for name in SPLITS}
+    if not still:  # most runs: no text need be hashed
+        return stay, rows
     new: list = []
     for row in rows:
         stay.get(still.get(text_hash(row.text, row.text_b)), new).append(row)
